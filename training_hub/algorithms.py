@@ -1,0 +1,80 @@
+"""The table of algorithms: algorithm = objective x adaptation, under one or more contracts.
+
+The objective says what is learned, the adaptation what may move. A contract is a name that users give as `backend`:
+the defaults and parameter meanings of a known package, run by one of our engines. A new algorithm is one entry.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from training_hub.errors import RecipeError
+from training_hub.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A backend name: which engine runs it, and the defaults (by recipe path) that hold under it."""
+
+    name: str
+    engine: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm: names of its objective and adaptation, settings it cannot do without, contracts by preference."""
+
+    name: str
+    objective: str
+    adaptation: str
+    required: tuple[str, ...]
+    contracts: tuple[Contract, ...]
+
+    def contract(self, name: str) -> Contract | None:
+        return next((contract for contract in self.contracts if contract.name == name), None)
+
+
+TORCH = Contract("torch", engine="torch")
+
+# training_hub 0.1.0, page "SFT": documented defaults; betas and clip from instructlab-training 0.16 `TrainingArgs`.
+INSTRUCTLAB = Contract(
+    "instructlab-training",
+    engine="torch",
+    defaults={
+        "training.epochs": 1,
+        "training.global_batch_size": 3840,
+        "training.max_seq_len": 4096,
+        "training.max_tokens_per_gpu": 60000,
+        "optimizer.lr": 2e-6,
+        "checkpoint.at_epoch": True,
+    },
+)
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "sft": Algorithm(
+        name="sft",
+        objective="cross_entropy",
+        adaptation="full",
+        required=("model.path", "output"),
+        contracts=(INSTRUCTLAB, TORCH),
+    ),
+}
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The entry of `name`. Raises RecipeError naming the nearest known one."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise RecipeError(f"algorithm: {name!r} is not known; known: {', '.join(ALGORITHMS)}.{hint}")
+
+
+def engine_of(recipe: Recipe) -> str:
+    """The engine that runs `recipe`: its contract's, or the backend's own name for one registered from outside."""
+    contract = find_algorithm(recipe.algorithm).contract(recipe.backend)
+    return contract.engine if contract else recipe.backend

@@ -1,0 +1,70 @@
+"""Engines: what turns a recipe into a trained model.
+
+A backend is two methods. One from outside is found through the entry-point group `training_hub.backends`:
+
+    [project.entry-points."training_hub.backends"]
+    mine = "my_package:MyBackend"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from training_hub.errors import BackendError
+from training_hub.recipe import Recipe
+from training_hub.types import StepReport, TrainResult
+
+Watcher = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Live objects handed over beside the recipe; each stands in for what the recipe would name.
+
+    rows, validation_rows: DataFrame, `datasets` object, or an iterable of dictionaries. watchers: called with each report.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    rows: Any = None
+    validation_rows: Any = None
+    watchers: Sequence[Watcher] = ()
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What an engine is."""
+
+    name: str
+
+    def objections(self, recipe: Recipe) -> list[str]:
+        """Why this recipe cannot run here, each with its remedy; [] where it can. Asked before anything is loaded."""
+        ...
+
+    def train(self, recipe: Recipe, given: Given) -> TrainResult:
+        """Run the recipe to its end."""
+        ...
+
+
+def _torch_engine() -> Backend:
+    from training_hub.backends.torch_engine.engine import TorchEngine
+
+    return TorchEngine()
+
+
+BUILT_IN: Mapping[str, Callable[[], Backend]] = {"torch": _torch_engine}
+
+
+def find_backend(name: str) -> Backend:
+    """The engine called `name`, built in or installed. Raises BackendError listing the known ones."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    installed = entry_points(group="training_hub.backends")
+    for point in installed:
+        if point.name == name:
+            return point.load()()
+    known = sorted({*BUILT_IN, *(point.name for point in installed)})
+    raise BackendError(f"backend {name!r} is not known; known: {', '.join(known)}.")

@@ -1,0 +1,318 @@
+"""The sections of a recipe: what one run is, as plain frozen data.
+
+A field's docstring is its documentation everywhere: command-line help, YAML reference, JSON schema and the
+docstrings of the Python functions are made from it. A field is here only if it changes what happens.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _not_a_boolean(value: Any) -> Any:
+    # YAML's `yes` and Python's True pass for 1 in a number field; a count of True is always a mistake.
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=1)]
+Index = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_not_a_boolean), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, le=1, allow_inf_nan=False)]
+Decay = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False, protected_namespaces=()
+    )
+
+
+class Model(Section):
+    """The model that is trained and its tokenizer."""
+
+    path: str
+    """Folder in Hugging Face format, or a name on the hub."""
+
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, where it is not beside the model."""
+
+    revision: str | None = None
+    """Branch, tag or commit, for a model on the hub."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Number format of forward and backward. auto: bfloat16 where the hardware multiplies it fast, else float32.
+    With bfloat16 the optimizer keeps float32 master weights."""
+
+    attention: Literal["auto", "documents", "varlen"] = "auto"
+    """How attention keeps packed samples apart. documents: one call per sample (any device). varlen: torch's
+    variable-length kernel (CUDA). auto: the fastest that passes a check against the plain model."""
+
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Number format of the final model. auto: the format the model came in."""
+
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model folder."""
+
+
+class DataSource(Section):
+    """One of several sources that are mixed."""
+
+    path: str
+    """File, folder, glob or hub name."""
+
+    weight: Positive = 1.0
+    """How often each row is seen per epoch: 0.5 takes another half each epoch, 2 shows every row twice."""
+
+    split: str | None = None
+    """Split of a hub data set; data.split where not given."""
+
+    format: str | None = None
+    """Row format of this source; data.format where not given."""
+
+
+class Data(Section):
+    """The rows, and how they become tokens."""
+
+    path: str | list[str | DataSource] | None = None
+    """File (jsonl, json, csv, parquet; plain, gzip or zstd), folder, glob, hub name, or a list of these, each
+    optionally as {path, weight, split, format}."""
+
+    split: str = "train"
+    """Split of a hub data set."""
+
+    format: str = "auto"
+    """Row format: messages, sharegpt, instruction, prompt_completion, text, tokens, or auto (recognised by the keys)."""
+
+    columns: dict[str, str] = {}
+    """Names of your columns, from ours: {messages: chat, prompt: question}."""
+
+    roles: dict[str, str] = {}
+    """Names of your roles, to ours: {bot: assistant, human: user}."""
+
+    chat_template: str | None = None
+    """chatml, zephyr, llama, alpaca, vicuna, mistral, or a Jinja file. Without it the model's own."""
+
+    template_arguments: dict[str, Any] = {}
+    """Extra variables for the chat template, as in serving: {enable_thinking: false}."""
+
+    unmask: bool = False
+    """Train every role but system, not only the assistant. A row's own `unmask` key says it for one row."""
+
+    turns: Literal["all", "last", "unroll"] = "all"
+    """Which assistant turns are trained. unroll makes one sample per turn, in exactly the bytes serving would show."""
+
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """What happens to a row longer than training.max_seq_len: refuse the run, leave the row out, cut its end, or
+    cut it into several. Always counted and reported."""
+
+    pretraining: bool = False
+    """Join all rows as documents and cut blocks of block_size tokens; every token is trained."""
+
+    block_size: Count | None = None
+    """Tokens per block with pretraining; training.max_seq_len where not given."""
+
+    packing: bool = True
+    """Lay several samples end to end in one row, kept apart. Changes speed, never the result."""
+
+    shuffle: bool = True
+    """Draw the rows in an order made from the seed, another one each epoch. Off: the order of the file."""
+
+    deduplicate: bool = False
+    """Train exact duplicates once. Off: they are counted and reported."""
+
+    validation: str | None = None
+    """File, folder, glob or hub name of validation rows."""
+
+    validation_fraction: Decay = 0.0
+    """Share of the rows set aside for validation where `validation` is not given; duplicates stay together."""
+
+    max_rows: Count | None = None
+    """Use only this many rows, the first ones."""
+
+    workers: Index | None = None
+    """Processes that render and tokenise; 0 works in this one. Default: one per core for large files."""
+
+    cache: bool = True
+    """Keep tokenised data on disk, found again by the hash of everything it was made from."""
+
+    cache_dir: str | None = None
+    """Where tokenised data is kept. Default: training_hub in the user's cache folder."""
+
+
+class Training(Section):
+    """How much is learned from, and in what steps."""
+
+    epochs: Positive | None = None
+    """Passes over the data; a fraction is allowed. Default 1, unless steps are given."""
+
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+
+    global_batch_size: Count = 32
+    """Samples per optimizer step, over all processes."""
+
+    max_seq_len: Count = 4096
+    """Longest sample, in tokens; data.overlong says what happens to longer ones."""
+
+    max_tokens_per_gpu: Count | None = None
+    """Tokens that go through a device at once. Bounds memory and never changes the result. Default: the larger of
+    8192 and max_seq_len."""
+
+    max_norm: NotNegative = 1.0
+    """Gradients are scaled down to this norm over all weights; 0 turns clipping off."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient does: stop the run naming the rows, or leave the step out."""
+
+
+class Optimizer(Section):
+    """The update rule, from torch.optim."""
+
+    name: Literal["AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adagrad", "RMSprop"] = "AdamW"
+    """Class in torch.optim."""
+
+    lr: Positive = 1e-5
+    """Learning rate at its peak."""
+
+    beta1: Decay = 0.9
+    """Decay of the mean of gradients (Adam family)."""
+
+    beta2: Decay = 0.95
+    """Decay of the mean of squared gradients (Adam family)."""
+
+    eps: Positive = 1e-8
+    """Added to the denominator (Adam family, Adagrad, RMSprop)."""
+
+    weight_decay: NotNegative = 0.0
+    """Decay of weights per step, times the learning rate. Applies to matrices, not to norms and biases."""
+
+    momentum: Decay = 0.0
+    """Momentum (SGD, RMSprop)."""
+
+
+class LRScheduler(Section):
+    """The learning rate over the run."""
+
+    name: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape after warm-up. wsd: warm-up, stable, decay."""
+
+    warmup_steps: Index | None = None
+    """Steps in which the rate rises from 0 to its peak."""
+
+    warmup_ratio: Share | None = None
+    """The same as a share of all steps, instead of warmup_steps."""
+
+    min_lr: NotNegative = 0.0
+    """Rate at which cosine, linear and wsd end."""
+
+    decay_ratio: Share = 0.1
+    """Share of all steps in which wsd falls."""
+
+
+class Checkpoint(Section):
+    """What is saved during the run, and how it goes on after a stop."""
+
+    interval: Count | None = None
+    """Save every so many optimizer steps."""
+
+    save_samples: Index = 0
+    """Save each time another so many samples have been trained; 0: off."""
+
+    at_epoch: bool = False
+    """Save at the end of each epoch."""
+
+    keep_last: Count | None = 3
+    """How many of the newest checkpoints stay on disk; null keeps all."""
+
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss, and make it the final model."""
+
+    final: bool = True
+    """Write the final model as a Hugging Face folder."""
+
+    resume: Literal["auto", "restart", "never"] = "auto"
+    """auto: go on with an unfinished run of the same recipe in the output folder, refuse a different one.
+    restart: move what is there aside and begin anew. never: refuse a folder that holds a run."""
+
+
+class Evaluation(Section):
+    """When the validation set is measured."""
+
+    interval: Count | None = None
+    """Every so many optimizer steps."""
+
+    at_epoch: bool = True
+    """At the end of each epoch."""
+
+    at_start: bool = True
+    """Before the first step."""
+
+
+class Monitoring(Section):
+    """Who hears of each step."""
+
+    console: Literal["auto", "rich", "plain", "titan", "off"] = "auto"
+    """Progress in the terminal. auto: a live line on a terminal, plain lines elsewhere. titan: lines as torchforge
+    writes them."""
+
+    log_interval: Count = 1
+    """Report every so many steps; metrics.jsonl always has every step."""
+
+    tensorboard: bool | str = False
+    """Write TensorBoard files to `tensorboard` in the output folder, or to this folder."""
+
+    wandb: bool = False
+    """Report to Weights & Biases."""
+
+    wandb_project: str | None = None
+    """Project at Weights & Biases."""
+
+    wandb_entity: str | None = None
+    """Team or user at Weights & Biases."""
+
+    wandb_run_name: str | None = None
+    """Name of the run at Weights & Biases."""
+
+    mlflow: bool = False
+    """Report to MLflow."""
+
+    mlflow_tracking_uri: str | None = None
+    """Address or folder of the MLflow server. Default: `mlruns` in the output folder."""
+
+    mlflow_experiment_name: str | None = None
+    """Experiment at MLflow."""
+
+    mlflow_run_name: str | None = None
+    """Name of the run at MLflow."""
+
+
+class Processes(Section):
+    """How many processes train, and where they meet."""
+
+    procs: Annotated[int | Literal["auto", "gpu"], BeforeValidator(_not_a_boolean)] = 1
+    """Processes on this node; auto or gpu: one per GPU."""
+
+    nodes: Count = 1
+    """Nodes."""
+
+    node_rank: Index = 0
+    """This node's number, from 0."""
+
+    rdzv_id: str | int = 0
+    """Name that all nodes of one run share."""
+
+    rdzv_endpoint: str = ""
+    """host:port of the first node; empty on a single node."""
+
+    master_addr: str | None = None
+    """Host of the first node, instead of rdzv_endpoint."""
+
+    master_port: Index | None = None
+    """Port of the first node, with master_addr."""
