@@ -210,6 +210,7 @@ class Progress(Protocol):
 class Console(Protocol):
     """Where a run speaks: `say` prints one line, `progress` shows slow work."""
 
-    progress: Progress
+    @property
+    def progress(self) -> Progress: ...
 
     def say(self, line: str) -> None: ...

@@ -8,6 +8,7 @@ from training_hub.recipe.sections import (
     Checkpoint,
     Data,
     Evaluation,
+    Index,
     LRScheduler,
     Model,
     Monitoring,
@@ -30,7 +31,7 @@ class Recipe(Section):
     output: str
     """Folder of the run: recipe, metrics, checkpoints and the final model."""
 
-    seed: int = 42
+    seed: Index = 42
     """Start of every random choice: order of the rows, dropout, new weights."""
 
     model: Model

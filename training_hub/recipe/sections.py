@@ -18,12 +18,19 @@ def _not_a_boolean(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=1)]
-Index = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_not_a_boolean), Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, le=1, allow_inf_nan=False)]
-Decay = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, lt=1, allow_inf_nan=False)]
+def _a_number(value: Any) -> Any:
+    # Text that happens to read as a number ("1e-5") would pass, and hides a mistake in the file or the program.
+    if isinstance(value, str):
+        raise ValueError("a number is wanted, not text")
+    return _not_a_boolean(value)
+
+
+Count = Annotated[int, BeforeValidator(_a_number), Field(ge=1)]
+Index = Annotated[int, BeforeValidator(_a_number), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_a_number), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(_a_number), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_a_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Decay = Annotated[float, BeforeValidator(_a_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -88,7 +95,7 @@ class Data(Section):
     """Split of a hub data set."""
 
     format: str = "auto"
-    """Row format: messages, sharegpt, instruction, prompt_completion, text, tokens, or auto (recognised by the keys)."""
+    """Row format: messages, sharegpt, instruction, prompt_completion, text, tokens; auto recognises it by the keys."""
 
     columns: dict[str, str] = {}
     """Names of your columns, from ours: {messages: chat, prompt: question}."""
@@ -228,6 +235,9 @@ class Checkpoint(Section):
     at_epoch: bool = False
     """Save at the end of each epoch."""
 
+    minutes: Positive | None = 15
+    """Save at the first step boundary after so many minutes without a save; null: off."""
+
     keep_last: Count | None = 3
     """How many of the newest checkpoints stay on disk; null keeps all."""
 
@@ -284,7 +294,7 @@ class Monitoring(Section):
     """Report to MLflow."""
 
     mlflow_tracking_uri: str | None = None
-    """Address or folder of the MLflow server. Default: `mlruns` in the output folder."""
+    """Address of the MLflow server or database. Default: the database `mlflow.db` in the output folder."""
 
     mlflow_experiment_name: str | None = None
     """Experiment at MLflow."""

@@ -1,0 +1,162 @@
+"""Settings that contradict each other or would do nothing are found before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from training_hub.errors import RecipeError
+from training_hub.recipe.check import NEEDS, RIVALS, Names
+from training_hub.recipe.load import build
+from training_hub.recipe.names import all_settings
+
+MINIMAL = {"model.path": "m", "output": "o"}
+
+
+def problems_of(settings: dict[str, Any], **arguments: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        build({**MINIMAL, **settings}, **arguments)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "named"),
+    [
+        ({"training.epochs": 1, "training.steps": 2}, {"training.steps": 2}, ["training.epochs", "training.steps"]),
+        (
+            {"lr_scheduler.warmup_steps": 0, "lr_scheduler.warmup_ratio": 0.1},
+            {"lr_scheduler.warmup_ratio": 0.1},
+            ["lr_scheduler.warmup_steps", "lr_scheduler.warmup_ratio"],
+        ),
+        (
+            {"data.validation": "v", "data.validation_fraction": 0.1},
+            {"data.validation": "v"},
+            ["data.validation", "data.validation_fraction"],
+        ),
+        (
+            {"processes.rdzv_endpoint": "a:1", "processes.master_addr": "a"},
+            {"processes.master_addr": "a"},
+            ["processes.rdzv_endpoint", "processes.master_addr"],
+        ),
+        (
+            {"data.block_size": 8},
+            {"data.block_size": 8, "data.pretraining": True},
+            ["data.block_size", "data.pretraining"],
+        ),
+        ({"data.cache_dir": "c", "data.cache": False}, {"data.cache_dir": "c"}, ["data.cache_dir", "data.cache"]),
+        (
+            {"training.max_tokens_per_gpu": 10, "training.max_seq_len": 11},
+            {"training.max_tokens_per_gpu": 11, "training.max_seq_len": 11},
+            ["training.max_tokens_per_gpu", "training.max_seq_len"],
+        ),
+        (
+            {
+                "data.pretraining": True,
+                "data.block_size": 9,
+                "training.max_seq_len": 8,
+                "training.max_tokens_per_gpu": 8,
+            },
+            {
+                "data.pretraining": True,
+                "data.block_size": 8,
+                "training.max_seq_len": 8,
+                "training.max_tokens_per_gpu": 8,
+            },
+            ["training.max_tokens_per_gpu", "data.block_size"],
+        ),
+        (
+            {"optimizer.momentum": 0.9},
+            {"optimizer.momentum": 0.9, "optimizer.name": "SGD"},
+            ["momentum", "optimizer.name"],
+        ),
+        ({"optimizer.beta1": 0.8, "optimizer.name": "SGD"}, {"optimizer.beta1": 0.8}, ["optimizer.beta1"]),
+        ({"optimizer.lr": 2}, {"optimizer.lr": 2, "optimizer.name": "SGD"}, ["optimizer.lr"]),
+        ({"lr_scheduler.min_lr": 1e-3}, {"lr_scheduler.min_lr": 1e-6}, ["lr_scheduler.min_lr", "optimizer.lr"]),
+        (
+            {"lr_scheduler.min_lr": 1e-6, "lr_scheduler.name": "constant"},
+            {"lr_scheduler.min_lr": 1e-6, "lr_scheduler.name": "wsd"},
+            ["lr_scheduler.min_lr", "cosine or"],
+        ),
+        (
+            {"lr_scheduler.name": "wsd", "lr_scheduler.warmup_ratio": 0.6, "lr_scheduler.decay_ratio": 0.5},
+            {"lr_scheduler.name": "wsd", "lr_scheduler.warmup_ratio": 0.5, "lr_scheduler.decay_ratio": 0.5},
+            ["lr_scheduler.warmup_ratio", "lr_scheduler.decay_ratio"],
+        ),
+        (
+            {"monitoring.wandb_project": "p"},
+            {"monitoring.wandb_project": "p", "monitoring.wandb": True},
+            ["wandb: true"],
+        ),
+        (
+            {"monitoring.mlflow_run_name": "p"},
+            {"monitoring.mlflow_run_name": "p", "monitoring.mlflow": True},
+            ["mlflow"],
+        ),
+        ({"processes.procs": 0}, {"processes.procs": "auto"}, ["processes.procs", "at least 1, auto or gpu"]),
+        (
+            {"processes.node_rank": 1},
+            {"processes.node_rank": 1, "processes.nodes": 2},
+            ["node_rank", "processes.nodes"],
+        ),
+        (
+            {"processes.master_port": 1},
+            {"processes.master_port": 1, "processes.master_addr": "a"},
+            ["processes.master_port", "processes.master_addr"],
+        ),
+        (
+            {"checkpoint.keep_best": True},
+            {"checkpoint.keep_best": True, "data.validation": "v"},
+            ["checkpoint.keep_best", "data.validation_fraction: 0.05"],
+        ),
+        (
+            {"evaluation.interval": 5},
+            {"evaluation.interval": 5, "data.validation_fraction": 0.1},
+            ["evaluation.interval", "validation rows"],
+        ),
+    ],
+)
+def test_a_contradiction_names_its_settings_and_the_right_way_passes(wrong: dict, right: dict, named: list[str]):
+    found = problems_of(wrong)
+    assert len(found) == 1
+    assert all(name in found[0] for name in named)
+    build({**MINIMAL, **right})
+
+
+def test_the_texts_that_users_of_training_hub_match():
+    both = problems_of({"data.pretraining": True, "data.unmask": True})
+    text = "Cannot use both is_pretraining=True and unmask_messages=True. These are mutually exclusive modes."
+    assert both == [text]
+    short = problems_of({"training.max_tokens_per_gpu": 10}, spelled={"training.max_tokens_per_gpu": "max_batch_len"})
+    assert "the `max_batch_len` cannot be less than `max_seq_len`: " in short[0]
+    assert "Write max_batch_len=4096" in short[0]
+
+
+def test_live_validation_rows_are_validation_rows():
+    recipe = build({**MINIMAL, "checkpoint.keep_best": True}, live=["data.validation"])
+    assert recipe.checkpoint.keep_best
+
+
+def test_a_contradiction_with_a_wrong_setting_is_not_said():
+    found = problems_of({"training.max_tokens_per_gpu": 10, "training.max_seq_len": "long"})
+    assert len(found) == 1
+    assert found[0].startswith("training.max_seq_len: found 'long'")
+
+
+def test_a_contradiction_is_said_beside_other_problems():
+    found = problems_of({"training.epochs": 1, "training.steps": 2, "seed": -1})
+    assert len(found) == 2
+
+
+def test_the_tables_name_settings_that_exist():
+    named = {*NEEDS, *(owner for owner, _ in NEEDS.values()), *(path for pair in RIVALS for path in pair)}
+    assert named <= set(all_settings())
+
+
+def test_advice_is_written_as_the_caller_writes():
+    names = Names({"training.epochs": "num_epochs", "output": "--output"})
+    assert names.write("training.epochs", 1) == "num_epochs=1"
+    assert names.write("output", "a b") == "--output a b"
+    assert names.write("model.path", "1e-5") == "model.path: '1e-5'"
+    assert names("training.epochs") == "training.epochs (num_epochs)"
+    assert names("output") == "output"

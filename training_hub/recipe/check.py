@@ -1,0 +1,213 @@
+"""Settings that contradict each other, or that would be accepted and do nothing: found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from training_hub.recipe.names import all_settings
+from training_hub.recipe.recipe import Recipe
+from training_hub.recipe.yaml_text import write_yaml
+
+# Two ways to say one thing. Where the caller names one, a default of the other gives way.
+RIVALS: tuple[tuple[str, str], ...] = (
+    ("training.epochs", "training.steps"),
+    ("lr_scheduler.warmup_steps", "lr_scheduler.warmup_ratio"),
+    ("data.validation", "data.validation_fraction"),
+    ("processes.rdzv_endpoint", "processes.master_addr"),
+)
+
+ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
+
+# Setting -> (the setting it depends on, the values under which it does something).
+NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "data.block_size": ("data.pretraining", (True,)),
+    "data.cache_dir": ("data.cache", (True,)),
+    "optimizer.beta1": ("optimizer.name", ADAM),
+    "optimizer.beta2": ("optimizer.name", ADAM),
+    "optimizer.eps": ("optimizer.name", (*ADAM, "Adagrad", "RMSprop")),
+    "optimizer.momentum": ("optimizer.name", ("SGD", "RMSprop")),
+    "lr_scheduler.min_lr": ("lr_scheduler.name", ("cosine", "linear", "wsd")),
+    "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
+    "monitoring.wandb_project": ("monitoring.wandb", (True,)),
+    "monitoring.wandb_entity": ("monitoring.wandb", (True,)),
+    "monitoring.wandb_run_name": ("monitoring.wandb", (True,)),
+    "monitoring.mlflow_tracking_uri": ("monitoring.mlflow", (True,)),
+    "monitoring.mlflow_experiment_name": ("monitoring.mlflow", (True,)),
+    "monitoring.mlflow_run_name": ("monitoring.mlflow", (True,)),
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """How the caller wrote each setting. `spelled`: path -> keyword (num_epochs), flag or other YAML key."""
+
+    spelled: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, path: str) -> str:
+        """The path, with the caller's own name for it behind: "training.epochs (num_epochs)"."""
+        own = self._own(path)
+        return f"{path} ({own})" if own and own.lstrip("-") != path else path
+
+    def write(self, path: str, value: Any) -> str:
+        """What the caller would write to give `path` this value: num_epochs=1, --epochs 1 or training.epochs: 1."""
+        own = self._own(path) or path
+        if own.startswith("-"):
+            return f"{own} {_plainly(value)}"
+        return f"{own}={value!r}" if own.isidentifier() and own != path else write_yaml({own: value}).strip()
+
+    def _own(self, path: str) -> str | None:
+        inside = (name for key, name in self.spelled.items() if key.startswith(path + "."))
+        return self.spelled.get(path) or next(inside, None)
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """A finding and the settings it is about."""
+
+    paths: tuple[str, ...]
+    message: str
+
+
+def contradictions(recipe: Recipe, names: Names, live: Collection[str] = ()) -> list[Contradiction]:
+    """All settings of `recipe` that are at odds. `live`: paths that a live object stands in for (`data.validation`)."""
+    checks: tuple[Callable[[Recipe, Names], Iterator[Contradiction]], ...] = (
+        _given_both_ways,
+        _without_effect,
+        _lengths,
+        _pretraining,
+        _learning_rate,
+        _processes,
+    )
+    found = [one for check in checks for one in check(recipe, names)]
+    if "data.validation" not in live:
+        found += _validation(recipe, names)
+    return found
+
+
+def value_at(recipe: Recipe, path: str) -> Any:
+    """The value of a setting by its path."""
+    value: Any = recipe
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _given_both_ways(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for first, second in RIVALS:
+        if all(value_at(recipe, path) != all_settings()[path].default for path in (first, second)):
+            yield Contradiction(
+                (first, second),
+                f"{names(first)} and {names(second)}: both are given, and one excludes the other. Leave one out.",
+            )
+
+
+def _without_effect(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for path, (owner, values) in NEEDS.items():
+        found = value_at(recipe, path)
+        if found == all_settings()[path].default or value_at(recipe, owner) in values:
+            continue
+        wanted = " or ".join(f"{owner}: {_plainly(value)}" for value in values)
+        yield Contradiction(
+            (path, owner),
+            f"{names(path)}: {_plainly(found)} would change nothing while {names(owner)} is "
+            f"{_plainly(value_at(recipe, owner))}; it needs {wanted}. Set that, or leave {path} out.",
+        )
+
+
+def _lengths(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    budget, longest = recipe.training.max_tokens_per_gpu, recipe.training.max_seq_len
+    if budget is not None and budget < longest:
+        # instructlab-training names the two so, and its users look for these words.
+        paths = ("training.max_tokens_per_gpu", "training.max_seq_len")
+        yield Contradiction(
+            paths,
+            f"{names(paths[0])}: the `max_batch_len` cannot be less than `max_seq_len`: {budget} tokens per device "
+            f"cannot hold a sample of {longest}. Write {names.write(paths[0], longest)}, or lower {names(paths[1])}.",
+        )
+    block = recipe.data.block_size
+    if recipe.data.pretraining and block is not None and budget is not None and budget < block:
+        paths = ("training.max_tokens_per_gpu", "data.block_size")
+        yield Contradiction(
+            paths,
+            f"{names(paths[0])}: {budget} tokens per device cannot hold a block of {block} ({names(paths[1])}). "
+            f"Write {names.write(paths[0], block)}, or lower {names(paths[1])}.",
+        )
+
+
+def _pretraining(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    if recipe.data.pretraining and recipe.data.unmask:
+        # The words of training_hub, which programs match.
+        yield Contradiction(
+            ("data.pretraining", "data.unmask"),
+            "Cannot use both is_pretraining=True and unmask_messages=True. These are mutually exclusive modes.",
+        )
+
+
+def _learning_rate(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    peak, schedule = recipe.optimizer.lr, recipe.lr_scheduler
+    if schedule.min_lr > peak:
+        yield Contradiction(
+            ("lr_scheduler.min_lr", "optimizer.lr"),
+            f"{names('lr_scheduler.min_lr')}: found {schedule.min_lr}; allowed: at most {names('optimizer.lr')}, "
+            f"which is {peak}. Write {names.write('lr_scheduler.min_lr', peak / 10)}.",
+        )
+    if peak > 1 and recipe.optimizer.name in ADAM:
+        yield Contradiction(
+            ("optimizer.lr",),
+            f"{names('optimizer.lr')}: found {peak}; {recipe.optimizer.name} moves every weight by about this much in "
+            f"each step, so more than 1 only destroys the model. Write {names.write('optimizer.lr', 1e-5)}.",
+        )
+    if schedule.name == "wsd" and (schedule.warmup_ratio or 0) + schedule.decay_ratio > 1:
+        yield Contradiction(
+            ("lr_scheduler.warmup_ratio", "lr_scheduler.decay_ratio"),
+            f"{names('lr_scheduler.warmup_ratio')} and {names('lr_scheduler.decay_ratio')}: {schedule.warmup_ratio} + "
+            f"{schedule.decay_ratio} is more than the whole run. Lower one, so that their sum is at most 1.",
+        )
+
+
+def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    processes = recipe.processes
+    if isinstance(processes.procs, int) and processes.procs < 1:
+        yield Contradiction(
+            ("processes.procs",),
+            f"{names('processes.procs')}: found {processes.procs}; allowed: a whole number of at least 1, auto or gpu. "
+            f"Write {names.write('processes.procs', 1)}.",
+        )
+    if processes.node_rank >= processes.nodes:
+        yield Contradiction(
+            ("processes.node_rank", "processes.nodes"),
+            f"{names('processes.node_rank')}: found {processes.node_rank}; allowed: 0 to {processes.nodes - 1}, since "
+            f"{names('processes.nodes')} is {processes.nodes}.",
+        )
+    if processes.master_port is not None and processes.master_addr is None:
+        yield Contradiction(
+            ("processes.master_port", "processes.master_addr"),
+            f"{names('processes.master_port')}: found {processes.master_port} without a host. Write "
+            f"{names.write('processes.master_addr', 'HOST')}.",
+        )
+
+
+def _validation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    if recipe.data.validation or recipe.data.validation_fraction:
+        return
+    for path, value in (
+        ("checkpoint.keep_best", recipe.checkpoint.keep_best),
+        ("evaluation.interval", recipe.evaluation.interval),
+    ):
+        if value:
+            yield Contradiction(
+                (path, "data.validation", "data.validation_fraction"),
+                f"{names(path)}: {_plainly(value)} needs validation rows, and there are none. "
+                f"Write {names.write('data.validation_fraction', 0.05)}, or give a file as data.validation.",
+            )
+
+
+def _plainly(value: Any) -> str:
+    """A value as YAML shows it."""
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else str(value)
+    )

@@ -1,0 +1,156 @@
+"""The run folder: the one place where processes, runs and readers meet.
+
+recipe.yaml  plan.json  metrics.jsonl  result.json  report.html  checkpoints/step-N/  final/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training_hub.errors import CheckpointError, RecipeError
+from training_hub.folders import write_text
+from training_hub.recipe.load import dump, load_file
+from training_hub.recipe.recipe import Recipe
+
+# Settings that may differ between a run and its continuation: they change neither batches nor weights. A trailing dot
+# stands for a whole section.
+FREE_TO_CHANGE = (
+    "output",
+    "checkpoint.",
+    "evaluation.",
+    "monitoring.",
+    "processes.",
+    "data.workers",
+    "data.cache",
+    "data.cache_dir",
+    "training.on_nonfinite",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what lies in a run folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def earlier_recipe(self) -> Recipe | None:
+        """The recipe of the run this folder holds; None where it holds none."""
+        if not self.recipe.exists():
+            return None
+        try:
+            return load_file(self.recipe)
+        except RecipeError as error:
+            raise CheckpointError(
+                f"{self.recipe} cannot be read by this version: {error}. "
+                "Set checkpoint.resume: restart to move the folder aside and begin anew."
+            ) from error
+
+    def earlier_result(self) -> dict[str, Any] | None:
+        """What result.json says, None where there is none."""
+        return json.loads(self.result.read_text(encoding="utf-8")) if self.result.exists() else None
+
+    def has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
+
+    def move_aside(self) -> Path:
+        """Rename the folder to the first free NAME.before-N, so that nothing of it is lost."""
+        number = 1
+        while (place := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
+            number += 1
+        self.path.rename(place)
+        return place
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder, and hold it: a second run in it is refused while this one lives.
+
+        The hold ends with the process, however it ends. Raises RecipeError where the folder cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(
+                f"output: {self.path} cannot be written: {error}. Name a folder you may write to."
+            ) from error
+        with lock:
+            if not _take(lock.fileno()):
+                lock.seek(0)
+                raise RecipeError(f"output: {self.path} is in use by another run ({lock.read().strip()}).")
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            lock.flush()
+            yield
+
+
+def _take(handle: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there two runs in one folder are not told apart
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    """Put recipe.yaml into the folder."""
+    write_text(folder.recipe, dump(recipe))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The settings in which `new` is another run than `old`, one line each; [] where it is the same run."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{path}: was {before.get(path)!r}, now {after.get(path)!r}"
+        for path in sorted({*before, *after})
+        if before.get(path) != after.get(path) and not _is_free(path)
+    ]
+
+
+def _is_free(path: str) -> bool:
+    return any(path == free or (free.endswith(".") and path.startswith(free)) for free in FREE_TO_CHANGE)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
