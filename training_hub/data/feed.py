@@ -1,0 +1,137 @@
+"""Which samples each optimizer step learns from: a pure function of data, settings, seed and step.
+
+Nothing here remembers how far a run has come, so going on after a stop is a question of asking for the next step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from training_hub.data.packing import pack_all
+from training_hub.data.store import TokenStore
+from training_hub.types import Batch, Pack
+
+# Validation rows are packed within windows of this many, so that memory stays bounded.
+VALIDATION_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class FeedSettings:
+    """What decides the batches, besides the data. `token_budget` bounds a pack and never changes a batch."""
+
+    samples_per_step: int
+    token_budget: int
+    seed: int
+    epochs: float | None = None
+    steps: int | None = None
+    is_shuffled: bool = True
+    is_packed: bool = True
+
+
+class Feed:
+    """The batches of a run.
+
+    An epoch shows each row of a source `weight` times: source s keeps an endless stream of its rows, one permutation
+    after another, and epoch e takes the next round(weight x rows) of them. The sources are then shuffled together.
+    The last step of an epoch may be smaller; no row is dropped.
+    """
+
+    def __init__(self, store: TokenStore, settings: FeedSettings):
+        self.store = store
+        self.settings = settings
+        self._sources = [np.flatnonzero(store.source_index == s) for s in range(len(store.source_weights))]
+        self._counts = [
+            max(1, round(weight * len(rows))) if len(rows) else 0
+            for rows, weight in zip(self._sources, store.source_weights, strict=True)
+        ]
+        self.samples_per_epoch = sum(self._counts)
+        self.steps_per_epoch = math.ceil(self.samples_per_epoch / settings.samples_per_step)
+        self.total_steps = self._total_steps()
+        self._epoch_order: tuple[int, np.ndarray] | None = None  # the last order asked for: it costs a sort
+
+    def _total_steps(self) -> int:
+        if self.settings.steps is not None:
+            return self.settings.steps
+        fraction, whole = math.modf(self.settings.epochs or 1)
+        part = math.ceil(fraction * self.samples_per_epoch / self.settings.samples_per_step)
+        return int(whole) * self.steps_per_epoch + part
+
+    def is_epoch_end(self, step: int) -> bool:
+        """Whether `step` is the last of its epoch, or of the run."""
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
+
+    def indices(self, step: int) -> np.ndarray:
+        """Store indices of the samples of `step` (from 1), in order."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        start = place * self.settings.samples_per_step
+        return self._order(epoch)[start : start + self.settings.samples_per_step]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step`, which counts from 1."""
+        indices = self.indices(step)
+        packs = pack_all(
+            indices.tolist(), self.store.__getitem__, self.settings.token_budget, is_packed=self.settings.is_packed
+        )
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        seen = min((place + 1) * self.settings.samples_per_step, self.samples_per_epoch)
+        return Batch(
+            step=step,
+            epoch=epoch + seen / self.samples_per_epoch,
+            packs=tuple(packs),
+            num_samples=len(indices),
+            num_tokens=sum(len(pack) for pack in packs),
+            num_trained_tokens=sum(int(np.count_nonzero(pack.weights)) for pack in packs),
+            trained_weight=float(sum(np.sum(pack.weights, dtype=np.float64) for pack in packs)),
+        )
+
+    def largest_pack(self) -> Pack:
+        """The heaviest pack this run could meet: the longest samples, up to the token budget."""
+        longest = np.argsort(-self.store.lengths, kind="stable")[: self.settings.samples_per_step]
+        within = np.cumsum(self.store.lengths[longest]) <= self.settings.token_budget
+        chosen = longest[within] if self.settings.is_packed else longest[:1]
+        return pack_all(chosen.tolist(), self.store.__getitem__, self.settings.token_budget)[0]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            parts = [self._take(source, epoch) for source in range(len(self._sources)) if self._counts[source]]
+            order = np.concatenate(parts)
+            if self.settings.is_shuffled:
+                order = order[permutation(len(order), self.settings.seed, 0, epoch)]
+            self._epoch_order = (epoch, order)
+        return self._epoch_order[1]
+
+    def _take(self, source: int, epoch: int) -> np.ndarray:
+        """The rows of `source` that `epoch` shows: the next ones of its endless stream of permutations."""
+        rows, count = self._sources[source], self._counts[source]
+        first = epoch * count
+        rounds = range(first // len(rows), (first + count - 1) // len(rows) + 1)
+        stream = np.concatenate([self._round(rows, source, number) for number in rounds])
+        offset = first - rounds.start * len(rows)
+        return stream[offset : offset + count]
+
+    def _round(self, rows: np.ndarray, source: int, number: int) -> np.ndarray:
+        if not self.settings.is_shuffled:
+            return rows
+        return rows[permutation(len(rows), self.settings.seed, source + 1, number)]
+
+
+def permutation(size: int, seed: int, stream: int, number: int) -> np.ndarray:
+    """A permutation of range(size), the same for the same arguments on every machine and numpy version.
+
+    Sorted raw Philox output: numpy promises the bit stream of a generator to stay, not that of `permutation` (NEP 19).
+    """
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
+    counter = np.array([0, 0, 0, number], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=counter).random_raw(size)
+    return np.argsort(bits, kind="stable")
+
+
+def validation_packs(store: TokenStore, token_budget: int, is_packed: bool = True) -> Iterator[Pack]:
+    """Every sample of `store` once, in packs of at most `token_budget` tokens."""
+    for start in range(0, len(store), VALIDATION_WINDOW):
+        window = list(range(start, min(start + VALIDATION_WINDOW, len(store))))
+        yield from pack_all(window, store.__getitem__, token_budget, is_packed=is_packed)

@@ -1,0 +1,246 @@
+"""Files that hold rows: found by path, folder or glob, recognised by their first bytes, opened decompressed.
+
+The extension only decides where the bytes do not: a Parquet file called `.jsonl` is read as Parquet, and that is said.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import gzip
+import io
+import json
+import stat
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from training_hub.errors import DataError
+
+KIND_OF_EXTENSION = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+COMPRESSED_EXTENSIONS = (".gz", ".zst", ".zstd")
+WHAT_IS_READ = "jsonl, json, csv, tsv, parquet and txt files, each also as .gz or .zst"
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Errors that reading compressed bytes raises when a file is cut short or damaged.
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file that can be read: `kind` is jsonl, json, csv, parquet or text; `note` says what differs from its name."""
+
+    path: Path
+    name: str
+    kind: str
+    compression: str | None = None
+    note: str | None = None
+
+
+def find_files(named: str) -> tuple[list[Path], str | None]:
+    """The files that `named` (a file, folder or glob) stands for, sorted, and a line to say where a choice was made.
+
+    Raises DataError with the nearest names where there is nothing.
+    """
+    path = Path(named).expanduser()
+    if path.is_dir():
+        return _files_of_folder(path, named)
+    if path.exists():
+        return [path], None
+    if glob.has_magic(named):
+        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        if not found:
+            raise DataError(f"data.path: no file matches {named!r}.")
+        return found, f"{named}: {len(found)} files"
+    raise DataError(_missing(path, named))
+
+
+def _files_of_folder(folder: Path, named: str) -> tuple[list[Path], str]:
+    inside = sorted(
+        entry
+        for entry in folder.rglob("*")
+        if entry.is_file() and not any(part.startswith(".") for part in entry.relative_to(folder).parts)
+    )
+    usable = [entry for entry in inside if kind_by_name(entry)]
+    # A README.txt or LICENSE.txt beside the data is no data: text files count only where nothing else does.
+    usable = [entry for entry in usable if kind_by_name(entry) != "text"] or usable
+    if not usable:
+        seen = ", ".join(entry.name for entry in inside[:5]) or "nothing"
+        raise DataError(f"data.path: folder {named} holds no {WHAT_IS_READ}; found {seen}.")
+    rest = len(inside) - len(usable)
+    left_out = f", {rest} other files left out" if rest else ""
+    shown = ", ".join(str(entry.relative_to(folder)) for entry in usable[:4]) + (", ..." if len(usable) > 4 else "")
+    return usable, f"{named}: folder with {len(usable)} data files ({shown}){left_out}"
+
+
+def _missing(path: Path, named: str) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"data.path: {named} does not exist (nor does the folder {parent})."
+    names = sorted(entry.name for entry in parent.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = f" Near it: {', '.join(str(parent / name) for name in near)}." if near else ""
+    return f"data.path: {named} does not exist.{hint}"
+
+
+def kind_by_name(path: Path) -> str | None:
+    """jsonl, json, csv, parquet or text by the extension, None where it says nothing."""
+    return KIND_OF_EXTENSION.get(_data_extension(path))
+
+
+def _data_extension(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED_EXTENSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def recognise(path: Path, name: str | None = None) -> DataFile:
+    """What `path` holds, from its first bytes. Raises DataError, saying what was found, where it is not readable data."""
+    name = name or str(path)
+    _refuse_unreadable(path, name)
+    with path.open("rb") as raw:
+        magic = raw.read(4)
+    compression = "gzip" if magic[:2] == b"\x1f\x8b" else "zstd" if magic == b"\x28\xb5\x2f\xfd" else None
+    try:
+        with open_bytes(path, compression) as stream:
+            head = stream.read(1 << 16)
+    except DAMAGED as error:
+        raise DataError(f"{name}: the {compression} data is cut short or damaged ({error}); copy it again.") from error
+    _refuse_foreign(head, name)
+    kind, note = _kind_of_head(head, path, name)
+    return DataFile(path, name, kind, compression, note)
+
+
+def _refuse_unreadable(path: Path, name: str) -> None:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{name}: not an ordinary file ({stat.filemode(status.st_mode)}).")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}.") from error
+
+
+def _refuse_foreign(head: bytes, name: str) -> None:
+    start = head.lstrip()[:64].lower()
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{name}: looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {name} > converted.jsonl")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{name}: this is a Git LFS pointer, not the data; run `git lfs pull`.")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise DataError(f"{name}: this is an HTML page, not data; the download went wrong.")
+    if head.startswith(b"PK\x03\x04"):
+        raise DataError(f"{name}: a zip archive; unpack it and name the files in it.")
+    if head.startswith(b"ARROW1"):
+        raise DataError(f"{name}: an Arrow file; save it as Parquet, or name the folder that `save_to_disk` wrote.")
+
+
+def _kind_of_head(head: bytes, path: Path, name: str) -> tuple[str, str | None]:
+    by_name = kind_by_name(path)
+    if head.startswith(b"PAR1"):
+        return "parquet", None if by_name == "parquet" else f"{name}: holds Parquet, and is read as such"
+    if by_name == "text":
+        return "text", None
+    text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if not text:
+        raise DataError(f"{name}: 0 rows; the file is empty.")
+    if by_name == "parquet":
+        raise DataError(f"{name}: not a Parquet file; it begins with {head[:8]!r}.")
+    if text.startswith(b"["):
+        return "json", None if by_name == "json" else f"{name}: holds a JSON array, and is read as such"
+    if text.startswith(b"{"):
+        _refuse_single_object(text, len(head) == 1 << 16, name)
+        return "jsonl", None if by_name == "jsonl" else f"{name}: holds JSON lines, and is read as such"
+    if by_name is None:
+        raise DataError(f"{name}: not recognised; what is read: {WHAT_IS_READ}. It begins with {text[:16]!r}.")
+    return ("csv" if by_name == "csv" else "jsonl"), None
+
+
+def _refuse_single_object(text: bytes, is_longer: bool, name: str) -> None:
+    """A JSON object over several lines is one row at most, and hardly ever meant as one."""
+    first_line = text.split(b"\n", 1)[0]
+    if first_line.rstrip().endswith(b"}") or (is_longer and first_line == text):
+        return
+    lists = []
+    try:
+        whole: Any = {} if is_longer else json.loads(text)
+        lists = [
+            key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+    except ValueError:
+        # Broken as one object: its first line may be broken JSON Lines, which the reader reports with its column.
+        if not first_line.rstrip() == b"{":
+            return
+    hint = f" Its list {lists[0]!r} looks like the rows: save that list alone." if lists else ""
+    raise DataError(
+        f"{name}: one JSON object over several lines; wanted is an array of rows, or one row per line (JSON Lines).{hint}"
+    )
+
+
+def open_bytes(path: Path, compression: str | None) -> BinaryIO:
+    """The decompressed bytes of a file. Raises DataError where zstandard is needed and not installed."""
+    if compression == "gzip":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if compression == "zstd":
+        return io.BufferedReader(_ZstandardStream(path), buffer_size=1 << 20)
+    return path.open("rb")
+
+
+class _ZstandardStream(io.RawIOBase):
+    """Decompressed bytes of a zstd file of any number of frames; EOFError where the last one is cut short.
+
+    zstandard's own stream reader ends without a word on a cut file (0.25), which would lose rows silently.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(f"{path}: zstd needs a package: pip install 'training-hub[zstd]'.") from error
+        self._package: Any = zstandard
+        self._file = path.open("rb")
+        self._frame: Any = self._new_frame()
+        self._ready = b""
+
+    def _new_frame(self) -> Any:
+        return self._package.ZstdDecompressor().decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._frame.unused_data if self._frame.eof else b""
+            compressed = compressed or self._file.read(1 << 17)
+            if not compressed:
+                return self._end()
+            if self._frame.eof:
+                self._frame = self._new_frame()
+            try:
+                self._ready = self._frame.decompress(compressed)
+            except self._package.ZstdError as error:
+                raise EOFError(str(error)) from error
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _end(self) -> int:
+        if not self._frame.eof:
+            raise EOFError("the last zstd frame is not complete")
+        return 0
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

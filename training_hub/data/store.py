@@ -1,0 +1,241 @@
+"""The token store: all samples of a run, memory-mapped, as columns in one folder.
+
+    ids.bin int32 [tokens]      weights.bin float32 [tokens]    offsets.bin int64 [samples + 1]
+    per sample: sources.bin int32, parts.bin int32, lines.bin int64, hashes.bin 2 x uint64 (of the row's content),
+                trained_weight.bin float64, trained_tokens.bin int64
+    store.json                  names of the parts, report of what was counted
+    manifest.json               size and sha256 of every file
+
+A folder is whole or not there (training_hub.folders). No pickle on any path.
+In memory there are only the columns per sample that are asked for, about 60 bytes each, however long the texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_hub.errors import DataError
+from training_hub.folders import manifest, write_json
+from training_hub.types import Origin, Sample
+
+STORE_VERSION = 1
+FACTS = "store.json"
+
+TOKEN_COLUMNS: Mapping[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "weights": np.dtype("<f4")}
+SAMPLE_COLUMNS: Mapping[str, np.dtype[Any]] = {
+    "sources": np.dtype("<i4"),
+    "parts": np.dtype("<i4"),
+    "lines": np.dtype("<i8"),
+    "hashes": np.dtype(("<u8", 2)),
+    "trained_weight": np.dtype("<f8"),
+    "trained_tokens": np.dtype("<i8"),
+}
+COLUMNS = {**TOKEN_COLUMNS, "offsets": np.dtype("<i8"), **SAMPLE_COLUMNS}
+
+# Where a sample came from: name of the file or object, and what is counted in it.
+PartName = tuple[str, str]
+
+
+def content_hash(samples: Sequence[Sample]) -> np.ndarray:
+    """A 128-bit hash [2] uint64 of the ids and weights of a row's samples: equal for exact duplicates."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        digest.update(len(sample).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(sample.ids, "<i4").tobytes())
+        digest.update(np.ascontiguousarray(sample.weights, "<f4").tobytes())
+    return np.frombuffer(digest.digest(), "<u8")
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBlock:
+    """Samples as columns, the way they travel between processes and onto disk: `lengths` [n] stands for offsets."""
+
+    columns: Mapping[str, np.ndarray]
+    lengths: np.ndarray
+
+    @staticmethod
+    def of(samples: Sequence[Sample], hashes: Sequence[np.ndarray], source: int, parts: Sequence[int]) -> SampleBlock:
+        """The block of these samples; `hashes` and `parts` have one entry per sample."""
+        weights = [sample.weights for sample in samples]
+        columns = {
+            "ids": [sample.ids for sample in samples],
+            "weights": weights,
+            "sources": np.full(len(samples), source),
+            "parts": parts,
+            "lines": [sample.origin.line for sample in samples],
+            "hashes": hashes,
+            "trained_weight": [weight.sum(dtype=np.float64) for weight in weights],
+            "trained_tokens": [np.count_nonzero(weight) for weight in weights],
+        }
+        packed = {name: _column(name, values) for name, values in columns.items()}
+        return SampleBlock(packed, np.array([len(sample) for sample in samples], np.int64))
+
+
+def _column(name: str, values: Any) -> np.ndarray:
+    dtype = COLUMNS[name]
+    if name in TOKEN_COLUMNS:
+        return np.concatenate([np.asarray(value, dtype) for value in values]) if values else np.empty(0, dtype)
+    if name == "hashes":
+        return np.asarray(values, "<u8").reshape(-1, 2)
+    return np.asarray(values, dtype)
+
+
+class StoreWriter:
+    """Appends samples as columns to the files of `folder`, which `write_whole` hands out and seals."""
+
+    def __init__(self, folder: Path):
+        self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 18) for name in COLUMNS}
+        self._folder = folder
+        self._tokens = 0
+        self._write("offsets", np.zeros(1, "<i8"))
+
+    def append(self, block: SampleBlock) -> None:
+        """Add the samples of `block` after those already there."""
+        for name, values in block.columns.items():
+            self._write(name, values)
+        self._write("offsets", self._tokens + np.cumsum(block.lengths, dtype="<i8"))
+        self._tokens += int(block.lengths.sum())
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(np.ascontiguousarray(values).tobytes())
+
+    def finish(self, parts: Sequence[PartName], report: Mapping[str, Any]) -> None:
+        """Close the files and note the names of the parts; `report` comes back as `TokenStore.report`."""
+        for stream in self._files.values():
+            stream.close()
+        facts = {"version": STORE_VERSION, "parts": [list(part) for part in parts], "report": dict(report)}
+        write_json(self._folder / FACTS, facts)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `finish` noted. Raises DataError where it cannot be read or is of another version."""
+    try:
+        facts = json.loads((folder / FACTS).read_text("utf-8"))
+        version = facts["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: not a token store ({type(error).__name__}: {error}).") from error
+    if version != STORE_VERSION:
+        raise DataError(f"{folder}: token store of version {version}; this is {STORE_VERSION}.")
+    return facts
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """Samples by number: `store[i]` is a Sample, `len(store)` counts them.
+
+    `selected` [n] int64 are the numbers of the underlying samples that this store shows, None for all; a validation
+    split is two stores over one folder. `source_weights[store.source_index[i]]` is how often sample i is seen per epoch.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    part_names: tuple[PartName, ...]
+    source_weights: tuple[float, ...]
+    base_fingerprint: str
+    selected: np.ndarray | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    keep_alive: object = field(default=None, repr=False)
+
+    @staticmethod
+    def open(folder: Path, source_weights: Sequence[float] = (1.0,), keep_alive: object = None) -> TokenStore:
+        """The sealed store in `folder`, memory-mapped. Raises DataError where it is not one."""
+        facts = read_facts(folder)
+        columns = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in COLUMNS.items()}
+        sums = {name: manifest(folder)["files"][f"{name}.bin"]["sha256"] for name in COLUMNS}
+        fingerprint = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+        parts = tuple((name, unit) for name, unit in facts["parts"])
+        return TokenStore(
+            columns, parts, tuple(source_weights), fingerprint, report=facts["report"], keep_alive=keep_alive
+        )
+
+    @staticmethod
+    def from_samples(samples: Sequence[Sample]) -> TokenStore:
+        """A store in memory, of one source of weight 1."""
+        part_of: dict[PartName, int] = {}
+        parts = [part_of.setdefault((s.origin.source, s.origin.unit), len(part_of)) for s in samples]
+        block = SampleBlock.of(samples, [content_hash([sample]) for sample in samples], 0, parts)
+        offsets = np.concatenate([np.zeros(1, "<i8"), np.cumsum(block.lengths, dtype="<i8")])
+        columns = {**block.columns, "offsets": offsets}
+        digest = hashlib.sha256()
+        for name in COLUMNS:
+            digest.update(columns[name].tobytes())
+        return TokenStore(columns, tuple(part_of), (1.0,), digest.hexdigest())
+
+    def subset(self, numbers: np.ndarray) -> TokenStore:
+        """A store of these of the samples, by their numbers here."""
+        selected = numbers if self.selected is None else self.selected[numbers]
+        return replace(self, selected=np.asarray(selected, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.columns["offsets"]) - 1 if self.selected is None else len(self.selected)
+
+    def _number(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index = index % len(self)
+        return index if self.selected is None else int(self.selected[index])
+
+    def __getitem__(self, index: int) -> Sample:
+        number = self._number(index)
+        start, end = (int(offset) for offset in self.columns["offsets"][number : number + 2])
+        ids, weights = self.columns["ids"][start:end], self.columns["weights"][start:end]
+        return Sample(np.asarray(ids), np.asarray(weights), self._origin(number))
+
+    def origin(self, index: int) -> Origin:
+        """Where sample `index` came from."""
+        return self._origin(self._number(index))
+
+    def _origin(self, number: int) -> Origin:
+        name, unit = self.part_names[int(self.columns["parts"][number])]
+        return Origin(name, int(self.columns["lines"][number]), unit)
+
+    def column(self, name: str) -> np.ndarray:
+        """One value per sample of this store: sources, parts, lines, hashes [n, 2], trained_weight or trained_tokens."""
+        values = self.columns[name]
+        return values if self.selected is None else values[self.selected]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, [n] int64."""
+        lengths = np.diff(self.columns["offsets"])
+        return lengths if self.selected is None else lengths[self.selected]
+
+    @property
+    def trained_weight(self) -> np.ndarray:
+        """Sum of the token weights of each sample, [n] float64."""
+        return self.column("trained_weight")
+
+    @property
+    def trained_tokens(self) -> np.ndarray:
+        """Tokens of each sample that have a weight, [n] int64."""
+        return self.column("trained_tokens")
+
+    @property
+    def source_index(self) -> np.ndarray:
+        """Which entry of `source_weights` each sample belongs to, [n] int32."""
+        return self.column("sources")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of everything in the store: equal exactly where samples, order and weights are."""
+        digest = hashlib.sha256(f"{self.base_fingerprint} {self.source_weights}".encode())
+        if self.selected is not None:
+            digest.update(self.selected.tobytes())
+        return digest.hexdigest()
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    shape: tuple[int, ...] = dtype.shape
+    item = dtype.base
+    count = path.stat().st_size // item.itemsize
+    if not count:  # An empty file cannot be mapped.
+        return np.empty((0, *shape), item)
+    mapped = np.memmap(path, item, mode="r", shape=(count // (shape[0] if shape else 1), *shape))
+    return mapped.view(np.ndarray)

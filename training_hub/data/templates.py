@@ -1,0 +1,266 @@
+"""Chat templates: the model's own, a named one, or a file, rendered as transformers renders them.
+
+Templates are code from elsewhere. They run in Jinja's immutable sandbox, see plain data only, and everything they do
+goes through `_run`, the one place where limits on their time and output belong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training_hub.data.tokenizer import ChatTokenizer
+from training_hub.errors import DataError
+
+if TYPE_CHECKING:
+    import jinja2
+
+NAMED = ("chatml", "zephyr", "llama", "alpaca", "vicuna", "mistral")
+
+# What `strftime_now` shows. A template that prints the date would otherwise give other tokens tomorrow: the cache would
+# miss, and a resumed run would not be the interrupted one. template_arguments: {strftime_now: 2026-05-01} sets another.
+DAY = "2025-01-01"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template with the tokenizer's special tokens.
+
+    `tool_source` is the variant for conversations with tools, where a model has one ("tool_use").
+    """
+
+    name: str
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    tool_source: str | None = None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation, equal to `apply_chat_template(tokenize=False)` of transformers 5.23.
+
+        Keys whose value is None are left out and reasoning is also given as `thinking`, as there; `arguments` win over
+        special tokens. Raises DataError with the template's own message, or its line, where it refuses or fails.
+        """
+        source = self.tool_source if tools and self.tool_source is not None else self.source
+        arguments = arguments or {}
+        variables: dict[str, Any] = {**self.special_tokens, **arguments}
+        variables["strftime_now"] = _clock(arguments.get("strftime_now", DAY))
+        variables["messages"] = [_message(message) for message in messages]
+        variables["tools"] = plain(list(tools)) if tools else None
+        variables["add_generation_prompt"] = add_generation_prompt
+        return _run(self.name, source, variables)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over all that decides what is rendered, but for the conversation and its arguments."""
+        parts = [self.source, self.tool_source, dict(self.special_tokens), DAY]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def resolve_template(name_or_path: str | None, tokenizer: ChatTokenizer) -> ChatTemplate | None:
+    """The template called or lying at `name_or_path`; the tokenizer's own for None, and None if it has none.
+
+    Raises DataError for an unknown name, listing the known ones, and for a syntax error, naming its line.
+    """
+    if name_or_path is None:
+        template = _own_template(tokenizer)
+    elif name_or_path in NAMED:
+        source = (files(__package__) / "templates" / f"{name_or_path}.jinja").read_text(encoding="utf-8")
+        template = ChatTemplate(name_or_path, source, tokenizer.special_tokens)
+    else:
+        template = ChatTemplate(name_or_path, _read(name_or_path), tokenizer.special_tokens)
+    if template is not None:
+        for source in filter(None, (template.source, template.tool_source)):
+            _compiled(template.name, source)
+    return template
+
+
+def no_template(what: str) -> str:
+    """The problem of a conversation without a template, and what to write."""
+    return (
+        f"{what}: the tokenizer has no chat template and none is given. Set data.chat_template to one of "
+        f"{', '.join(NAMED)}, or to a Jinja file; the one that the model will be served with."
+    )
+
+
+def _own_template(tokenizer: ChatTokenizer) -> ChatTemplate | None:
+    own = tokenizer.chat_template
+    if own is None or isinstance(own, str):
+        return ChatTemplate("of the tokenizer", own, tokenizer.special_tokens) if own else None
+    if "default" not in own:
+        raise DataError(
+            f"chat template: the tokenizer has several ({', '.join(sorted(own))}) and none is called 'default'. Save "
+            "the one you want as a file and name it: data.chat_template."
+        )
+    return ChatTemplate("of the tokenizer", own["default"], tokenizer.special_tokens, own.get("tool_use"))
+
+
+def _read(path: str) -> str:
+    import difflib
+
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    near = difflib.get_close_matches(path, NAMED, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise DataError(
+        f"data.chat_template: {path!r} is neither a known name nor a file; known names: {', '.join(NAMED)}.{hint} "
+        "Leave it out for the model's own."
+    )
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {key: value if type(value) is str else plain(value) for key, value in message.items() if value is not None}
+    reasoning = shown.get("reasoning_content", shown.get("thinking", shown.get("reasoning")))
+    if reasoning is not None:
+        # gpt-oss reads `thinking`, the others `reasoning_content`.
+        shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
+    return shown
+
+
+def plain(value: Any) -> Any:
+    """A copy made of JSON types only. Anything else is refused: its methods would be open to the template's code."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    raise DataError(
+        f"a {type(value).__name__} cannot be shown to a chat template; text, numbers, lists and objects can."
+    )
+
+
+def _clock(day: Any) -> Callable[[str], str]:
+    try:
+        fixed = datetime.combine(day if isinstance(day, date) else date.fromisoformat(day), datetime.min.time())
+    except (TypeError, ValueError) as error:
+        raise DataError(f"template_arguments.strftime_now: {day!r} is not a day; write it as 2025-12-31.") from error
+    return fixed.strftime
+
+
+def _run(name: str, source: str, variables: Mapping[str, Any]) -> str:
+    """Render; the place for limits on time and output."""
+    compiled = _compiled(name, source)
+    try:
+        return compiled.render(variables)
+    except (
+        Exception
+    ) as error:  # a template is foreign code and can raise anything; every failure becomes one of the row
+        raise DataError(_failure(name, error)) from error
+
+
+def _failure(name: str, error: Exception) -> str:
+    if type(error).__name__ == "Refusal":
+        return f"chat template {name}: refuses this conversation: {error}"
+    line = None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    where = f", line {line}" if line else ""
+    return f"chat template {name}{where}: {type(error).__name__}: {error}"
+
+
+def _compiled(name: str, source: str) -> jinja2.Template:
+    import jinja2
+
+    try:
+        return _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"chat template {name}, line {error.lineno}: syntax error: {error.message}") from error
+
+
+@lru_cache(maxsize=32)
+def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """Jinja as transformers sets it up for chat templates (`_cached_compile_jinja_template`, version 5.23)."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """Accepts {% generation %} ... {% endgeneration %} and renders what is inside: masks here need no marks."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            # A call block, as in transformers: what is set inside stays inside there, and must here.
+            return jinja2.nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+        def _inside(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    class Namespace(jinja2.utils.Namespace):
+        """Without underscore names, through which a template could reach Python's internals."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, rest = args[0], args[1:]
+            attributes = dict(*rest, **kwargs)
+            for key in attributes:
+                _refuse_hidden(key)
+            jinja2.utils.Namespace.__init__(self, attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _refuse_hidden(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
+    environment.globals["namespace"] = Namespace
+    return environment
+
+
+def _refuse_hidden(name: Any) -> None:
+    import jinja2
+
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}: it begins with an underscore")
+
+
+def _refuse(message: str) -> None:
+    raise _refusal()(message)
+
+
+@lru_cache(maxsize=1)
+def _refusal() -> type[Exception]:
+    import jinja2
+
+    class Refusal(jinja2.exceptions.TemplateError):
+        """What `raise_exception` raises."""
+
+    return Refusal
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,126 @@
+"""Work on chunks in several processes, results in order, with a bounded number of chunks under way.
+
+Workers are forked, so that tokenizer and template reach them without being pickled, and hold no state between chunks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+from training_hub.errors import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+CHUNKS_PER_WORKER = 2
+
+
+def can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods()
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers(Generic[Task, Result]):
+    """`with Workers(work, 4) as workers: for result in workers.map(tasks)`: results in the order of the tasks.
+
+    Task k goes to worker k modulo n and its result is read from there, so order costs nothing. An exception that
+    `work` raises is raised in the caller; a worker that dies is a DataError.
+    """
+
+    def __init__(self, work: Callable[[Task], Result], count: int):
+        context = multiprocessing.get_context("fork")
+        self._count = count
+        # A queue sends from a thread of its own: a parent that sent directly could wait for a worker that waits for it.
+        self._tasks: list[Any] = [context.Queue() for _ in range(count)]
+        ends = [context.Pipe(duplex=False) for _ in range(count)]
+        self._results: list[Connection] = [receiving for receiving, _ in ends]
+        self._processes = [
+            context.Process(target=_serve, args=(work, self._tasks[i], ends[i][1], os.getpid()), daemon=True)
+            for i in range(count)
+        ]
+        with _quiet_tokenizers():
+            for process in self._processes:
+                process.start()
+        for _, sending in ends:
+            sending.close()
+
+    def __enter__(self) -> Workers[Task, Result]:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for tasks in self._tasks:
+            tasks.cancel_join_thread()
+            tasks.close()
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
+        """The result of each task, in order; at most two tasks per worker are under way."""
+        sent = received = 0
+        for task in tasks:
+            self._tasks[sent % self._count].put(task)
+            sent += 1
+            if sent - received >= CHUNKS_PER_WORKER * self._count:
+                yield self._receive(received % self._count)
+                received += 1
+        for number in range(received, sent):
+            yield self._receive(number % self._count)
+
+    def _receive(self, worker: int) -> Result:
+        try:
+            result, error = self._results[worker].recv()
+        except EOFError as ended:
+            self._processes[worker].join(timeout=5)
+            code = self._processes[worker].exitcode
+            raise DataError(
+                f"a process that tokenises died (exit code {code}; -9 is often a lack of memory). Try data.workers: 0."
+            ) from ended
+        if error is not None:
+            raise error
+        return result
+
+
+def _serve(work: Callable[[Any], Any], tasks: Any, results: Connection, parent: int) -> None:
+    # Ctrl-C reaches the whole process group; the parent answers it and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        try:
+            task = tasks.get(timeout=2.0)
+        except queue.Empty:
+            if os.getppid() != parent:
+                return  # The parent was killed; nobody will ask again.
+            continue
+        try:
+            results.send((work(task), None))
+        except BrokenPipeError:
+            return
+        except Exception as error:  # noqa: BLE001 - raised again, whatever it is, where the result is read.
+            results.send((None, error))
+
+
+@contextmanager
+def _quiet_tokenizers() -> Iterator[None]:
+    """Fork with the tokenizers' own threads off: each worker is one core, and threads do not survive a fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
