@@ -24,7 +24,8 @@ Watcher = Callable[[StepReport], None]
 class Given:
     """Live objects handed over beside the recipe; each stands in for what the recipe would name.
 
-    rows, validation_rows: DataFrame, `datasets` object, or an iterable of dictionaries. watchers: called with each report.
+    rows, validation_rows: DataFrame, `datasets` object, or an iterable of dictionaries. watchers: called with each
+    report.
     """
 
     model: Any = None

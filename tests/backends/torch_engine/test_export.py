@@ -1,0 +1,76 @@
+"""The final folder is an ordinary Hugging Face folder that holds exactly what was trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from training_hub.backends.torch_engine import export as export_module
+from training_hub.backends.torch_engine.adaptations.full import Full
+from training_hub.backends.torch_engine.export import export
+from training_hub.errors import TrainingError
+
+
+def model(is_tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=is_tied,
+        eos_token_id=7,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def write(made, folder, tokenizer_folder, dtype=torch.float32, weights=None, stop_ids=(), template="{{ messages }}"):
+    adaptation = Full()
+    adaptation.attach(made)
+    chosen = weights or dict(made.named_parameters())
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return export(made, adaptation.export(chosen, dtype), dtype, folder, tokenizer, template, stop_ids)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_it_loads_strictly_with_transformers_and_gives_the_same_logits(tiny_model_folder, tmp_path, is_tied):
+    made = model(is_tied)
+    assert write(made, tmp_path / "final", tiny_model_folder) == 0.0
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not any(report.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.tensor([[1, 5, 9, 200]])
+    assert torch.equal(loaded(ids).logits, made(ids).logits)
+    assert loaded.config.tie_word_embeddings is is_tied
+
+
+def test_float32_masters_of_a_bfloat16_model_are_written_in_full(tiny_model_folder, tmp_path):
+    made = model(dtype=torch.bfloat16)
+    masters = {name: p.detach().float() + 1e-6 for name, p in made.named_parameters()}
+    write(made, tmp_path / "final", tiny_model_folder, torch.float32, masters)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["dtype"] == "float32"
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, masters[name])
+
+
+def test_it_stops_where_training_stopped_and_carries_the_template_used(tiny_model_folder, tmp_path):
+    write(model(), tmp_path / "final", tiny_model_folder, stop_ids=[2, 7])
+    generation = json.loads((tmp_path / "final" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [7, 2]
+    assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == "{{ messages }}"
+
+
+def test_a_folder_that_does_not_hold_the_model_never_gets_the_name(tiny_model_folder, tmp_path):
+    made = model()
+    tensors = dict(made.state_dict())
+    wrong = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}
+    with export_module.write_whole(tmp_path / "other") as aside:
+        made.save_pretrained(aside)
+        with pytest.raises(TrainingError, match=r"model\.norm\.weight is not what was written"):
+            export_module.verify(aside, made, wrong, torch.float32)

@@ -1,0 +1,118 @@
+"""Checkpoints: everything a run needs to go on, whole or not there.
+
+    checkpoints/step-N/
+      model.safetensors      weights as the optimizer moves them (float32 masters where the model computes in bfloat16)
+      optimizer.safetensors  the optimizer's tensors
+      trainer.json           step, seed, best validation loss, fingerprints, versions
+      recipe.yaml            the recipe of the run
+      manifest.json          size and sha256 of each file
+
+Random state is not among them because there is none: dropout is seeded by (seed, step), batches are a function of
+(data, recipe, seed, step), the learning rate of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training_hub.errors import CheckpointError
+from training_hub.folders import damage, write_whole
+
+STEP_FOLDER = re.compile(r"^step-(\d+)$")
+TRAINER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds. `facts` is plain JSON: step, seed, best, fingerprints, versions."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder."""
+
+    def __init__(self, root: Path, keep_last: int | None = None):
+        self.root = root
+        self.keep_last = keep_last
+
+    def save(self, state: State, recipe_yaml: str, protected_step: int | None = None) -> Path:
+        """Write step-N, then remove what is older than `keep_last`, never `protected_step` (the best one).
+
+        Raises OSError where the disk refuses; earlier checkpoints are then as they were.
+        """
+        folder = self.root / f"step-{state.step}"
+        with write_whole(folder, {"step": state.step}, replace=True) as aside:
+            save_file(_contiguous(state.weights), aside / "model.safetensors")
+            save_file(_contiguous(state.optimizer), aside / "optimizer.safetensors")
+            facts = {"version": TRAINER_VERSION, "step": state.step, **state.facts}
+            (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+        self._prune(protected_step)
+        return folder
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, ascending; by name, never by time of change."""
+        if not self.root.is_dir():
+            return []
+        return sorted(int(m[1]) for path in self.root.iterdir() if (m := STEP_FOLDER.match(path.name)))
+
+    def folder(self, step: int) -> Path:
+        return self.root / f"step-{step}"
+
+    def newest_valid(self, say: Callable[[str], None]) -> int | None:
+        """The newest step whose files are all as written. Damaged ones are named, and left where they are.
+
+        Raises CheckpointError where checkpoints exist and none is whole.
+        """
+        steps = self.steps()
+        found: list[str] = []
+        for step in reversed(steps):
+            problems = damage(self.folder(step))
+            if not problems:
+                return step
+            found += problems
+            say(f"checkpoint step-{step} is damaged and passed over: {'; '.join(problems)}")
+        if not steps:
+            return None
+        remedy = "No checkpoint is whole. Set checkpoint.resume: restart to begin anew; what is there is moved aside."
+        raise CheckpointError([*found, remedy])
+
+    def load(self, step: int) -> State:
+        """The state saved at `step`, on the CPU. Call `newest_valid` first: this does not check sums again."""
+        folder = self.folder(step)
+        facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        if facts.get("version") != TRAINER_VERSION:
+            raise CheckpointError(
+                f"{folder}: written in format {facts.get('version')}, this version reads {TRAINER_VERSION}. "
+                "Use the version that wrote it, or set checkpoint.resume: restart."
+            )
+        return State(
+            step=step,
+            weights=load_file(folder / "model.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            facts=facts,
+        )
+
+    def _prune(self, protected_step: int | None) -> None:
+        if self.keep_last is None:
+            return
+        for step in self.steps()[: -self.keep_last]:
+            if step != protected_step:
+                shutil.rmtree(self.folder(step))
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,116 @@
+"""The final model: an ordinary Hugging Face folder, checked by loading it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from training_hub.backends.torch_engine.quiet import library_bars
+from training_hub.errors import TrainingError
+from training_hub.folders import write_whole
+
+PROBE_LENGTH = 16
+
+
+def export(
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+    tokenizer: Any,
+    chat_template: str | None,
+    stop_ids: Sequence[int],
+    trust_remote_code: bool = False,
+) -> float:
+    """Write `tensors`, the state dict as an adaptation exports it, into `folder`; atomic.
+
+    The folder loads with transformers alone: weights, config, generation config that stops at `stop_ids`, tokenizer and
+    the chat template used in training. Before it gets its name it is loaded again: every tensor must be equal to what
+    was meant to be written. Returns the largest difference of logits between the model in memory and the folder, which
+    is 0 where both have the same format. Raises TrainingError where the folder does not hold the model.
+    """
+    refuse_nonfinite(tensors)
+    with library_bars(), write_whole(folder, {"dtype": str(dtype)}, replace=True) as aside:
+        model.save_pretrained(aside, state_dict=dict(tensors))
+        _set_dtype(aside / "config.json", dtype)
+        _add_stop_ids(aside / "generation_config.json", stop_ids)
+        _save_tokenizer(tokenizer, chat_template, aside)
+        return verify(aside, model, tensors, dtype, trust_remote_code)
+
+
+def refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
+    """Raise TrainingError naming each tensor with NaN or infinite numbers."""
+    counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items()}
+    problems = [f"{name} holds {count:,} numbers that are not finite" for name, count in counts.items() if count]
+    if problems:
+        raise TrainingError(
+            [*problems, "Such a model is not written. Did the model that training began with hold them?"]
+        )
+
+
+@torch.no_grad()
+def verify(
+    folder: Path,
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> float:
+    """Load `folder` and compare: tensors exactly, logits as the largest difference over a few tokens."""
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    problems = [f"{kind}: {', '.join(sorted(map(str, report[kind])))}" for kind in _CHECKED if report.get(kind)]
+    for name, tensor in loaded.state_dict().items():
+        if name in tensors and not torch.equal(tensor, tensors[name]):
+            problems.append(f"{name} is not what was written")
+    if problems:
+        raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])
+    ids = torch.arange(PROBE_LENGTH).remainder(model.config.get_text_config().vocab_size)[None]
+    return _logit_difference(model, loaded, ids)
+
+
+_CHECKED = ("missing_keys", "mismatched_keys")
+
+
+def _logit_difference(model: PreTrainedModel, loaded: PreTrainedModel, ids: Tensor) -> float:
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    here = model(input_ids=ids.to(device), use_cache=False, document_lengths=(ids.shape[1],)).logits.float().cpu()
+    model.train(was_training)
+    there = loaded.eval()(input_ids=ids, use_cache=False).logits.float()
+    return float((here - there).abs().max())
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    # save_pretrained writes the format of the model in memory, which is that of training.
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
+    # A model that learned to end its turn with <|im_end|> must also be stopped there by generate().
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = content.get("eos_token_id")
+    listed = [] if known is None else [known] if isinstance(known, int) else list(known)
+    listed += [token for token in stop_ids if token not in listed]
+    if listed:
+        content["eos_token_id"] = listed[0] if len(listed) == 1 else listed
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _save_tokenizer(tokenizer: Any, chat_template: str | None, folder: Path) -> None:
+    before = tokenizer.chat_template
+    tokenizer.chat_template = chat_template if chat_template is not None else before
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = before

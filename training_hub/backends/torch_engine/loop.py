@@ -1,0 +1,273 @@
+"""The loop: what happens in one run, step by step."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
+from training_hub.backends.torch_engine.optim import Updater
+from training_hub.backends.torch_engine.signals import StopRequest
+from training_hub.backends.torch_engine.tensors import to_device
+from training_hub.data.feed import Feed, validation_packs
+from training_hub.data.packing import pack
+from training_hub.data.store import TokenStore
+from training_hub.errors import CheckpointError, Interrupted, TrainingError
+from training_hub.evaluation.metrics import perplexity
+from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
+from training_hub.recipe import Recipe
+from training_hub.recipe.load import dump
+from training_hub.recipe.schedule import learning_rate
+from training_hub.types import Batch, Console, StepReport
+
+ROWS_NAMED = 20  # in the error about a loss that is not finite
+
+
+@dataclass
+class Run:
+    """A run in progress: its parts, and the little that changes: the step it has reached and its best validation."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    objective: Callable[..., Any]
+    adaptation: Any
+    updater: Updater
+    feed: Feed
+    validation: TokenStore | None
+    checkpoints: Checkpoints
+    device: torch.device
+    console: Console
+    facts: dict[str, Any]
+    step: int = 0
+    best: tuple[float, int] | None = None  # (validation loss, step)
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
+    validation_before: float | None = None
+
+
+def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
+    """One report for each optimizer step from where the run stands to its end.
+
+    A step is reported before it is saved, so that the metrics never miss a step that a checkpoint holds. Raises
+    Interrupted, with the state saved, at the first step boundary after a signal.
+    """
+    evaluation = run.recipe.evaluation
+    meter = ThroughputMeter(run.feed.total_steps, first_step=run.step)
+    if run.step == 0 and run.validation is not None and evaluation.at_start:
+        run.validation_before = evaluate(run)
+        before = run.validation_before
+        run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
+    while run.step < run.feed.total_steps:
+        report = take_step(run, run.feed.batch(run.step + 1), meter)
+        run.step = report.step
+        if is_evaluation_due(run):
+            loss = evaluate(run)
+            report = replace(report, validation_loss=loss, validation_perplexity=perplexity(loss))
+        yield report
+        is_best = report.validation_loss is not None and note_best(run, report.validation_loss)
+        if stop.number is not None or is_saving_due(run) or (is_best and run.recipe.checkpoint.keep_best):
+            save(run)
+        if stop.number is not None and run.step < run.feed.total_steps:
+            raise interrupted(run, stop.number)
+
+
+def take_step(run: Run, batch: Batch, meter: ThroughputMeter) -> StepReport:
+    """Forward, backward and update on one batch; the loss is a sum divided once by the batch's trained weight."""
+    began = time.perf_counter()
+    mean = accumulate(run, batch)
+    norm = run.updater.clip()
+    # The only place in a step where the host waits for the device.
+    loss, grad_norm = torch.stack([mean, norm.to(torch.float64)]).tolist()
+    rate = learning_rate(run.recipe.lr_scheduler, run.recipe.optimizer.lr, batch.step, run.feed.total_steps)
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if is_finite:
+        run.adaptation.before_step()
+        run.updater.step(rate)
+        run.adaptation.after_step()
+    elif run.recipe.training.on_nonfinite == "stop":
+        raise nonfinite(run, batch, loss, grad_norm)
+    run.updater.masters.drop_gradients()
+    seconds = time.perf_counter() - began
+    meter.add(batch.num_tokens, seconds)
+    return StepReport(
+        step=batch.step,
+        total_steps=run.feed.total_steps,
+        epoch=batch.epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        tokens=batch.num_tokens,
+        trained_tokens=batch.num_trained_tokens,
+        samples=batch.num_samples,
+        tokens_per_second=batch.num_tokens / seconds,
+        step_seconds=seconds,
+        memory_gib=peak_memory_gib(run.device),
+        seconds_left=meter.seconds_left,
+        skipped=not is_finite,
+        time=time.time(),
+    )
+
+
+def accumulate(run: Run, batch: Batch) -> Tensor:
+    """Add up the gradients of the batch's packs; its mean loss per trained token, as a float64 scalar."""
+    torch.manual_seed(step_seed(run.recipe.seed, batch.step))
+    run.model.train()
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    for one in batch.packs:
+        term = run.objective(run.model, to_device(one, run.device))
+        (term.total / batch.trained_weight).backward()
+        total += term.total.detach()
+    return total / batch.trained_weight
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of dropout in `step`: a function of both, so that a resumed run draws what an unbroken one would."""
+    return (seed * 1_000_003 + step) % 2**63
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss over the trained tokens of the whole validation set, in nats."""
+    assert run.validation is not None
+    run.model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    packs = validation_packs(run.validation, run.feed.settings.token_budget, run.feed.settings.is_packed)
+    with run.console.progress("validation", total=int(run.validation.lengths.sum()), unit="tokens") as advance:
+        for one in packs:
+            total += run.objective(run.model, to_device(one, run.device)).total
+            advance(len(one))
+    return float(total) / float(run.validation.trained_weight.sum())
+
+
+def dry_step(run: Run) -> None:
+    """Forward and backward on the largest pack, so that memory runs out in minute one or not at all."""
+    run.model.train()
+    torch.manual_seed(step_seed(run.recipe.seed, 0))
+    one = run.feed.largest_pack()
+    (run.objective(run.model, to_device(one, run.device)).total / max(float(one.weights.sum()), 1.0)).backward()
+    run.updater.masters.drop_gradients()
+
+
+def is_evaluation_due(run: Run) -> bool:
+    if run.validation is None:
+        return False
+    settings = run.recipe.evaluation
+    at_interval = settings.interval is not None and run.step % settings.interval == 0
+    at_end = run.step == run.feed.total_steps
+    return at_interval or at_end or (settings.at_epoch and run.feed.is_epoch_end(run.step))
+
+
+def is_saving_due(run: Run) -> bool:
+    settings = run.recipe.checkpoint
+    at_interval = settings.interval is not None and run.step % settings.interval == 0
+    at_epoch = settings.at_epoch and run.feed.is_epoch_end(run.step)
+    at_time = settings.minutes is not None and time.monotonic() - run.saved_at >= settings.minutes * 60
+    return at_interval or at_epoch or at_time or is_at_samples(run, settings.save_samples)
+
+
+def is_at_samples(run: Run, every: int) -> bool:
+    """Whether this step took the count of trained samples to or over another multiple of `every`."""
+    if not every:
+        return False
+    after = samples_seen(run.feed, run.step)
+    return after // every > samples_seen(run.feed, run.step - 1) // every
+
+
+def samples_seen(feed: Feed, step: int) -> int:
+    """Samples trained in the first `step` steps."""
+    epochs, steps = divmod(step, feed.steps_per_epoch)
+    return epochs * feed.samples_per_epoch + min(steps * feed.settings.samples_per_step, feed.samples_per_epoch)
+
+
+def note_best(run: Run, loss: float) -> bool:
+    """Remember the lowest validation loss and its step; whether this is it."""
+    if run.best is not None and run.best[0] <= loss:
+        return False
+    run.best = (loss, run.step)
+    return True
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the step the run has reached, once."""
+    if run.saved_step == run.step and run.step > 0:
+        return
+    best = run.best if run.recipe.checkpoint.keep_best else None
+    facts = {**run.facts, "best": run.best, "validation_before": run.validation_before, "seed": run.recipe.seed}
+    state = State(run.step, dict(run.updater.masters.weights), run.updater.state(), facts)
+    try:
+        run.checkpoints.save(state, dump(run.recipe), protected_step=best[1] if best else None)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint step-{run.step} could not be written: {error}. Earlier checkpoints are as they were; "
+            "make room and run the same command again to go on from the newest."
+        ) from error
+    run.saved_at, run.saved_step = time.monotonic(), run.step
+
+
+def resume(run: Run, step: int) -> None:
+    """Put the run where checkpoint `step` was taken."""
+    state = run.checkpoints.load(step)
+    changed = [
+        f"{name}: was {state.facts.get(name)!r}, now {run.facts[name]!r}"
+        for name in ("data_fingerprint", "tokenizer_fingerprint")
+        if state.facts.get(name) != run.facts[name]
+    ]
+    if changed:
+        raise CheckpointError(
+            [
+                *changed,
+                "The data or the tokenizer changed since this run began, so it cannot go on as if unbroken. "
+                "Restore them, or set checkpoint.resume: restart.",
+            ]
+        )
+    run.updater.masters.load(state.weights)
+    run.updater.load_state(state.optimizer)
+    run.step = run.saved_step = state.step
+    run.best = tuple(state.facts["best"]) if state.facts.get("best") else None
+    run.validation_before = state.facts.get("validation_before")
+
+
+def interrupted(run: Run, number: int) -> Interrupted:
+    return Interrupted(
+        f"{signal.Signals(number).name} received: stopped after step {run.step} of {run.feed.total_steps}, saved in "
+        f"{run.checkpoints.folder(run.step)}. Run the same command again to go on from there.",
+        signal_number=number,
+    )
+
+
+def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError:
+    """The error about a step whose loss or gradient is not finite; names the rows that do it alone."""
+    run.updater.masters.drop_gradients()
+    indices = [int(index) for one in batch.packs for index in one.samples]
+    guilty = [index for index in indices if not math.isfinite(_loss_alone(run, index))]
+    who = "rows whose own loss is not finite" if guilty else "no row does it alone; rows of the step"
+    named = [str(run.feed.store.origin(index)) for index in (guilty or indices)]
+    shown = ", ".join(named[:ROWS_NAMED]) + (f" and {len(named) - ROWS_NAMED} more" if len(named) > ROWS_NAMED else "")
+    kept = run.checkpoints.steps()
+    saved = f"the newest checkpoint is step-{kept[-1]}" if kept else "no checkpoint was due before it"
+    return TrainingError(
+        f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. Nothing of this step was kept or "
+        f"saved; {saved}. {who.capitalize()}: {shown}. Lower optimizer.lr, look at these rows, or set "
+        "training.on_nonfinite: skip."
+    )
+
+
+@torch.no_grad()
+def _loss_alone(run: Run, index: int) -> float:
+    one = pack([run.feed.store[index]], [index])
+    return float(run.objective(run.model, to_device(one, run.device)).total)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return memory_gib()

@@ -1,0 +1,222 @@
+"""Loading a causal language model for training: strictly, from safetensors, with our attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from training_hub.backends.torch_engine.attention import DOCUMENTS, VARLEN, register_attention, varlen_problem
+from training_hub.backends.torch_engine.model_folder import folder_problems, is_folder, stored_dtype
+from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, attention_difference
+from training_hub.backends.torch_engine.quiet import library_bars
+from training_hub.errors import BackendError, RecipeError
+from training_hub.recipe import Recipe
+from training_hub.recipe.sections import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LoadedModel", "choose_device", "choose_dtype", "folder_problems", "load_model"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device. `original_dtype`: the number format it came in. `notes`: what a user should be told.
+
+    attention: the name it attends by: DOCUMENTS, VARLEN, or transformers' own where the architecture allows no other.
+    """
+
+    model: PreTrainedModel
+    original_dtype: torch.dtype
+    attention: str
+    notes: tuple[str, ...]
+
+
+def choose_device() -> torch.device:
+    """The current CUDA device where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The number format of forward and backward: as `requested` ("float32", ...), or for "auto" the fastest safe one.
+
+    auto is bfloat16 where the hardware has matrix units for it, else float32. Raises BackendError for bfloat16 on a
+    GPU without it.
+    """
+    fast = _multiplies_bfloat16(device)
+    if requested == "auto":
+        return torch.bfloat16 if fast else torch.float32
+    if requested == "bfloat16" and device.type == "cuda" and not fast:
+        name = torch.cuda.get_device_name(device)
+        raise BackendError(f"model.dtype: {name} has no bfloat16. Use auto or float32.")
+    return getattr(torch, requested)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    # Every CPU with AMX tiles multiplies bfloat16 in them.
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def load_model(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, model: PreTrainedModel | None = None
+) -> LoadedModel:
+    """The recipe's model, or the live `model` given instead, on `device` in `dtype`, in evaluation mode.
+
+    A live model is changed in place. Nothing is changed in the part of the config that is saved. Raises RecipeError
+    naming every problem of the folder, every weight that is missing and every one of another shape.
+    """
+    register_attention()
+    names = _attention_names(recipe.model.attention, device, dtype)
+    if model is None:
+        loaded, original, notes = _load(recipe.model, dtype)
+    else:
+        loaded, original, notes = model, next(model.parameters()).dtype, _convert(model, dtype)
+    loaded = loaded.to(device).eval()
+    attention = _attach_attention(loaded, names, dtype)
+    return LoadedModel(
+        loaded, original, attention, (*notes, *_attention_notes(attention, names), *_model_notes(loaded))
+    )
+
+
+def _attention_names(requested: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What to try, best first."""
+    if requested == "documents":
+        return [DOCUMENTS]
+    problem = varlen_problem(device, dtype)
+    if requested == "varlen":
+        if problem:
+            raise BackendError(problem)
+        return [VARLEN]
+    return [DOCUMENTS] if problem else [VARLEN, DOCUMENTS]
+
+
+def _load(chosen: Model, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dtype, list[str]]:
+    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
+    if problems:
+        raise RecipeError(problems)
+    source = _source_options(chosen)
+    config = _from_library(chosen, "AutoConfig", source)
+    original = _original_dtype(chosen.path, config)
+    # An implementation named in a config may be a kernel on the hub, that is: code. We choose, not the config.
+    config._attn_implementation = None
+    config._experts_implementation = None
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        # The library's own error for this stops at the first place; ours names them all.
+        "ignore_mismatched_sizes": True,
+    }
+    model, info = _from_library(chosen, "AutoModelForCausalLM", {**source, **options})
+    problems = _loading_problems(chosen.path, model, info)
+    if problems:
+        raise RecipeError(problems)
+    return model, original, _unexpected_notes(info["unexpected_keys"])
+
+
+def _source_options(chosen: Model) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": chosen.trust_remote_code}
+    if is_folder(chosen.path):
+        return {**options, "local_files_only": True}
+    return {**options, "revision": chosen.revision} if chosen.revision else options
+
+
+def _from_library(chosen: Model, loader: str, options: Mapping[str, Any]) -> Any:
+    import transformers
+
+    path = str(Path(chosen.path).expanduser()) if is_folder(chosen.path) else chosen.path
+    try:
+        with library_bars():
+            return getattr(transformers, loader).from_pretrained(path, **options)
+    except OSError as error:
+        where = "cannot be read" if is_folder(chosen.path) else "is not a folder here and cannot be had from the hub"
+        raise RecipeError(f"model.path: {chosen.path} {where}: {error}") from error
+
+
+def _original_dtype(path: str, config: Any) -> torch.dtype:
+    """The weights' own format; for a name on the hub what its config says. transformers' default is float32."""
+    name = stored_dtype(Path(path).expanduser()) if is_folder(path) else None
+    said = getattr(torch, name) if name else getattr(config, "dtype", None)
+    return getattr(torch, said) if isinstance(said, str) else said or torch.float32
+
+
+def _loading_problems(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(key for key in info["missing_keys"] if key not in tied)
+    problems = []
+    if missing:
+        problems.append(
+            f"model.path {path}: {len(missing)} weights of {type(model).__name__} are not in the files and would start "
+            f"at random: {_some(missing)}. Use a folder that holds the whole model."
+        )
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        problems.append(
+            f"model.path {path}: {key} has shape {tuple(stored)} in the files, but config.json makes it "
+            f"{tuple(wanted)}. Use the config.json that was saved with these weights."
+        )
+    return problems + [f"model.path {path}: {message}" for message in info.get("error_msgs") or ()]
+
+
+def _unexpected_notes(keys: Iterable[str]) -> list[str]:
+    found = sorted(keys)
+    if not found:
+        return []
+    return [f"{len(found)} weights in the files belong to no part of the model that is trained and will not be in the "
+            f"result: {_some(found)}"]  # fmt: skip
+
+
+def _some(names: list[str], shown: int = 8) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Parameters to `dtype`, in place; what was done. Buffers stay: rotary frequencies are wrong in 16 bits."""
+    before = next(model.parameters()).dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return [] if before == dtype else [f"the given model was converted from {_name(before)} to {_name(dtype)}"]
+
+
+def _attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> str:
+    """Switch the model to the first of `names` under which it says what it says by itself; the name it ends up with."""
+    own = model.config._attn_implementation
+    # Attention in chunks (Llama 4) is told by a mask alone, and shows only in documents longer than a chunk.
+    chunked = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    for name in () if chunked else names:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            break
+        if attention_difference(model) <= SAME_LOGITS.get(dtype, ROUGH):
+            return name
+    model.set_attn_implementation(own)
+    return own
+
+
+def _attention_notes(attention: str, names: list[str]) -> list[str]:
+    if attention == names[0]:
+        return []
+    kind = "ours" if attention in names else "transformers' own"
+    return [
+        f"attention is {kind} ({attention}): this architecture cannot use, or changes what it says with, {names[0]}"
+    ]
+
+
+def _model_notes(model: PreTrainedModel) -> list[str]:
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return ["the loss is that of the tokens alone; the auxiliary loss of the router is not added"]
+    return []
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,116 @@
+"""Cross-entropy of the next token: the weighted sum over the trained tokens of a pack."""
+
+# T tokens of the pack, N trained positions, D width of the model, V vocabulary
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.objectives.head import find_head
+from training_hub.backends.torch_engine.tensors import PackTensors, Term
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""How far two ways to the same logits may lie apart, relative to the largest; ROUGH for 16-bit numbers, which keep as
+few as 8 bits and are rounded again by each scale and cap."""
+
+ROUGH = 0.03
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Sum over trained tokens of weight * -log p(token | tokens of its document before it), not divided.
+
+    through_head: run the decoder and multiply only trained positions with the head, in chunks. Otherwise the whole
+    model is run and asked for the logits of the trained positions; slower, right for a head with its own arithmetic.
+    """
+
+    through_head: bool = True
+
+    def __call__(self, model: PreTrainedModel, pack: PackTensors) -> Term:
+        head = find_head(model) if self.through_head else None
+        if head is None:
+            return Term(_loss_of_logits(model_logits(model, pack), pack.targets, pack.target_weights))
+        hidden_ND = decoder_states(model, pack)
+        return Term(head.loss(hidden_ND, pack.targets, pack.target_weights))
+
+
+def cross_entropy(model: PreTrainedModel) -> tuple[CrossEntropy, str | None]:
+    """The objective for this model: its fast form where `check_head` agrees, else the general one and why."""
+    reason = check_head(model)
+    return CrossEntropy(through_head=reason is None), reason
+
+
+def decoder_states(model: PreTrainedModel, pack: PackTensors) -> Tensor:
+    """[N, D]: what the decoder says at the trained positions."""
+    decoder = _decoder(model)
+    states_TD = decoder(**pack.arguments(decoder.forward))[0][0]
+    return states_TD.index_select(0, pack.rows)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The part below the head; the model itself where that cannot be told."""
+    decoder = model.get_decoder()
+    # Models cut out of a multimodal one name their base for it, and are found to be their own decoder.
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
+def model_logits(model: PreTrainedModel, pack: PackTensors) -> Tensor:
+    """[N, V]: the model's own logits at the trained positions."""
+    arguments = pack.arguments(model.forward)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**arguments, logits_to_keep=pack.rows).logits[0]
+    return model(**arguments).logits[0].index_select(0, pack.rows)
+
+
+def _loss_of_logits(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    exact = torch.promote_types(logits_NV.dtype, torch.float32)
+    losses_N = torch.nn.functional.cross_entropy(logits_NV.to(exact), targets_N, reduction="none")
+    return (losses_N * weights_N.to(exact)).sum()
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> str | None:
+    """None where decoder and head give the model's own logits on a few tokens; else what is done instead, and why."""
+    instead = "the loss runs the whole model instead of decoder and head, which is slower"
+    head = find_head(model)
+    if head is None:
+        return f"{type(model).__name__} has no plain matrix as its head: {instead}."
+    if _decoder(model) is model:
+        return f"{type(model).__name__} has no decoder apart from its head: {instead}."
+    pack = _tiny_pack(model)
+    was_training = model.training
+    model.eval()
+    theirs_NV = model_logits(model, pack)
+    ours_NV = head.logits(decoder_states(model, pack))
+    model.train(was_training)
+    if ours_NV.shape != theirs_NV.shape:
+        return f"{type(model).__name__} gives logits of another shape than its head: {instead}."
+    difference = float((ours_NV - theirs_NV).abs().max() / theirs_NV.abs().max().clamp_min(1e-30))
+    if difference <= TOLERANCE.get(theirs_NV.dtype, ROUGH):
+        return None
+    return f"{type(model).__name__} does more than multiply by a matrix (logits off by {difference:.1%}): {instead}."
+
+
+def _tiny_pack(model: PreTrainedModel) -> PackTensors:
+    """Twelve tokens spread over the vocabulary, one document, all trained but the first."""
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    options: dict[str, Any] = {"device": device}
+    weights = torch.ones(1, 12, **options)
+    weights[0, 0] = 0
+    return PackTensors(
+        ids=torch.linspace(1, vocabulary - 1, 12, **options).long()[None],
+        positions=torch.arange(12, **options)[None],
+        weights=weights,
+        lengths=(12,),
+        cu_seqlens=torch.tensor([0, 12], dtype=torch.int32, **options),
+        rows=torch.arange(11, **options),
+    )

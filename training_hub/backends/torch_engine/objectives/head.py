@@ -1,0 +1,203 @@
+"""The last matrix of a language model and its loss, without ever holding the logits of a whole pack."""
+
+# N trained positions, D width of the model, V vocabulary, R rows of one chunk
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Memory of one chunk's logits. A GPU wants thousands of rows per product, and has the room."""
+
+SMALLEST_CHUNK = 256
+"""Rows. Fewer make a product of the CPU spend its time on re-packing the weight."""
+
+MULTIPLIED = {
+    "cohere": "logit_scale",
+    "cohere2": "logit_scale",
+    "cohere2_moe": "logit_scale",
+    "falcon_h1": "lm_head_multiplier",
+    "hyperclovax": "logits_scaling",
+}
+"""Model families whose logits are multiplied by a number, and the config field that holds it."""
+
+DIVIDED = {
+    "granite": "logits_scaling",
+    "granite_swa": "logits_scaling",
+    "granitemoe": "logits_scaling",
+    "granitemoe_swa": "logits_scaling",
+    "granitemoehybrid": "logits_scaling",
+    "granitemoeshared": "logits_scaling",
+}
+"""Model families whose logits are divided by a number."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap(multiplier * (hidden @ weight.T + bias)): weight [V, D], bias [V] or None.
+
+    softcap(z) = cap * tanh(z / cap), where the model has a `cap`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    multiplier: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V] in float32 (float64 for a float64 model)."""
+        return _cap_(_raw_logits(hidden_ND, self.weight, self.bias, self.multiplier), self.cap)
+
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        """Sum over n of weights[n] * -log p(targets[n]): a scalar in float32; 0, with a graph, where N is 0.
+
+        Gradients reach `hidden_ND` and, unless frozen, weight and bias. They are formed in the forward pass, chunk by
+        chunk, since everything they need is known there: the logits are computed once and never kept.
+        """
+        rows = chunk_rows(self.weight.shape[0], hidden_ND.device.type)
+        arguments = (hidden_ND, self.weight, self.bias, targets_N, weights_N)
+        return _HeadLoss.apply(*arguments, self.multiplier, self.cap, rows, torch.is_grad_enabled())
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The head of a transformers model, None where it is more than one matrix."""
+    layer = model.get_output_embeddings()
+    # A subclass may compute something else (an adapter, a quantized matrix).
+    if type(layer) is not nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    return Head(layer.weight, layer.bias, _multiplier(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _multiplier(config: Any) -> float:
+    if config.model_type in MULTIPLIED:
+        return float(getattr(config, MULTIPLIED[config.model_type]))
+    if config.model_type in DIVIDED:
+        return 1.0 / float(getattr(config, DIVIDED[config.model_type]))
+    return 1.0
+
+
+def chunk_rows(vocabulary: int, device_type: str) -> int:
+    """Rows whose float32 logits take about CHUNK_BYTES."""
+    return max(SMALLEST_CHUNK, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Weighted cross-entropy of a linear head, with its gradients formed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        multiplier: float,
+        cap: float | None,
+        rows: int,
+        learns: bool,
+    ) -> Tensor:
+        wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
+        gradients = _Gradients.zeros(hidden_ND, weight_VD, bias_V, wanted)
+        total = torch.zeros((), dtype=_exact(hidden_ND.dtype), device=hidden_ND.device)
+        for start in range(0, len(hidden_ND), rows):
+            part = slice(start, start + rows)
+            logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier)
+            loss, logits_grad_RV = _chunk_(logits_RV, targets_N[part], weights_N[part].to(total.dtype), multiplier, cap)
+            total += loss
+            if any(wanted):
+                gradients.add(part, logits_grad_RV, hidden_ND, weight_VD)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]
+        ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (
+            None if gradient is None else _times(gradient, upstream[0], dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*scaled, None, None, None, None, None, None)
+
+
+@dataclass
+class _Gradients:
+    """Sums over chunks, in float32 for the weights: thousands of small terms vanish in a bfloat16 sum."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+    @classmethod
+    def zeros(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> _Gradients:
+        return cls(
+            torch.zeros_like(hidden) if wanted[0] else None,
+            torch.zeros_like(weight, dtype=_exact(weight.dtype)) if wanted[1] else None,
+            torch.zeros_like(bias, dtype=_exact(bias.dtype)) if wanted[2] and bias is not None else None,
+        )
+
+    def add(self, part: slice, logits_grad_RV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+        low = logits_grad_RV.to(hidden_ND.dtype)
+        if self.hidden_ND is not None:
+            self.hidden_ND[part] = low @ weight_VD
+        if self.weight_VD is not None:
+            _add_product_(self.weight_VD, low.T, hidden_ND[part])
+        if self.bias_V is not None:
+            self.bias_V += logits_grad_RV.sum(0)
+
+
+def _chunk_(
+    logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, multiplier: float, cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The chunk's loss, and its gradient by hidden @ weight.T + bias, written over `logits_RV`."""
+    capped_RV = _cap_(logits_RV, cap)
+    slope_RV = None if cap is None else 1 - (capped_RV / cap) ** 2
+    normaliser_R = torch.logsumexp(capped_RV, -1)
+    chosen = targets_R[:, None]
+    loss = ((normaliser_R - capped_RV.gather(-1, chosen)[:, 0]) * weights_R).sum()
+    gradient_RV = capped_RV.sub_(normaliser_R[:, None]).exp_()
+    gradient_RV.scatter_add_(-1, chosen, gradient_RV.new_full((), -1.0).expand(chosen.shape))
+    gradient_RV.mul_((weights_R * multiplier)[:, None])
+    return loss, gradient_RV if slope_RV is None else gradient_RV.mul_(slope_RV)
+
+
+def _raw_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, multiplier: float) -> Tensor:
+    logits_NV = _product(hidden_ND, weight_VD.T)
+    if bias_V is not None:
+        logits_NV += bias_V
+    return logits_NV if multiplier == 1.0 else logits_NV.mul_(multiplier)
+
+
+def _cap_(logits_NV: Tensor, cap: float | None) -> Tensor:
+    return logits_NV if cap is None else logits_NV.div_(cap).tanh_().mul_(cap)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32. CUDA multiplies 16-bit numbers straight into it; a CPU rounds the product once."""
+    if left.is_cuda and left.element_size() == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(_exact(left.dtype))
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(_product(left, right))
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor as `dtype`, without a second copy in float32, which for a large vocabulary is gigabytes."""
+    return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))

@@ -1,0 +1,106 @@
+"""What the engine computes on: one pack as tensors on a device, and the term an objective makes of it."""
+
+# T tokens of the pack, N positions whose next token is trained
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training_hub.errors import DataError
+from training_hub.types import Pack
+
+
+@dataclass(frozen=True)
+class PackTensors:
+    """A pack on its device.
+
+    ids [1, T] int64, positions [1, T] int64 (restart at 0 for each document), weights [1, T] float32,
+    lengths: tokens of each document, in order, as plain numbers; cu_seqlens [n + 1] int32: where each begins and ends.
+    rows [N] int64: positions t whose next token has a weight. Found on the host, since asking a GPU for the places
+    that are not zero would make the host wait for it in every micro-step.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    weights: Tensor
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    rows: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """[N] int64: the token that follows each of `rows`."""
+        return self.ids[0, self.rows + 1]
+
+    @property
+    def target_weights(self) -> Tensor:
+        """[N] float32: the weight of each of `targets`."""
+        return self.weights[0, self.rows + 1]
+
+    def arguments(self, forward: Callable[..., Any]) -> dict[str, Any]:
+        """Keyword arguments for a transformers `forward`, leaving out what its signature has no room for.
+
+        The cumulative lengths go under transformers' own names, which linear-attention layers read as well;
+        `document_lengths` is what our attention reads where no kernel takes cumulative lengths. A single document needs
+        neither, and layers that refuse packs can then be run.
+        """
+        offered: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
+        if len(self.lengths) > 1:
+            offered |= {
+                "document_lengths": self.lengths,
+                "cu_seq_lens_q": self.cu_seqlens,
+                "cu_seq_lens_k": self.cu_seqlens,
+                "max_length_q": max(self.lengths),
+                "max_length_k": max(self.lengths),
+            }
+        parameters = inspect.signature(forward).parameters
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return offered
+        return {name: value for name, value in offered.items() if name in parameters}
+
+
+@dataclass(frozen=True)
+class Term:
+    """What an objective makes of one pack: `total`, the weighted sum of losses over its trained tokens.
+
+    A scalar in float32 (float64 for a float64 model), not yet divided by anything.
+    """
+
+    total: Tensor
+
+
+def to_device(pack: Pack, device: torch.device | str) -> PackTensors:
+    """The pack as tensors on `device`; copies to a GPU do not wait for it.
+
+    Raises DataError where the first token of a document has a weight: nothing predicts it.
+    """
+    starts = pack.boundaries[:-1]
+    led = np.flatnonzero(pack.weights[starts])
+    if len(led):
+        found = ", ".join(str(pack.samples[i]) for i in led[:5])
+        raise DataError(
+            f"samples {found}: the first token has a weight, but nothing predicts it; its weight must be 0."
+        )
+    lengths = np.diff(pack.boundaries)
+    return PackTensors(
+        ids=_move(pack.ids.astype(np.int64)[None], device),
+        positions=_move(pack.positions.astype(np.int64)[None], device),
+        weights=_move(pack.weights.astype(np.float32)[None], device),
+        lengths=tuple(int(length) for length in lengths),
+        cu_seqlens=_move(pack.boundaries.astype(np.int32), device),
+        rows=_move(np.flatnonzero(pack.weights[1:]).astype(np.int64), device),
+    )
+
+
+def _move(array: np.ndarray, device: torch.device | str) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
