@@ -1,0 +1,92 @@
+"""Fine-tune language models: one engine, one recipe, from Python, YAML or flags.
+
+The public names are imported when they are first used, so that `import training_hub` is instant and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from training_hub.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from training_hub.errors import (
+        BackendError,
+        CheckpointError,
+        DataError,
+        HubError,
+        Interrupted,
+        LaunchError,
+        RecipeError,
+        TrainingError,
+    )
+    from training_hub.frontends.functions import sft
+    from training_hub.frontends.registry import (
+        Algorithm,
+        AlgorithmRegistry,
+        Backend,
+        InstructLabTrainingSFTBackend,
+        SFTAlgorithm,
+        create_algorithm,
+    )
+    from training_hub.recipe import Recipe
+    from training_hub.types import StepReport, TrainResult
+
+_ERRORS = "training_hub.errors"
+_REGISTRY = "training_hub.frontends.registry"
+
+_HOME_OF = {
+    "sft": "training_hub.frontends.functions",
+    "create_algorithm": _REGISTRY,
+    "AlgorithmRegistry": _REGISTRY,
+    "Algorithm": _REGISTRY,
+    "Backend": _REGISTRY,
+    "SFTAlgorithm": _REGISTRY,
+    "InstructLabTrainingSFTBackend": _REGISTRY,
+    "Recipe": "training_hub.recipe",
+    "StepReport": "training_hub.types",
+    "TrainResult": "training_hub.types",
+    "HubError": _ERRORS,
+    "RecipeError": _ERRORS,
+    "DataError": _ERRORS,
+    "BackendError": _ERRORS,
+    "CheckpointError": _ERRORS,
+    "TrainingError": _ERRORS,
+    "LaunchError": _ERRORS,
+    "Interrupted": _ERRORS,
+}
+
+__all__ = [
+    "Algorithm",
+    "AlgorithmRegistry",
+    "Backend",
+    "BackendError",
+    "CheckpointError",
+    "DataError",
+    "HubError",
+    "InstructLabTrainingSFTBackend",
+    "Interrupted",
+    "LaunchError",
+    "Recipe",
+    "RecipeError",
+    "SFTAlgorithm",
+    "StepReport",
+    "TrainResult",
+    "TrainingError",
+    "__version__",
+    "create_algorithm",
+    "sft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'training_hub' has no attribute '{name}'")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value  # found at once the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The ways to call us, each a dialect of the one recipe: functions, the registry, the command line."""

@@ -1,0 +1,194 @@
+"""Interrupted + resumed = uninterrupted, bit for bit, however the run was stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.invariants.run import final_weights, recipe, train
+from training_hub.backends import Given
+from training_hub.errors import CheckpointError, Interrupted, RecipeError, TrainingError
+from training_hub.launch import run
+from training_hub.monitoring.jsonl import read_metrics
+from training_hub.recipe.load import dump
+
+EVERY_STEP = {"interval": 1, "keep_last": 2, "minutes": None}
+
+
+class StopAt:
+    """A callback that ends the run after a step, as a crash in user code would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self, report) -> None:
+        if report.step == self.step:
+            raise KeyError("the plug was pulled")
+
+
+def same_weights(one, other) -> bool:
+    first, second = final_weights(one), final_weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model_folder, chat_file, tmp_path_factory):
+    return train(tiny_model_folder, chat_file, tmp_path_factory.mktemp("runs") / "unbroken", checkpoint=EVERY_STEP)
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_a_run_that_fails_goes_on_to_the_same_bits(tiny_model_folder, chat_file, tmp_path, unbroken, step):
+    with pytest.raises(TrainingError, match="the plug was pulled"):
+        train(tiny_model_folder, chat_file, tmp_path / "run", [StopAt(step)], checkpoint=EVERY_STEP)
+    resumed = train(tiny_model_folder, chat_file, tmp_path / "run", checkpoint=EVERY_STEP)
+    assert same_weights(resumed, unbroken)
+    assert [row["loss"] for row in resumed.history] == [row["loss"] for row in unbroken.history]
+    assert [row["step"] for row in resumed.history] == list(range(1, 9))
+
+
+def test_bfloat16_masters_and_dropout_resume_bit_for_bit_too(chat_file, tiny_model_folder, tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "gpt2"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=256, resid_pdrop=0.2)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    low = {"path": str(folder), "dtype": "bfloat16"}
+    whole = train(folder, chat_file, tmp_path / "whole", model=low)
+    with pytest.raises(TrainingError):
+        train(folder, chat_file, tmp_path / "run", [StopAt(4)], model=low, checkpoint=EVERY_STEP)
+    assert same_weights(train(folder, chat_file, tmp_path / "run", model=low, checkpoint=EVERY_STEP), whole)
+
+
+def start(path, slow: bool = True) -> subprocess.Popen:
+    """The run of recipe file `path` in a process of its own, a tenth of a second slower per step."""
+    script = (
+        "import sys, time, yaml\n"
+        "from training_hub.backends import Given\n"
+        "from training_hub.errors import HubError\n"
+        "from training_hub.launch import run\n"
+        "from training_hub.recipe import Recipe\n"
+        "recipe = Recipe.model_validate(yaml.safe_load(open(sys.argv[1])))\n"
+        "try:\n"
+        f"    run(recipe, Given(watchers=[lambda report: time.sleep({0.15 if slow else 0})]))\n"
+        "except HubError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(error.exit_code)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", script, str(path)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(output, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (output / "checkpoints" / f"step-{step}").exists():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint of step {step} within two minutes")
+
+
+def test_kill_9_loses_nothing_that_was_saved(tiny_model_folder, chat_file, tmp_path, unbroken):
+    asked = recipe(tiny_model_folder, chat_file, tmp_path / "run", checkpoint=EVERY_STEP)
+    (tmp_path / "asked.yaml").write_text(dump(asked))
+    process = start(tmp_path / "asked.yaml")
+    wait_for_step(tmp_path / "run", 3)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run" / "final").exists()
+    assert same_weights(run(asked), unbroken)
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_step_boundary_and_says_how_to_go_on(
+    tiny_model_folder, chat_file, tmp_path, unbroken, number
+):
+    asked = recipe(tiny_model_folder, chat_file, tmp_path / "run")
+    (tmp_path / "asked.yaml").write_text(dump(asked))
+    process = start(tmp_path / "asked.yaml")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "Run the same command again to go on from there" in said
+    assert any((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert same_weights(run(asked), unbroken)
+
+
+def test_a_signal_inside_the_calling_process_raises_interrupted(tiny_model_folder, chat_file, tmp_path):
+    def terminate(report) -> None:
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=r"SIGTERM received: stopped after step \d of 8") as caught:
+        train(tiny_model_folder, chat_file, tmp_path / "run", [terminate])
+    assert caught.value.exit_code == 143
+
+
+def test_a_damaged_newest_checkpoint_costs_one_step_and_not_the_run(tiny_model_folder, chat_file, tmp_path, unbroken):
+    with pytest.raises(TrainingError):
+        train(tiny_model_folder, chat_file, tmp_path / "run", [StopAt(5)], checkpoint=EVERY_STEP)
+    weights = tmp_path / "run" / "checkpoints" / "step-4" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 4
+    weights.write_bytes(content)
+    assert same_weights(train(tiny_model_folder, chat_file, tmp_path / "run", checkpoint=EVERY_STEP), unbroken)
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(tiny_model_folder, chat_file, tmp_path):
+    first = train(tiny_model_folder, chat_file, tmp_path / "run")
+    again = train(tiny_model_folder, chat_file, tmp_path / "run")
+    assert again.status == "already finished"
+    assert again.metrics == first.metrics
+    assert again.model_path == first.model_path
+
+
+def test_another_recipe_in_the_folder_is_refused_field_by_field(tiny_model_folder, chat_file, tmp_path):
+    with pytest.raises(TrainingError):
+        train(tiny_model_folder, chat_file, tmp_path / "run", [StopAt(3)], checkpoint=EVERY_STEP)
+    with pytest.raises(CheckpointError) as caught:
+        train(tiny_model_folder, chat_file, tmp_path / "run", optimizer={"lr": 2e-3}, seed=7)
+    assert "optimizer.lr: was 0.001, now 0.002" in caught.value.problems
+    assert "seed: was 42, now 7" in caught.value.problems
+    assert "checkpoint.resume: restart" in caught.value.problems[-1]
+
+
+def test_changed_data_under_the_same_recipe_is_refused(tiny_model_folder, chat_file, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(chat_file.read_text())
+    with pytest.raises(TrainingError):
+        train(tiny_model_folder, rows, tmp_path / "run", [StopAt(3)], checkpoint=EVERY_STEP)
+    rows.write_text(chat_file.read_text().replace("I think", "for sure"))
+    with pytest.raises(CheckpointError, match="data_fingerprint"):
+        train(tiny_model_folder, rows, tmp_path / "run", checkpoint=EVERY_STEP)
+
+
+def test_restart_moves_the_old_run_aside_and_loses_none_of_it(tiny_model_folder, chat_file, tmp_path):
+    old = train(tiny_model_folder, chat_file, tmp_path / "run")
+    before = final_weights(old)
+    new = train(tiny_model_folder, chat_file, tmp_path / "run", seed=7, checkpoint={"resume": "restart"})
+    kept = load_file(tmp_path / "run.before-1" / "final" / "model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in before.items())
+    assert not all(torch.equal(tensor, final_weights(new)[name]) for name, tensor in before.items())
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tiny_model_folder, chat_file, tmp_path):
+    asked = recipe(tiny_model_folder, chat_file, tmp_path / "run")
+
+    def start_again(report) -> None:
+        run(asked)
+
+    with pytest.raises(RecipeError, match="is in use by another run"):
+        run(asked, Given(watchers=[start_again]))

@@ -1,0 +1,127 @@
+"""One function per algorithm, with the parameters that users of training_hub know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from training_hub.frontends.registry import create_algorithm
+
+if TYPE_CHECKING:
+    from training_hub.types import StepReport, TrainResult
+
+
+def sft(
+    model_path: str | os.PathLike[str],
+    data_path: Any,
+    ckpt_output_dir: str | os.PathLike[str],
+    backend: str = "instructlab-training",
+    num_epochs: float | None = None,
+    effective_batch_size: int | None = None,
+    learning_rate: float | None = None,
+    max_seq_len: int | None = None,
+    max_tokens_per_gpu: int | None = None,
+    data_output_dir: str | None = None,
+    save_samples: int | None = None,
+    warmup_steps: int | None = None,
+    accelerate_full_state_at_epoch: bool | None = None,
+    checkpoint_at_epoch: bool | None = None,
+    is_pretraining: bool | None = None,
+    block_size: int | None = None,
+    document_column_name: str | None = None,
+    beta1: float | None = None,
+    beta2: float | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    nproc_per_node: int | str | None = None,
+    nnodes: int | None = None,
+    node_rank: int | None = None,
+    rdzv_id: int | str | None = None,
+    rdzv_endpoint: str | None = None,
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    wandb_project: str | None = None,
+    wandb_entity: str | None = None,
+    wandb_run_name: str | None = None,
+    tensorboard_log_dir: str | None = None,
+    mlflow_tracking_uri: str | None = None,
+    mlflow_experiment_name: str | None = None,
+    mlflow_run_name: str | None = None,
+    *,
+    max_batch_len: int | None = None,
+    batch_size: int | None = None,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    random_seed: int | None = None,
+    lr_scheduler: str | None = None,
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None,
+    warmup_ratio: float | None = None,
+    max_grad_norm: float | None = None,
+    chat_template: str | None = None,
+    chat_tmpl_path: str | None = None,
+    unmask_messages: bool | None = None,
+    use_processed_dataset: bool | None = None,
+    validation_data_path: Any = None,
+    validation_split: float | None = None,
+    validation_frequency: int | None = None,
+    validate_at_epoch: bool | None = None,
+    save_best_val_loss: bool | None = None,
+    save_final_checkpoint: bool | None = None,
+    keep_last_checkpoint_only: bool | None = None,
+    save_dtype: str | None = None,
+    trust_remote_code: bool | None = None,
+    use_liger: bool | None = None,
+    disable_flash_attn: bool | None = None,
+    callbacks: Sequence[Callable[[StepReport], None]] | Callable[[StepReport], None] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> TrainResult:
+    """Fine-tune a model on conversations, instructions or text: supervised fine-tuning of all its weights.
+
+    A parameter that is None is not given, and the default of the backend's contract holds. An unknown parameter, a
+    value that is not allowed and settings that contradict each other are a RecipeError (a ValueError) that lists all
+    of them, raised before anything is loaded.
+
+    What is trained, and where it goes:
+        model_path: model folder in Hugging Face format, or a name on the hub.
+        data_path: file, folder, glob or hub name, a list of these, or rows in memory (DataFrame, `datasets` object,
+            list of dictionaries). Formats are recognised.
+        ckpt_output_dir: folder of the run: recipe, metrics, checkpoints/step-N and the final model in final/.
+        backend: "instructlab-training" (the default: that package's parameters and defaults), "torch" (the recipe's
+            own defaults), or one that was registered or installed.
+    How much:
+        num_epochs: passes over the data (1). max_steps: optimizer steps instead.
+        effective_batch_size (also batch_size): samples per optimizer step over all devices (3840).
+        max_seq_len: longest sample in tokens (4096).
+        max_tokens_per_gpu (also max_batch_len): tokens at once on a device (60000); bounds memory, never changes the
+            result.
+        is_pretraining, block_size, document_column_name: join plain documents and cut blocks of so many tokens.
+    Data:
+        chat_template (also chat_tmpl_path): a template's name or file; without it the model's own.
+        unmask_messages: train every role but system. use_processed_dataset: rows hold input_ids and labels.
+        data_output_dir: where processed data is kept.
+        validation_data_path or validation_split, validation_frequency (steps), validate_at_epoch: validation.
+    Optimizer:
+        learning_rate (2e-6), beta1, beta2, eps, weight_decay (AdamW), max_grad_norm.
+        lr_scheduler, lr_scheduler_kwargs ({"min_lr": ...}), warmup_steps or warmup_ratio. seed (also random_seed).
+    Checkpoints:
+        checkpoint_at_epoch (True), save_samples, keep_last_checkpoint_only, save_best_val_loss, save_final_checkpoint,
+        save_dtype. accelerate_full_state_at_epoch asks for the same as checkpoint_at_epoch: every checkpoint here
+        holds all that a run needs to go on.
+    Processes, as for torchrun:
+        nproc_per_node, nnodes, node_rank, rdzv_id, rdzv_endpoint, master_addr, master_port.
+    Watching:
+        wandb_project, wandb_entity, wandb_run_name, tensorboard_log_dir, mlflow_tracking_uri, mlflow_experiment_name,
+        mlflow_run_name: report there too. callbacks: functions called with each StepReport.
+    Other:
+        trust_remote_code: run Python code from the model folder. disable_flash_attn: attention sample by sample.
+        use_liger: accepted either way; the engine always fuses head and loss.
+        overrides: any setting of the recipe by its path, {"data.turns": "unroll"}.
+        **kwargs: for a backend of your own, which gets all parameters that are given; others refuse them by name.
+
+    Returns a TrainResult: status, output_dir, model_path, metrics, history, plan, engine, versions.
+    """
+    given = {**locals()}  # every parameter by its name; nothing else is defined yet
+    keywords = {**given.pop("kwargs"), **given}
+    return create_algorithm("sft", keywords.pop("backend")).train(**keywords)
