@@ -132,7 +132,7 @@ class TokenStore:
     """Samples by number: `store[i]` is a Sample, `len(store)` counts them.
 
     `selected` [n] int64 are the numbers of the underlying samples that this store shows, None for all; a validation
-    split is two stores over one folder. `source_weights[store.source_index[i]]` is how often sample i is seen per epoch.
+    split is two stores over one folder. Sample i is seen `source_weights[source_index[i]]` times per epoch.
     """
 
     columns: Mapping[str, np.ndarray]
@@ -148,7 +148,8 @@ class TokenStore:
         """The sealed store in `folder`, memory-mapped. Raises DataError where it is not one."""
         facts = read_facts(folder)
         columns = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in COLUMNS.items()}
-        sums = {name: manifest(folder)["files"][f"{name}.bin"]["sha256"] for name in COLUMNS}
+        files = manifest(folder)["files"]
+        sums = {name: files[f"{name}.bin"]["sha256"] for name in COLUMNS}
         fingerprint = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
         parts = tuple((name, unit) for name, unit in facts["parts"])
         return TokenStore(
@@ -197,7 +198,7 @@ class TokenStore:
         return Origin(name, int(self.columns["lines"][number]), unit)
 
     def column(self, name: str) -> np.ndarray:
-        """One value per sample of this store: sources, parts, lines, hashes [n, 2], trained_weight or trained_tokens."""
+        """One value per sample here: sources, parts, lines, hashes [n, 2], trained_weight or trained_tokens."""
         values = self.columns[name]
         return values if self.selected is None else values[self.selected]
 
@@ -206,6 +207,10 @@ class TokenStore:
         """Tokens of each sample, [n] int64."""
         lengths = np.diff(self.columns["offsets"])
         return lengths if self.selected is None else lengths[self.selected]
+
+    def largest_id(self) -> int:
+        """The largest token id among all samples of the folder; -1 where there is none."""
+        return int(self.columns["ids"].max(initial=-1))
 
     @property
     def trained_weight(self) -> np.ndarray:

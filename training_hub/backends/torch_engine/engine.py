@@ -7,6 +7,8 @@ import math
 import platform
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.export import export
 from training_hub.backends.torch_engine.loop import Run, dry_step, resume, train
 from training_hub.backends.torch_engine.model import (
+    Limits,
     LoadedModel,
     choose_device,
     choose_dtype,
     folder_problems,
+    limits_of,
     load_model,
+    read_limits,
 )
 from training_hub.backends.torch_engine.objectives import OBJECTIVES
 from training_hub.backends.torch_engine.optim import Masters, Updater
@@ -32,9 +37,10 @@ from training_hub.backends.torch_engine.preflight import packed_equals_alone
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.data.feed import Feed, FeedSettings
 from training_hub.data.prepare import Prepared, prepare
+from training_hub.data.store import TokenStore
 from training_hub.data.templates import ChatTemplate, resolve_template
 from training_hub.data.tokenizer import ChatTokenizer
-from training_hub.errors import DataError
+from training_hub.errors import DataError, TrainingError
 from training_hub.evaluation.metrics import perplexity
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
@@ -99,11 +105,12 @@ class TorchEngine:
         write_json(folder.plan, plan)
         console.say(summary(plan))
         go_on(run, console)
-        dry_step(run)
         with (
+            memory_errors_explained(run),
             StopRequest() as stop,
             open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=given.watchers) as watchers,
         ):
+            dry_step(run)
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)
@@ -146,9 +153,33 @@ def load_materials(recipe: Recipe, given: Given, console: Console) -> Materials:
         rows=given.rows,
         validation_rows=given.validation_rows,
     )
-    if len(prepared.train) == 0:
-        raise DataError("data: no sample is left to train on. Look at the counts above, and at data.overlong.")
+    limits = read_limits(recipe.model) if given.model is None else limits_of(given.model.config)
+    stores = [prepared.train, *([prepared.validation] if prepared.validation is not None else [])]
+    for store in stores:
+        check_limits(store, limits, console)
     return Materials(tokenizer, template, prepared)
+
+
+def check_limits(store: TokenStore, limits: Limits, console: Console) -> None:
+    """Raise DataError for token ids or lengths that the model has no weights for; say what it was not trained for."""
+    problems = []
+    largest = store.largest_id()
+    if largest >= limits.vocabulary:
+        problems.append(
+            f"data: token id {largest} occurs, but the model has embeddings for {limits.vocabulary} tokens, 0 to "
+            f"{limits.vocabulary - 1}. Use the tokenizer that belongs to the model, or add the tokens to it first."
+        )
+    longest = int(store.lengths.argmax())
+    length = int(store.lengths[longest])
+    if limits.positions is not None and length > limits.positions:
+        line = f"{store.origin(longest)}: {length:,} tokens, but the model has {limits.positions:,} positions"
+        remedy = f"training.max_seq_len: {limits.positions}"
+        if limits.is_hard:
+            problems.append(f"{line}. Write {remedy}.")
+        else:
+            console.say(f"data: {line}; it was not trained for more. {remedy} keeps within it")
+    if problems:
+        raise DataError(problems)
 
 
 def assemble(
@@ -220,6 +251,23 @@ def go_on(run: Run, console: Console) -> None:
         return
     resume(run, step)
     console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
+
+
+@contextmanager
+def memory_errors_explained(run: Run) -> Iterator[None]:
+    """Turn the device's "out of memory" into a TrainingError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_cpu = "can't allocate memory" in str(error)  # torch's CPU allocator has no type of its own for this
+        if not (is_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        longest, budget = int(run.feed.store.lengths.max()), run.feed.settings.token_budget
+        remedy = f"training.max_tokens_per_gpu: {max(longest, budget // 2)}" if budget > longest else "shorter samples"
+        raise TrainingError(
+            f"out of memory on {run.device.type} at step {run.step + 1} with packs of {budget:,} tokens: "
+            f"{str(error).splitlines()[0]} Write {remedy}, which does not change the result."
+        ) from error
 
 
 def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> Path:

@@ -36,6 +36,30 @@ class LoadedModel:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a model's config says it can read: token ids below `vocabulary`, and `positions` tokens (None: no end).
+
+    is_hard: beyond `positions` there is no embedding; else (rotary positions) only nothing that was trained.
+    """
+
+    vocabulary: int
+    positions: int | None
+    is_hard: bool
+
+
+def read_limits(chosen: Model) -> Limits:
+    """The limits of the recipe's model, from its config alone."""
+    return limits_of(_from_library(chosen, "AutoConfig", _source_options(chosen)))
+
+
+def limits_of(config: Any) -> Limits:
+    """The limits that a transformers config states."""
+    text = config.get_text_config()
+    is_rotary = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    return Limits(text.vocab_size, getattr(text, "max_position_embeddings", None), not is_rotary)
+
+
 def choose_device() -> torch.device:
     """The current CUDA device where there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

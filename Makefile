@@ -1,0 +1,65 @@
+# What a reader wants to do first: `make demo`, then `make test`. Every target makes its own environment, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# One thread per core of a small machine. More make tiny matrices slower, and tests share the machine.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+PINS := -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-base test test-all check format package reference clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# A stamp is written last, so an interrupted installation is simply done again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Say which one to use: make PYTHON=python3.12")'
+	@$(RUN) -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(RUN) -m pip install $(PINS) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN) -m pip install $(PINS) -e '.[test,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## fine-tune a tiny model on this machine and see it learn (minutes)
+	$(RUN) -m training_hub.demo
+
+demo-base: $(VENV)/.installed ## pre-train the demo's tiny base model again (longer)
+	$(RUN) -m training_hub.demo.base
+
+test: $(VENV)/.installed ## the tests
+	$(RUN) -m pytest -q -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
+	$(RUN) -m pytest -q
+
+check: $(VENV)/.installed-dev ## lint, format, types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.installed-dev ## put the code in the common format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+package: $(VENV)/.installed-dev ## build sdist and wheel, install each elsewhere and start it
+	rm -rf dist build
+	$(RUN) -m build --outdir dist .
+	$(PYTHON) -m venv build/elsewhere
+	build/elsewhere/bin/python -m pip install $(PINS) dist/*.whl
+	cd build && elsewhere/bin/training-hub --help >/dev/null && echo "the wheel installs and starts"
+	build/elsewhere/bin/python -m pip install $(PINS) --force-reinstall --no-deps dist/*.tar.gz
+	cd build && elsewhere/bin/training-hub --help >/dev/null && echo "the sdist installs and starts"
+	rm -rf build
+
+reference: $(VENV)/.installed ## write docs/reference/ from the recipe
+	$(RUN) docs/make_reference.py
+
+clean: ## remove what the other targets made, environments too
+	rm -rf $(VENV) .venv-ci build dist *.egg-info demo-run example-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find training_hub tests -name __pycache__ -type d -prune -exec rm -rf {} +

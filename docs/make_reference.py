@@ -1,0 +1,132 @@
+"""Writes docs/reference/recipe.md and docs/reference/cli.md from the recipe itself: python docs/make_reference.py"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from training_hub import errors
+from training_hub.algorithms import ALGORITHMS
+from training_hub.frontends.cli import SHORTCUTS
+from training_hub.frontends.dialects import KEYWORDS
+from training_hub.recipe import Recipe
+from training_hub.recipe.names import REQUIRED, Setting, all_settings, sections
+
+FOLDER = Path(__file__).parent / "reference"
+NOTE = "<!-- Written by docs/make_reference.py; change the docstrings in training_hub instead. -->\n"
+
+RECIPE_HEAD = """# The recipe
+
+Every setting of a run. A setting is written in YAML by section, as a flag `--section.field VALUE`, as
+`section.field=VALUE` behind the other flags, and in Python as a keyword of `sft()` where one is named below, else as
+`sft(..., overrides={"section.field": VALUE})`. An unknown setting is an error that names the nearest one.
+"""
+
+CLI_HEAD = """# The command line
+
+    training-hub sft --model M --data D --output O [--section.field VALUE ...] [section.field=VALUE ...]
+    training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]
+    training-hub schema        # the JSON Schema of a recipe file, for editors
+    training-hub algorithms    # algorithms and their backends
+    training-hub version       # versions of this package and of those that matter to a run
+
+`python -m training_hub` is the same command. Flags win over the file, `section.field=VALUE` over flags. A value is
+read as YAML; where a setting takes text, the text is taken as it is. A boolean is switched by `--section.field` and
+`--no-section.field`. `--debug` shows the traceback of an error.
+
+In an editor that uses the YAML language server, `training-hub schema > recipe.schema.json` and a first line
+`# yaml-language-server: $schema=recipe.schema.json` complete and check a recipe file.
+"""
+
+
+def recipe_page() -> str:
+    """The page with every section and setting."""
+    return "\n".join([NOTE, RECIPE_HEAD, *_contracts(), *_run(), *_sections()])
+
+
+def cli_page() -> str:
+    """The page with commands, flags and exit codes."""
+    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_exit_codes(), *_flags()])
+
+
+def write(folder: Path = FOLDER) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.md").write_text(recipe_page(), encoding="utf-8")
+    (folder / "cli.md").write_text(cli_page(), encoding="utf-8")
+
+
+def _contracts() -> Iterator[str]:
+    yield "## Backends and their defaults\n"
+    yield "A backend may be the name of a package whose defaults hold then; the defaults below are those of `torch`.\n"
+    for algorithm in ALGORITHMS.values():
+        for contract in algorithm.contracts:
+            defaults = ", ".join(f"`{path}: {json.dumps(value)}`" for path, value in contract.defaults.items())
+            yield f"- `{algorithm.name}`, `{contract.name}`: {defaults or 'the defaults below'}"
+    yield ""
+
+
+def _run() -> Iterator[str]:
+    yield f"## Run\n\n{_one_line(Recipe.__doc__)}\n"
+    yield from (line for setting in all_settings().values() if "." not in setting.path for line in _entry(setting))
+
+
+def _sections() -> Iterator[str]:
+    for name, section in sections().items():
+        yield f"## {name}\n\n{_one_line(section.__doc__)}\n"
+        inside = (setting for path, setting in all_settings().items() if path.startswith(f"{name}."))
+        yield from (line for setting in inside for line in _entry(setting))
+
+
+def _entry(setting: Setting) -> Iterator[str]:
+    keywords = [keyword.name for keyword in KEYWORDS.values() if keyword.path == setting.path]
+    facts = [
+        f"takes {setting.allowed}",
+        "required" if setting.default is REQUIRED else f"default `{_default(setting)}`",
+    ]
+    if setting.spellings:
+        facts.append("also written " + ", ".join(f"`{name}`" for name in setting.spellings))
+    if keywords:
+        facts.append("in `sft()` " + ", ".join(f"`{name}`" for name in keywords))
+    yield f"### `{setting.path}`\n\n{setting.doc}\n\n*{'; '.join(facts)}*\n"
+
+
+def _shortcuts() -> Iterator[str]:
+    yield "## Short flags\n"
+    yield from (f"- `{flag}`: `--{path}`" for flag, path in SHORTCUTS.items())
+    yield ""
+
+
+def _exit_codes() -> Iterator[str]:
+    yield "## Exit codes\n\n- `0`: done"
+    kinds = [getattr(errors, name) for name in dir(errors)]
+    found = {kind.exit_code: kind for kind in kinds if isinstance(kind, type) and errors.HubError in kind.__bases__}
+    for code, kind in sorted(found.items()):
+        if kind is not errors.Interrupted:
+            yield f"- `{code}`: {kind.__name__}. {_one_line(kind.__doc__)}"
+    yield f"- `128 + N`: Interrupted by signal N. {_one_line(errors.Interrupted.__doc__).partition(';')[0]}."
+    yield "- `1`: anything else, which is a bug: the traceback is shown\n"
+
+
+def _flags() -> Iterator[str]:
+    yield "## All flags\n\nWhat each one does is in [the recipe](recipe.md).\n"
+    yield "| flag | takes | default |\n|---|---|---|"
+    for setting in all_settings().values():
+        if setting.path == "algorithm":
+            continue  # the command says it
+        flag = f"`--{setting.path}`" + (f", `--no-{setting.path}`" if setting.is_boolean else "")
+        default = "required" if setting.default is REQUIRED else f"`{_default(setting)}`"
+        yield f"| {flag} | {setting.allowed} | {default} |"
+    yield ""
+
+
+def _default(setting: Setting) -> str:
+    return json.dumps(setting.default)
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+if __name__ == "__main__":
+    write()
