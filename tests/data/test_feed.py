@@ -111,5 +111,3 @@ def test_another_seed_is_another_order_and_the_order_never_changes_between_versi
 def test_validation_covers_every_row_once():
     packs = list(validation_packs(make_store([5, 9, 3, 60, 2]), token_budget=64))
     assert sorted(i for one in packs for i in one.samples) == [0, 1, 2, 3, 4]
-
-

@@ -13,6 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def cache_folder(chosen: str | None) -> Path:
 
 
 def key_of(made_from: dict[str, Any]) -> str:
-    """The sha256 of a description of everything that decides the contents."""
+    """The sha256 of a description of everything that decides the contents; our own code is added to it."""
+    made_from = {**made_from, "code": _code()}
     return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -62,6 +64,15 @@ def _is_whole(folder: Path, console: Console) -> bool:
     if problems:
         console.say(f"data: the kept tokens are damaged and made again ({problems[0]})")
     return not problems
+
+
+@cache
+def _code() -> str:
+    """The sha256 of the modules that turn rows into samples: a newer version of them makes its tokens anew."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def find_files(named: str) -> tuple[list[Path], str | None]:
     if glob.has_magic(named):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if not found:
-            raise DataError(f"data.path: no file matches {named!r}.")
+            raise DataError(f"{named}: no file matches.")
         return found, f"{named}: {len(found)} files"
     raise DataError(_missing(path, named))
 
@@ -75,7 +75,7 @@ def _files_of_folder(folder: Path, named: str) -> tuple[list[Path], str]:
     usable = [entry for entry in usable if kind_by_name(entry) != "text"] or usable
     if not usable:
         seen = ", ".join(entry.name for entry in inside[:5]) or "nothing"
-        raise DataError(f"data.path: folder {named} holds no {WHAT_IS_READ}; found {seen}.")
+        raise DataError(f"{named}: the folder holds no {WHAT_IS_READ}; found {seen}.")
     rest = len(inside) - len(usable)
     left_out = f", {rest} other files left out" if rest else ""
     shown = ", ".join(str(entry.relative_to(folder)) for entry in usable[:4]) + (", ..." if len(usable) > 4 else "")
@@ -85,11 +85,11 @@ def _files_of_folder(folder: Path, named: str) -> tuple[list[Path], str]:
 def _missing(path: Path, named: str) -> str:
     parent = path.parent
     if not parent.is_dir():
-        return f"data.path: {named} does not exist (nor does the folder {parent})."
+        return f"{named} does not exist (nor does the folder {parent})."
     names = sorted(entry.name for entry in parent.iterdir())
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     hint = f" Near it: {', '.join(str(parent / name) for name in near)}." if near else ""
-    return f"data.path: {named} does not exist.{hint}"
+    return f"{named} does not exist.{hint}"
 
 
 def kind_by_name(path: Path) -> str | None:
@@ -105,7 +105,7 @@ def _data_extension(path: Path) -> str:
 
 
 def recognise(path: Path, name: str | None = None) -> DataFile:
-    """What `path` holds, from its first bytes. Raises DataError, saying what was found, where it is not readable data."""
+    """What `path` holds, from its first bytes. Raises DataError, saying what was found, where that is no data."""
     name = name or str(path)
     _refuse_unreadable(path, name)
     with path.open("rb") as raw:
@@ -180,11 +180,11 @@ def _refuse_single_object(text: bytes, is_longer: bool, name: str) -> None:
         ]
     except ValueError:
         # Broken as one object: its first line may be broken JSON Lines, which the reader reports with its column.
-        if not first_line.rstrip() == b"{":
+        if first_line.rstrip() != b"{":
             return
     hint = f" Its list {lists[0]!r} looks like the rows: save that list alone." if lists else ""
     raise DataError(
-        f"{name}: one JSON object over several lines; wanted is an array of rows, or one row per line (JSON Lines).{hint}"
+        f"{name}: one JSON object over several lines; an array of rows, or one row per line, is wanted.{hint}"
     )
 
 

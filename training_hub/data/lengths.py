@@ -29,16 +29,23 @@ def fit(samples: Sequence[Sample], longest: int, policy: str, tally: Counter[str
             fitting.extend(_pieces(sample, longest, tally))
         elif policy == "drop":
             tally["dropped"] += 1
+            _count_lost(sample, 0, tally)
     return fitting
+
+
+def _count_lost(sample: Sample, kept: int, tally: Counter[str]) -> None:
+    tally["tokens_lost"] += len(sample) - kept
+    tally["trained_tokens_lost"] += int(np.count_nonzero(sample.weights[kept:]))
 
 
 def _truncated(sample: Sample, longest: int, tally: Counter[str]) -> list[Sample]:
     cut = Sample(sample.ids[:longest], sample.weights[:longest], sample.origin)
     if not cut.weights.any():
         tally["dropped"] += 1
+        _count_lost(sample, 0, tally)
         return []
     tally["truncated"] += 1
-    tally["tokens_cut"] += len(sample) - longest
+    _count_lost(sample, longest, tally)
     return [cut]
 
 
@@ -59,12 +66,18 @@ def blocks(documents: TokenStore, block_size: int) -> Iterator[tuple[int, Sample
     """The documents laid end to end and cut every `block_size` tokens, each with the number of its first document.
 
     Every token has weight 1 but the first of a block, which nothing predicts. The last block is as long as it is,
-    never padded; a single token that would be left over is not trained and left out.
+    never padded; a single token that would be left over is left out, since nothing predicts it. Sources are not
+    joined with each other, so that each block has the weight of its own.
     """
+    of_source = documents.source_index
     held: list[np.ndarray] = []
     num_held, first = 0, 0
     for number in range(len(documents)):
         ids = documents[number].ids
+        if held and of_source[number] != of_source[first]:
+            if num_held > 1:
+                yield first, _block(held, documents, first)
+            held, num_held = [], 0
         while len(ids):
             if not held:
                 first = number

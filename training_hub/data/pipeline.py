@@ -8,27 +8,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from training_hub.data.encode import Encoded, Encoder
-from training_hub.data.formats import FORMATS, Format, FormatSettings, detect, parse, with_our_columns
+from training_hub.data.formats import FORMATS, ROW_COLUMNS, FormatSettings, detect, parse, with_our_columns
 from training_hub.data.lengths import fit
 from training_hub.data.readers import Broken, RawRow, decode
 from training_hub.data.sources import Part, Source
 from training_hub.data.store import PartName, SampleBlock, StoreWriter, content_hash
+from training_hub.data.templates import no_template
 from training_hub.data.workers import Workers, can_fork, num_cores
 from training_hub.errors import DataError
-from training_hub.types import Console, Origin, Sample
+from training_hub.types import Console, Conversation, Origin, Sample
 
 ROWS_PER_CHUNK = 256
+BYTES_PER_CHUNK = 1 << 20
 # Below this, starting processes takes longer than it saves.
-ROWS_WORTH_WORKERS = 5_000
-BYTES_WORTH_WORKERS = 4 << 20
+CHUNKS_WORTH_WORKERS = 10
 PROBLEMS_SHOWN = 20
+# The format of a chunk in which no row can be understood; all it gives is problems.
+UNKNOWN = "unknown"
+
+NumberedRow = tuple[Origin, RawRow]
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,22 @@ class Task:
     source: int
     part: int
     format: str
-    rows: list[tuple[Origin, RawRow]]
+    rows: list[NumberedRow]
 
 
 @dataclass
 class Findings:
-    """What was found on the way: the first problems and how many there are, counts, facts to say once, notes by rows."""
+    """What was found on the way: the first problems and how many there are, counts, facts to say once, notes.
+
+    `columns` are the names in data.columns that occur.
+    """
 
     problems: list[str] = field(default_factory=list)
     num_problems: int = 0
     tally: Counter[str] = field(default_factory=Counter)
     facts: dict[str, None] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    columns: set[str] = field(default_factory=set)
 
     def add_problems(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -63,28 +73,38 @@ class Findings:
         self.tally += other.tally
         self.facts |= other.facts
         self.notes += other.notes
+        self.columns |= other.columns
 
     def refuse(self) -> None:
         """Raise DataError with the problems, if there are any."""
         if self.num_problems > len(self.problems):
             rest = self.num_problems - len(self.problems)
-            raise DataError([*self.problems, f"and {rest:,} more rows with problems"])
+            raise DataError([*self.problems, f"and {rest:,} more problems"])
         if self.problems:
             raise DataError(self.problems)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is done to a chunk; the same in this process and in others. `longest` is None where nothing is cut."""
+    """What is done to a chunk; the same in this process and in others. `longest` is None where nothing is cut.
+
+    leaves_out_problems: rows with problems are only counted, for a look at the others.
+    """
 
     encoder: Encoder
     settings: FormatSettings
     longest: int | None
     policy: str
+    leaves_out_problems: bool = False
+
+    @cached_property
+    def mapped(self) -> frozenset[str]:
+        """The names that data.columns gives to columns of rows."""
+        return frozenset(theirs for ours, theirs in self.settings.columns.items() if ours in ROW_COLUMNS)
 
     def __call__(self, task: Task) -> tuple[SampleBlock, Findings]:
         findings = Findings()
-        rows = [parsed for raw in task.rows if (parsed := self._parse(raw, FORMATS[task.format], findings)) is not None]
+        rows = [parsed for raw in task.rows if (parsed := self._parse(raw, task.format, findings)) is not None]
         samples: list[Sample] = []
         hashes: list[np.ndarray] = []
         for row, encoded in zip(rows, self.encoder.encode(rows), strict=True):
@@ -93,16 +113,26 @@ class Work:
             samples += kept
             hashes += [digest] * len(kept)
         findings.tally["rows"] += len(task.rows)
+        if self.leaves_out_problems:
+            findings = replace(findings, problems=[], num_problems=0)
         return SampleBlock.of(samples, hashes, task.source, [task.part] * len(samples)), findings
 
-    def _parse(self, numbered: tuple[Origin, RawRow], entry: Format, findings: Findings) -> Any:
+    def refuse_without_template(self, chunk: Sequence[NumberedRow], format_name: str, source: str) -> None:
+        """Raise DataError once, not for every row, where conversations come and there is no template."""
+        rows = (self._parse(raw, format_name, Findings()) for raw in chunk)
+        first = next((row for row in rows if row is not None), None)
+        if self.encoder.masker is None and isinstance(first, Conversation):
+            raise DataError(no_template(source))
+
+    def _parse(self, numbered: NumberedRow, format_name: str, findings: Findings) -> Any:
         origin, raw = numbered
         row = decode(raw, origin)
         if isinstance(row, Broken):
             findings.add_problems([row.problem])
             return None
+        findings.columns |= self.mapped & row.keys()
         try:
-            parsed = parse(row, origin, entry, self.settings)
+            parsed = parse(row, origin, FORMATS[format_name], self.settings)
         except DataError as error:
             findings.add_problems(error.problems)
             return None
@@ -113,6 +143,8 @@ class Work:
         findings.add_problems(encoded.problems)
         findings.notes.update(encoded.notes)
         if self.longest is None:
+            uneven = (sample for sample in encoded.samples if (sample.weights[1:] != 1.0).any())
+            findings.add_problems(map(_unevenly_trained, uneven))
             return list(encoded.samples)
         trained = [sample for sample in encoded.samples if sample.weights.any()]
         if len(trained) < len(encoded.samples):
@@ -123,9 +155,16 @@ class Work:
 
     def _too_long(self, sample: Sample) -> str:
         return (
-            f"{sample.origin}: {len(sample):,} tokens, more than training.max_seq_len {self.longest:,}. Raise it, or say "
-            "what to do with such rows: data.overlong: drop, truncate or split."
+            f"{sample.origin}: {len(sample):,} tokens, more than training.max_seq_len {self.longest:,}. Raise it, or "
+            "say what to do with such rows: data.overlong: drop, truncate or split."
         )
+
+
+def _unevenly_trained(sample: Sample) -> str:
+    return (
+        f"{sample.origin}: data.pretraining trains every token alike, and this row has other weights (from weight, "
+        "labels, weights or a prompt). Give it as text, or turn data.pretraining off."
+    )
 
 
 def write_samples(
@@ -142,8 +181,7 @@ def write_samples(
     """
     parts = [part for source in sources for part in source.parts]
     findings = Findings()
-    tasks = _first_rows(_tasks(sources, work.settings, findings, console), max_rows)
-    count = num_workers(parts, workers)
+    count, tasks = _with_workers(read_tasks(sources, work, console, max_rows, findings.tally), workers)
     total, unit, size = _measure(parts, max_rows)
     with (
         Workers(work, count) if count else nullcontext() as pool,
@@ -164,69 +202,99 @@ def write_samples(
     return tuple((part.name, part.unit) for part in parts), findings
 
 
-def num_workers(parts: Sequence[Part], asked: int | None) -> int:
-    """Processes for this much data; 0 to work in this one."""
-    if not can_fork():
-        return 0
-    if asked is not None:
-        return asked
-    rows = sum(part.num_rows or 0 for part in parts)
-    size = sum(part.num_bytes or 0 for part in parts)
-    is_unknown = any(part.num_rows is None and part.num_bytes is None for part in parts)
-    return num_cores() if is_unknown or rows > ROWS_WORTH_WORKERS or size > BYTES_WORTH_WORKERS else 0
+def read_tasks(
+    sources: Sequence[Source],
+    work: Work,
+    console: Console,
+    max_rows: int | None = None,
+    tally: Counter[str] | None = None,
+) -> Iterator[Task]:
+    """The first `max_rows` rows of the sources in chunks, in order; `tally` counts what is passed over."""
+    return _first_rows(_tasks(sources, work, Counter() if tally is None else tally, console), max_rows)
 
 
-def _tasks(sources: Sequence[Source], settings: FormatSettings, findings: Findings, console: Console) -> Iterator[Task]:
+def _with_workers(tasks: Iterator[Task], asked: int | None) -> tuple[int, Iterator[Task]]:
+    """How many processes to start, 0 to work in this one, and all the tasks; few tasks are not worth a process."""
+    if asked is not None or not can_fork():
+        return (asked or 0) if can_fork() else 0, tasks
+    first = list(islice(tasks, CHUNKS_WORTH_WORKERS))
+    return num_cores() if len(first) == CHUNKS_WORTH_WORKERS else 0, chain(first, tasks)
+
+
+def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
+    """The rows in chunks of a bounded number and, as long texts are few, a bounded size."""
+    chunk: list[NumberedRow] = []
+    size = 0
+    for numbered in rows:
+        chunk.append(numbered)
+        size += _size(numbered[1])
+        if len(chunk) == ROWS_PER_CHUNK or size >= BYTES_PER_CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _size(raw: RawRow) -> int:
+    """About how large a row is. Rows that come as dictionaries are long where a single text or list of ids is."""
+    if isinstance(raw, bytes):
+        return len(raw)
+    return sum(len(value) for value in raw.values() if isinstance(value, str | list)) if isinstance(raw, dict) else 0
+
+
+def _tasks(sources: Sequence[Source], work: Work, tally: Counter[str], console: Console) -> Iterator[Task]:
+    """The rows of all sources in chunks. What cannot be read travels in them too, so that problems keep their order."""
     part_number = -1
     for number, source in enumerate(sources):
-        format_name = source.format
+        format_name, num_rows = source.format, 0
         for part in source.parts:
             part_number += 1
-            rows = part.rows(findings.tally)
-            if format_name == "auto":
-                format_name, rows = _detected(rows, settings, source, findings, console)
-            if format_name == "auto":
-                continue
-            while chunk := list(islice(rows, ROWS_PER_CHUNK)):
+            for chunk in _chunks(part.rows(tally)):
+                if format_name == "auto":
+                    format_name, chunk = _detected(chunk, work.settings, source, console)
+                if not num_rows:
+                    work.refuse_without_template(chunk, format_name, source.name)
+                num_rows += len(chunk)
                 yield Task(number, part_number, format_name, chunk)
+                if format_name == UNKNOWN:
+                    break
+            if format_name == UNKNOWN:
+                break
+        if not num_rows:
+            yield Task(number, part_number, UNKNOWN, [(Origin(source.name, 0), Broken(f"{source.name}: 0 rows."))])
 
 
 def _detected(
-    rows: Iterator[tuple[Origin, RawRow]],
-    settings: FormatSettings,
-    source: Source,
-    findings: Findings,
-    console: Console,
-) -> tuple[str, Iterator[tuple[Origin, RawRow]]]:
-    """The format of the first row that can be read, said aloud, and the rows from the first on; "auto" for no rows."""
-    passed: list[tuple[Origin, RawRow]] = []
-    for origin, raw in rows:
-        passed.append((origin, raw))
+    chunk: list[NumberedRow], settings: FormatSettings, source: Source, console: Console
+) -> tuple[str, list[NumberedRow]]:
+    """The format of the first row that can be read, said aloud, and the chunk; "auto" where none can be read.
+
+    Where no format fits, that is the one problem, in place of the rows from there on.
+    """
+    for number, (origin, raw) in enumerate(chunk):
         row = decode(raw, origin)
         if isinstance(row, Broken):
             continue
         try:
             found = detect(with_our_columns(row, settings.columns), origin)
         except DataError as error:
-            findings.add_problems(error.problems)
-            return "auto", iter(())
+            return UNKNOWN, [*chunk[:number], (origin, Broken(str(error)))]
         console.say(f"data: {source.name}: {found.name} rows ({found.columns})")
-        return found.name, chain(passed, rows)
-    findings.add_problems(raw.problem for _, raw in passed if isinstance(raw, Broken))
-    return "auto", iter(())
+        return found.name, chunk
+    return "auto", chunk
 
 
 def _first_rows(tasks: Iterator[Task], limit: int | None) -> Iterator[Task]:
     """The tasks up to the row `limit`, the last one cut to it."""
+    if limit is None:
+        yield from tasks
+        return
     left = limit
     for task in tasks:
-        if left is None:
-            yield task
-            continue
+        yield replace(task, rows=task.rows[:left])
+        left -= len(task.rows)
         if left <= 0:
             return
-        yield Task(task.source, task.part, task.format, task.rows[:left])
-        left -= len(task.rows)
 
 
 def _measure(parts: Sequence[Part], max_rows: int | None) -> tuple[float | None, str, Callable[[Task], float]]:

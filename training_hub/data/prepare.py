@@ -15,7 +15,7 @@ import numpy as np
 
 from training_hub.data.cache import cache_folder, kept, key_of
 from training_hub.data.encode import Encoder
-from training_hub.data.formats import FormatSettings, check_settings
+from training_hub.data.formats import ROW_COLUMNS, FormatSettings, check_settings
 from training_hub.data.lengths import blocks
 from training_hub.data.pipeline import Work, write_samples
 from training_hub.data.selection import num_shared, rows_of, split_validation, without_duplicates
@@ -27,10 +27,8 @@ from training_hub.errors import DataError
 from training_hub.folders import write_whole
 from training_hub.recipe import Recipe
 from training_hub.recipe.sections import Data
-from training_hub.types import Console
+from training_hub.types import Console, Sample
 
-# Part of every cache key: raise it when rows become other samples than before.
-PIPELINE_VERSION = 1
 BLOCKS_PER_APPEND = 64
 
 
@@ -51,6 +49,7 @@ class Kitchen:
     tokenizer: ChatTokenizer
     template: ChatTemplate | None
     console: Console
+    leaves_out_problems: bool = False
 
     def store(self, sources: Sequence[Source], max_rows: int | None) -> TokenStore:
         """The samples of these sources, for pretraining their documents: from the cache, else made now."""
@@ -64,23 +63,23 @@ class Kitchen:
         """The documents joined and cut into blocks, as a store of its own."""
         data = self.recipe.data
         size = data.block_size or self.recipe.training.max_seq_len
-        key = key_of({"version": PIPELINE_VERSION, "documents": documents.fingerprint, "block_size": size})
-        store = kept(
-            self._root if data.cache else None,
+        key = key_of({"documents": documents.fingerprint, "block_size": size})
+        return kept(
+            self._root,
             key,
             lambda folder: write_blocks(documents, folder, size, self.console),
             documents.source_weights,
             self.console,
         )
-        # The documents may lie in a temporary folder; the blocks do not need them any more.
-        return store
 
     @property
     def _root(self) -> Path | None:
         return cache_folder(self.recipe.data.cache_dir) if self.recipe.data.cache else None
 
     def _key(self, sources: Sequence[Source], max_rows: int | None) -> str | None:
-        """The key of these sources' samples; None where one can be read only once."""
+        """The key of these sources' samples; None where one can be read only once, or is not taken whole."""
+        if self.leaves_out_problems:
+            return None
         parts = [
             [number, source.format, part.name, part.fingerprint()]
             for number, source in enumerate(sources)
@@ -92,7 +91,6 @@ class Kitchen:
         chosen = ("columns", "roles", "template_arguments", "unmask", "turns", "overlong", "pretraining")
         return key_of(
             {
-                "version": PIPELINE_VERSION,
                 "parts": parts,
                 "settings": {name: getattr(data, name) for name in chosen},
                 "longest": self._longest,
@@ -106,7 +104,8 @@ class Kitchen:
     def _longest(self) -> int | None:
         return None if self.recipe.data.pretraining else self.recipe.training.max_seq_len
 
-    def _write(self, sources: Sequence[Source], max_rows: int | None, folder: Path) -> None:
+    def work(self, sources: Sequence[Source]) -> Work:
+        """What makes samples of the rows of these sources. Raises DataError for settings that do not fit them."""
         data = self.recipe.data
         settings = FormatSettings(
             columns=data.columns,
@@ -114,17 +113,19 @@ class Kitchen:
             unmask=data.unmask,
             pretraining=data.pretraining,
             template_arguments=data.template_arguments,
-            vocab_size=self.tokenizer.vocab_size,
         )
         problems = [line for source in sources for line in check_settings(source.format, settings)]
         if problems:
             raise DataError(list(dict.fromkeys(problems)))
         encoder = Encoder(self.tokenizer, template=self.template, unmask=data.unmask, turns=data.turns)
-        work = Work(encoder, settings, self._longest, data.overlong)
-        with write_whole(folder, replace=True) as aside:
-            writer = StoreWriter(aside)
+        return Work(encoder, settings, self._longest, data.overlong, self.leaves_out_problems)
+
+    def _write(self, sources: Sequence[Source], max_rows: int | None, folder: Path) -> None:
+        work, data = self.work(sources), self.recipe.data
+        with write_whole(folder, replace=True) as aside, StoreWriter(aside) as writer:
             parts, found = write_samples(sources, work, writer, self.console, max_rows, data.workers)
-            writer.finish(parts, {**found.tally, "facts": list(found.facts), "notes": dict(found.notes)})
+            found_too = {"facts": list(found.facts), "notes": dict(found.notes), "columns": sorted(found.columns)}
+            writer.finish(parts, {**found.tally, **found_too})
 
 
 def prepare(
@@ -135,30 +136,38 @@ def prepare(
     console: Console,
     rows: Any = None,
     validation_rows: Any = None,
+    leaves_out_problems: bool = False,
 ) -> Prepared:
     """Training and validation samples of `recipe`; live `rows` stand in for data.path.
 
-    Raises DataError listing the problems of all rows, each naming file, line and message.
+    Raises DataError listing the problems of all rows, each naming file, line and message; where `leaves_out_problems`,
+    only for what no row can be blamed for.
     """
-    kitchen = Kitchen(recipe, tokenizer, template, console)
+    kitchen = Kitchen(recipe, tokenizer, template, console, leaves_out_problems)
     data = recipe.data
     sources = open_sources(data) if rows is None else [replace(open_object(rows, split=data.split), format=data.format)]
     everything = kitchen.store(sources, data.max_rows)
     if len(everything) == 0:
-        raise DataError(_nothing_left(sources, everything))
+        raise DataError(f"data.path: {_nothing_left(sources, everything)}")
+    _refuse_unread_columns(data, everything)
     report = {"rows": 0, **everything.report}
     table = rows_of(everything)
     report["duplicates"] = table.num_duplicates
     train = without_duplicates(everything, table) if data.deduplicate else everything
     validation = None
     if validation_rows is not None or data.validation is not None:
-        validation = kitchen.store([_validation_source(data, validation_rows)], None)
+        source = _validation_source(data, validation_rows)
+        validation = kitchen.store([source], None)
+        if len(validation) == 0:
+            raise DataError(f"data.validation: {_nothing_left([source], validation)}")
         report["validation_rows_also_trained"] = num_shared(train, validation)
     elif data.validation_fraction:
         train, validation = split_validation(train, rows_of(train), data.validation_fraction, recipe.seed)
     if data.pretraining:
         train = kitchen.blocks(train)
         validation = kitchen.blocks(validation) if validation is not None else None
+    if len(train) == 0:
+        raise DataError(f"data.path: {_nothing_left(sources, train)}")
     report |= _counts(train)
     report["sources"] = _per_source(sources, train)
     if validation is not None:
@@ -166,6 +175,16 @@ def prepare(
     for line in told(report, data.deduplicate):
         console.say(f"data: {line}")
     return Prepared(train, validation, report)
+
+
+def _refuse_unread_columns(data: Data, store: TokenStore) -> None:
+    """A name in data.columns that no row has is a slip of the pen, unless only some rows are read."""
+    wanted = {theirs for ours, theirs in data.columns.items() if ours in ROW_COLUMNS}
+    unread = sorted(wanted - set(store.report["columns"])) if data.max_rows is None else []
+    if unread:
+        raise DataError(
+            [f"data.columns: no row has a column {name!r}. Take it out, or write the name it has." for name in unread]
+        )
 
 
 def _validation_source(data: Data, live_rows: Any) -> Source:
@@ -203,7 +222,8 @@ def told(report: dict[str, Any], is_deduplicated: bool) -> list[str]:
         "blank_lines": "blank lines passed over",
         "dropped": "rows left out because they are longer than training.max_seq_len",
         "truncated": "rows cut at training.max_seq_len",
-        "tokens_cut": "tokens cut off by that",
+        "tokens_lost": "tokens lost by that",
+        "trained_tokens_lost": "of these would have been trained",
         "split": "rows split at training.max_seq_len",
         "validation_rows_also_trained": "validation samples that are also trained on: their loss says little",
     }
@@ -214,26 +234,28 @@ def write_blocks(documents: TokenStore, folder: Path, block_size: int, console: 
     """The documents laid end to end and cut into blocks, as a store of its own."""
     with (
         write_whole(folder, replace=True) as aside,
+        StoreWriter(aside) as writer,
         console.progress("cutting blocks", total=int(documents.lengths.sum()), unit="tokens") as advance,
     ):
-        writer = StoreWriter(aside)
-        held: list[tuple[int, Any]] = []
+        parts, of_source = documents.column("parts"), documents.source_index
+        held: list[tuple[int, Sample]] = []
         for numbered in blocks(documents, block_size):
             held.append(numbered)
             if len(held) == BLOCKS_PER_APPEND:
-                advance(_append_blocks(writer, documents, held))
+                advance(_append_blocks(writer, held, parts, of_source))
                 held = []
-        advance(_append_blocks(writer, documents, held))
+        advance(_append_blocks(writer, held, parts, of_source))
         writer.finish(documents.part_names, documents.report)
 
 
-def _append_blocks(writer: StoreWriter, documents: TokenStore, held: list[tuple[int, Any]]) -> int:
+def _append_blocks(
+    writer: StoreWriter, held: list[tuple[int, Sample]], parts: np.ndarray, of_source: np.ndarray
+) -> int:
+    """Append blocks, each with the part and source of its first document; the number of their tokens."""
     samples = [sample for _, sample in held]
     first = np.array([number for number, _ in held], np.int64)
-    block = SampleBlock.of(
-        samples, [content_hash([sample]) for sample in samples], 0, documents.column("parts")[first].tolist()
-    )
-    block.columns["sources"][:] = documents.column("sources")[first]
+    block = SampleBlock.of(samples, [content_hash([sample]) for sample in samples], 0, parts[first].tolist())
+    block.columns["sources"][:] = of_source[first]
     writer.append(block)
     return sum(len(sample) for sample in samples)
 
@@ -243,7 +265,7 @@ def _nothing_left(sources: Sequence[Source], store: TokenStore) -> str:
     rows, dropped = store.report.get("rows", 0), store.report.get("dropped", 0)
     if dropped:
         return (
-            f"data.path: {names}: all {rows:,} rows are longer than training.max_seq_len and were dropped. Raise "
+            f"{names}: all {rows:,} rows are longer than training.max_seq_len and were dropped. Raise "
             "training.max_seq_len, or set data.overlong to truncate or split."
         )
-    return f"data.path: {names}: {rows:,} rows, and nothing in them to train on."
+    return f"{names}: {rows:,} rows, and nothing in them to train on."

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -64,10 +65,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_co
 
 
 def decode(raw: RawRow, origin: Origin) -> dict[str, Any] | Broken:
-    """The row as a dictionary; JSON bytes are parsed strictly (UTF-8, no duplicate keys, no NaN, no lone surrogates)."""
+    """The row as a dictionary; JSON is parsed strictly (UTF-8, no duplicate keys, no NaN, no lone surrogates)."""
     if not isinstance(raw, bytes):
         return raw
-    place = f"{origin.source}:{origin.line}"
+    place = str(origin)
     try:
         text = raw.decode("utf-8")
         # JSON allows \ud800 alone; no tokenizer does. Only a line with such an escape is worth the second look.
@@ -79,7 +80,7 @@ def decode(raw: RawRow, origin: Origin) -> dict[str, Any] | Broken:
     except UnicodeEncodeError:
         return Broken(f"{place}: a lone surrogate (\\ud800 to \\udfff without its partner) is not text.")
     except json.JSONDecodeError as error:
-        return Broken(_broken_json(f"{place}:{error.colno}", error, text))
+        return Broken(_broken_json(f"{place}, column {error.colno}", error, text))
     except RecursionError:
         return Broken(f"{place}: the JSON is nested too deep to be a row.")
     except ValueError as error:
@@ -110,9 +111,7 @@ def read_json_lines(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, 
     """One row per line, still as bytes; blank lines are counted in tally["blank_lines"]."""
     with open_bytes(file.path, file.compression) as stream:
         for number, line in _numbered_lines(stream, file):
-            if isinstance(line, Broken):
-                yield number, line
-            elif line.strip():
+            if isinstance(line, Broken) or line.strip():
                 yield number, line
             else:
                 tally["blank_lines"] += 1
@@ -124,7 +123,7 @@ def _numbered_lines(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, byt
         while line := stream.readline(LONGEST_ROW_BYTES + 1):
             number += 1
             if len(line) > LONGEST_ROW_BYTES:
-                yield number, Broken(f"{file.name}:{number}: the line is longer than {LONGEST_ROW_BYTES >> 20} MiB.")
+                yield number, Broken(f"{file.name} line {number}: longer than {LONGEST_ROW_BYTES >> 20} MiB.")
                 return
             yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except DAMAGED as error:
@@ -201,11 +200,14 @@ class _ArrayText:
             try:
                 value, end = DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                into_value = max(error.pos - self._at, 0)
                 if not self._may_go_on(error):
-                    self._at = max(error.pos, self._at)
+                    self._at += into_value
                     raise self._problem(f"broken JSON: {error.msg}") from error
             except _NotJson as error:
                 raise self._problem(str(error)) from error
+            except RecursionError as error:
+                raise self._problem("the JSON is nested too deep to be a row") from error
             else:
                 # A number at the end of the block may go on in the next one; an object ends where it ends.
                 if end < len(self._text) or isinstance(value, dict | list) or not self._fill():
@@ -213,7 +215,7 @@ class _ArrayText:
                     return value
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the value is only cut by the end of the block; then more is read, doubling, so large rows stay linear."""
+        """Whether the value is only cut by the end of the block; then more is read, twice as much each time."""
         if len(self._text) - self._at > LONGEST_ROW_BYTES:
             return False
         is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 16
@@ -251,7 +253,8 @@ class _ArrayText:
             where = self._bytes_read - len(pending) + error.start
             line = self._lines_gone + rest.count("\n") + error.object[: error.start].count(b"\n") + 1
             byte = error.object[error.start]
-            raise _BadArray(_not_utf8(f"{self._file.name}:{line}", f"byte {where + 1} of the file", byte)) from error
+            place = f"{self._file.name} line {line}"
+            raise _BadArray(_not_utf8(place, f"byte {where + 1} of the file", byte)) from error
         self._bytes_read += len(block)
         return text
 
@@ -261,7 +264,7 @@ class _ArrayText:
         line = self._lines_gone + newlines + 1
         column = len(before) - before.rfind("\n") if newlines else self._columns_gone + len(before) + 1
         near = self._text[max(0, self._at - 20) : self._at + 20]
-        return _BadArray(f"{self._file.name}:{line}:{column}: {reason}, near {near!r}.")
+        return _BadArray(f"{self._file.name} line {line}, column {column}: {reason}, near {near!r}.")
 
 
 def read_csv(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow]]:
@@ -298,20 +301,20 @@ def _text_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
             where = f"byte {error.start + 1} of the line"
-            raise _BadText(_not_utf8(f"{file.name}:{number}", where, line[error.start]), number) from error
+            raise _BadText(_not_utf8(f"{file.name} line {number}", where, line[error.start]), number) from error
 
 
 def _csv_rows(rows: Any, header: list[str], file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow]]:
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
-        yield 1, Broken(f"{file.name}:1: the column {twice[0]!r} stands twice in the header.")
+        yield 1, Broken(f"{file.name} line 1: the column {twice[0]!r} stands twice in the header.")
         return
     while True:
         begins = rows.line_num + 2  # The header is line 1, and this row begins on the line after the last one.
         try:
             values = next(rows, None)
         except csv.Error as error:
-            yield begins, Broken(f"{file.name}:{begins}: broken CSV: {error}.")
+            yield begins, Broken(f"{file.name} line {begins}: broken CSV: {error}.")
             return
         if values is None:
             return
@@ -321,7 +324,7 @@ def _csv_rows(rows: Any, header: list[str], file: DataFile, tally: Counter[str])
             found = f"{len(values)} values, but the header names {len(header)} columns"
             yield (
                 begins,
-                Broken(f"{file.name}:{begins}: {found} ({', '.join(header)}). Put text with commas in quotes."),
+                Broken(f"{file.name} line {begins}: {found} ({', '.join(header)}). Put text with commas in quotes."),
             )
         else:
             yield begins, dict(zip(header, values, strict=True))
@@ -334,25 +337,27 @@ def read_parquet(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, Raw
 
     row = 0
     try:
-        if file.compression is None:
-            batches = parquet.ParquetFile(file.path, memory_map=True).iter_batches(batch_size=1024)
-        else:
-            batches = parquet.ParquetFile(_unpacked(file)).iter_batches(batch_size=1024)
-        for batch in batches:
-            for value in batch.to_pylist():
-                row += 1
-                yield row, without_null_fields(value, tally)
+        with _seekable(file) as stream, parquet.ParquetFile(stream) as opened:
+            for batch in opened.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield row, without_null_fields(value, tally)
     except (pyarrow.ArrowException, OSError, *DAMAGED) as error:
         yield row + 1, Broken(f"{file.name}: the Parquet data is damaged after row {row} ({error}); copy it again.")
 
 
-def _unpacked(file: DataFile) -> BinaryIO:
-    # Parquet is read from its end, so a compressed one is laid on disk first; the file goes when it is closed.
-    unpacked = tempfile.TemporaryFile()
-    with open_bytes(file.path, file.compression) as stream:
-        shutil.copyfileobj(stream, unpacked)
-    unpacked.seek(0)
-    return unpacked  # type: ignore[return-value]
+@contextmanager
+def _seekable(file: DataFile) -> Iterator[Any]:
+    """The file itself, or its unpacked bytes, laid on disk for as long as needed: Parquet is read from its end."""
+    if file.compression is None:
+        with file.path.open("rb") as stream:
+            yield stream
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        with open_bytes(file.path, file.compression) as stream:
+            shutil.copyfileobj(stream, unpacked)
+        unpacked.seek(0)
+        yield unpacked
 
 
 def without_null_fields(row: Mapping[str, Any], tally: Counter[str]) -> dict[str, Any]:
@@ -388,7 +393,7 @@ def read_text(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         where = f"byte {error.start + 1} of the file"
-        yield 1, Broken(_not_utf8(f"{file.name}:{line}", where, content[error.start]))
+        yield 1, Broken(_not_utf8(f"{file.name} line {line}", where, content[error.start]))
     except DAMAGED as error:
         yield 1, Broken(_damaged(file, "", error))
 

@@ -22,7 +22,7 @@ from training_hub.folders import sha256
 from training_hub.recipe.sections import Data, DataSource
 from training_hub.types import Origin
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?(\[\w+\])?")
 
 Rows = Iterator[tuple[Origin, RawRow]]
 
@@ -32,7 +32,8 @@ class Part:
     """One stream of a source: a file, or an object handed over.
 
     `rows(tally)` opens it anew; `fingerprint()` is a hash of its contents, None where it can be read only once.
-    `num_rows` is None where it is not known; `num_bytes` is the size of an uncompressed file; `unit` is what is counted.
+    `num_rows` is None where it is not known; `num_bytes` is the size of an uncompressed file of JSON lines; `unit` is
+    what is counted.
     """
 
     name: str
@@ -140,19 +141,21 @@ def _datasets_package() -> Any:
 
 
 def _from_hub(named: str, split: str) -> Source:
-    """A data set on the Hugging Face hub, downloaded: `org/name`, or `org/name:configuration`."""
+    """A data set on the Hugging Face hub, downloaded: `org/name`, or `org/name:configuration[split]`."""
     try:
         package = _datasets_package()
     except DataError as error:
-        raise DataError(f"data.path: {named} does not exist here; to look for it on the hub, {error}") from error
+        raise DataError(f"{named} does not exist here; to look for it on the hub, {error}") from error
+    if named.endswith("]"):
+        named, _, split = named.removesuffix("]").partition("[")
     name, _, configuration = named.partition(":")
     try:
         loaded = package.load_dataset(name, configuration or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise DataError(
-            f"data.path: {named} does not exist here, and the hub gives no split {split!r} of it: {first_line} "
-            "(a configuration is named as org/name:configuration)"
+            f"{named} does not exist here, and the hub gives no split {split!r} of it: {first_line} "
+            "(a configuration and a split are named as org/name:configuration[split])"
         ) from error
     return _one_part(_dataset_part(loaded, f"{named}[{split}]"))
 
@@ -163,7 +166,7 @@ def _saved_dataset(path: Path, named: str, split: str) -> Source:
 
 
 def open_object(rows: Any, name: str = "rows", split: str = "train") -> Source:
-    """The source that a live object is: DataFrame, `datasets` object, Arrow table, path, or iterable of dictionaries."""
+    """The source that a live object is: DataFrame, `datasets` object, Arrow table, path or iterable of dictionaries."""
     if isinstance(rows, str | Path):
         return open_path(str(rows), split)
     package = type(rows).__module__.partition(".")[0]
@@ -172,9 +175,9 @@ def open_object(rows: Any, name: str = "rows", split: str = "train") -> Source:
     if package == "pandas":
         return _one_part(_frame_part(rows, name))
     if package == "polars":
-        return _one_part(_listed_part(rows.to_dicts(), name))
+        return _one_part(_repeatable_part(lambda: rows.iter_rows(named=True), len(rows), name))
     if package == "pyarrow":
-        return _one_part(_repeatable_part(lambda: rows.to_pylist(), len(rows), name, is_arrow=True))
+        return _one_part(_repeatable_part(lambda: _table_rows(rows), len(rows), name, is_arrow=True))
     if isinstance(rows, Mapping):
         raise DataError(f"{name}: a dictionary is one row; hand over a list of them.")
     if isinstance(rows, list | tuple):
@@ -182,7 +185,7 @@ def open_object(rows: Any, name: str = "rows", split: str = "train") -> Source:
             opened = [open_path(str(entry), split) for entry in rows]
             notes = tuple(note for source in opened for note in source.notes)
             return Source(name, tuple(part for source in opened for part in source.parts), notes=notes)
-        return _one_part(_listed_part(rows, name))
+        return _one_part(_repeatable_part(lambda: rows, len(rows), name))
     if isinstance(rows, Iterable):
         return _one_part(Part(name, lambda tally: _numbered(rows, name), lambda: None))
     raise DataError(
@@ -208,8 +211,9 @@ def _dataset_part(dataset: Any, name: str) -> Part:
     return Part(name, lambda tally: _numbered(dataset, name, tally), lambda: None)
 
 
-def _listed_part(rows: Any, name: str) -> Part:
-    return _repeatable_part(lambda: rows, len(rows), name)
+def _table_rows(table: Any) -> Iterator[dict[str, Any]]:
+    for batch in table.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
 
 
 def _repeatable_part(again: Callable[[], Iterable[Any]], num_rows: int, name: str, is_arrow: bool = False) -> Part:
@@ -225,7 +229,7 @@ def _frame_part(frame: Any, name: str) -> Part:
     def again() -> Iterator[dict[str, Any]]:
         for values in frame.itertuples(index=False, name=None):
             # A DataFrame has no absent value but NaN; as a cell of the row it is left out, as JSON would.
-            yield {name: plain(value) for name, value in zip(columns, values, strict=True) if not _is_missing(value)}
+            yield {name: value for name, value in zip(columns, values, strict=True) if not _is_missing(value)}
 
     return _repeatable_part(again, len(frame), name)
 
@@ -237,12 +241,13 @@ def _is_missing(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """`value` with numpy arrays and numbers, as DataFrames hold them, made lists and Python numbers."""
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+    """`value` with arrays, tensors and their numbers made lists and Python numbers."""
+    if hasattr(value, "tolist"):
         return plain(value.tolist())
-    if isinstance(value, list):
-        return [plain(inner) for inner in value]
-    if isinstance(value, dict):
+    if isinstance(value, list | tuple):
+        # A list of numbers stays as it is: looking at each of a tokenised row would take longer than all else.
+        return value if value and type(value[0]) in (int, float) else [plain(inner) for inner in value]
+    if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     return value
 
@@ -254,14 +259,14 @@ def _numbered(rows: Iterable[Any], name: str, arrow_tally: Counter[str] | None =
             found = f"{type(row).__name__} {str(row)[:40]!r}"
             yield origin, Broken(f"{origin}: a row is a dictionary with named columns; found {found}.")
         elif arrow_tally is not None:
-            yield origin, without_null_fields(row, arrow_tally)
+            yield origin, without_null_fields(plain(row), arrow_tally)
         else:
-            yield origin, dict(row)
+            yield origin, plain(row)
 
 
 def _hash_of_rows(rows: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, default=repr, sort_keys=False).encode())
+        digest.update(json.dumps(plain(row), default=repr).encode())
         digest.update(b"\n")
     return digest.hexdigest()

@@ -89,13 +89,23 @@ def _column(name: str, values: Any) -> np.ndarray:
 
 
 class StoreWriter:
-    """Appends samples as columns to the files of `folder`, which `write_whole` hands out and seals."""
+    """Appends samples as columns to the files of `folder`, which `write_whole` hands out and seals.
+
+    with write_whole(place) as folder, StoreWriter(folder) as writer: ...
+    """
 
     def __init__(self, folder: Path):
         self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 18) for name in COLUMNS}
         self._folder = folder
         self._tokens = 0
         self._write("offsets", np.zeros(1, "<i8"))
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for stream in self._files.values():
+            stream.close()
 
     def append(self, block: SampleBlock) -> None:
         """Add the samples of `block` after those already there."""

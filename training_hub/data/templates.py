@@ -1,7 +1,6 @@
 """Chat templates: the model's own, a named one, or a file, rendered as transformers renders them.
 
-Templates are code from elsewhere. They run in Jinja's immutable sandbox, see plain data only, and everything they do
-goes through `_run`, the one place where limits on their time and output belong.
+Templates are code from elsewhere: they run in a sandbox with limits on time and text (sandbox.py) and see plain data.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training_hub.data.budget import Overrun
+from training_hub.data.sandbox import budget, compile_template, refusal
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import DataError
 
@@ -27,6 +27,7 @@ NAMED = ("chatml", "zephyr", "llama", "alpaca", "vicuna", "mistral")
 # What `strftime_now` shows. A template that prints the date would otherwise give other tokens tomorrow: the cache would
 # miss, and a resumed run would not be the interrupted one. template_arguments: {strftime_now: 2026-05-01} sets another.
 DAY = "2025-01-01"
+LONGEST_MESSAGE = 2000
 
 
 @dataclass(frozen=True)
@@ -152,19 +153,18 @@ def _clock(day: Any) -> Callable[[str], str]:
 
 
 def _run(name: str, source: str, variables: Mapping[str, Any]) -> str:
-    """Render; the place for limits on time and output."""
     compiled = _compiled(name, source)
+    budget().begin(variables["messages"])
     try:
         return compiled.render(variables)
-    except (
-        Exception
-    ) as error:  # a template is foreign code and can raise anything; every failure becomes one of the row
+    except Exception as error:  # a template is foreign code and can raise anything; every failure becomes one of the row
         raise DataError(_failure(name, error)) from error
 
 
 def _failure(name: str, error: Exception) -> str:
-    if type(error).__name__ == "Refusal":
-        return f"chat template {name}: refuses this conversation: {error}"
+    words = str(error) if len(str(error)) <= LONGEST_MESSAGE else str(error)[:LONGEST_MESSAGE] + "..."
+    if isinstance(error, refusal()):
+        return f"chat template {name}: refuses this conversation: {words}"
     line = None
     trace = error.__traceback__
     while trace is not None:
@@ -172,95 +172,17 @@ def _failure(name: str, error: Exception) -> str:
             line = trace.tb_lineno
         trace = trace.tb_next
     where = f", line {line}" if line else ""
-    return f"chat template {name}{where}: {type(error).__name__}: {error}"
+    if isinstance(error, Overrun):
+        return f"chat template {name}{where}: {words}. Simplify it, or choose another: data.chat_template."
+    return f"chat template {name}{where}: {type(error).__name__}: {words}"
 
 
 def _compiled(name: str, source: str) -> jinja2.Template:
     import jinja2
 
     try:
-        return _compile(source)
+        return compile_template(source)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"chat template {name}, line {error.lineno}: syntax error: {error.message}") from error
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up for chat templates (`_cached_compile_jinja_template`, version 5.23)."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """Accepts {% generation %} ... {% endgeneration %} and renders what is inside: masks here need no marks."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A call block, as in transformers: what is set inside stays inside there, and must here.
-            return jinja2.nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
-
-        def _inside(self, caller: Callable[[], str]) -> str:
-            return caller()
-
-    class Namespace(jinja2.utils.Namespace):
-        """Without underscore names, through which a template could reach Python's internals."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            self, rest = args[0], args[1:]
-            attributes = dict(*rest, **kwargs)
-            for key in attributes:
-                _refuse_hidden(key)
-            jinja2.utils.Namespace.__init__(self, attributes)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _refuse_hidden(name)
-            jinja2.utils.Namespace.__setitem__(self, name, value)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
-    environment.globals["namespace"] = Namespace
-    return environment
-
-
-def _refuse_hidden(name: Any) -> None:
-    import jinja2
-
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}: it begins with an underscore")
-
-
-def _refuse(message: str) -> None:
-    raise _refusal()(message)
-
-
-@lru_cache(maxsize=1)
-def _refusal() -> type[Exception]:
-    import jinja2
-
-    class Refusal(jinja2.exceptions.TemplateError):
-        """What `raise_exception` raises."""
-
-    return Refusal
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    except Exception as error:  # what Python's own compiler says to an expression nested a thousand deep
+        raise DataError(_failure(name, error)) from error

@@ -43,17 +43,17 @@ class Workers(Generic[Task, Result]):
         self._count = count
         # A queue sends from a thread of its own: a parent that sent directly could wait for a worker that waits for it.
         self._tasks: list[Any] = [context.Queue() for _ in range(count)]
-        ends = [context.Pipe(duplex=False) for _ in range(count)]
-        self._results: list[Connection] = [receiving for receiving, _ in ends]
-        self._processes = [
-            context.Process(target=_serve, args=(work, self._tasks[i], ends[i][1], os.getpid()), daemon=True)
-            for i in range(count)
-        ]
+        self._results: list[Connection] = []
+        self._processes: list[Any] = []
         with _quiet_tokenizers():
-            for process in self._processes:
+            for tasks in self._tasks:
+                receiving, sending = context.Pipe(duplex=False)
+                process = context.Process(target=_serve, args=(work, tasks, sending, os.getpid()), daemon=True)
                 process.start()
-        for _, sending in ends:
-            sending.close()
+                # Closed before the next fork: a copy in another worker would keep the pipe of a dead one open.
+                sending.close()
+                self._results.append(receiving)
+                self._processes.append(process)
 
     def __enter__(self) -> Workers[Task, Result]:
         return self
@@ -66,6 +66,8 @@ class Workers(Generic[Task, Result]):
         for tasks in self._tasks:
             tasks.cancel_join_thread()
             tasks.close()
+        for results in self._results:
+            results.close()
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
         """The result of each task, in order; at most two tasks per worker are under way."""
@@ -108,7 +110,7 @@ def _serve(work: Callable[[Any], Any], tasks: Any, results: Connection, parent: 
             results.send((work(task), None))
         except BrokenPipeError:
             return
-        except Exception as error:  # noqa: BLE001 - raised again, whatever it is, where the result is read.
+        except Exception as error:  # Whatever it is: it is raised again where the result is read.
             results.send((None, error))
 
 

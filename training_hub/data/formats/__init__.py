@@ -25,7 +25,17 @@ from training_hub.data.formats.tokens import holds_tokens, parse_tokens
 from training_hub.errors import DataError
 from training_hub.types import Origin
 
-__all__ = ["FORMATS", "Format", "FormatSettings", "Parsed", "check_settings", "detect", "parse", "with_our_columns"]
+__all__ = [
+    "FORMATS",
+    "ROW_COLUMNS",
+    "Format",
+    "FormatSettings",
+    "Parsed",
+    "check_settings",
+    "detect",
+    "parse",
+    "with_our_columns",
+]
 
 
 @dataclass(frozen=True)
@@ -78,12 +88,9 @@ def detect(row: Mapping[str, Any], origin: Origin) -> Format:
     """The format of a row, by its columns. Raises DataError where none fits, or two do that contradict."""
     fitting = [entry for entry in FORMATS.values() if entry.recognises(row)]
     names = [entry.name for entry in fitting]
-    if "text" in names and len(names) > 1:
-        # A `content` or `text` column beside a question and answer is common baggage; beside messages it is a choice.
-        if {"messages", "sharegpt"} & set(names) and "text" in row:
-            raise DataError(
-                f"{origin}: holds both a conversation and text. Say which: data.format: {names[0]}, or text."
-            )
+    # A text column beside a question and answer is common baggage; beside messages it is a choice.
+    if {"messages", "sharegpt"} & set(names) and "text" in row:
+        raise DataError(f"{origin}: holds both a conversation and text. Say which: data.format: {names[0]}, or text.")
     if fitting:
         return fitting[0]
     columns = "; ".join(f"{entry.name}: {entry.columns}" for entry in FORMATS.values())

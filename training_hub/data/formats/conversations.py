@@ -19,7 +19,7 @@ SPEAKERS = {"chatbot": "assistant", "bing": "assistant", "bard": "assistant", "t
 
 def holds_messages(row: Mapping[str, Any]) -> bool:
     """Whether the row has a list of {role, content}, under any of the usual names."""
-    return _first_turn_has(row, "role") or "messages" in row and not holds_sharegpt(row)
+    return _first_turn_has(row, "role") or ("messages" in row and not holds_sharegpt(row))
 
 
 def holds_sharegpt(row: Mapping[str, Any]) -> bool:
@@ -71,7 +71,7 @@ def _sharegpt_turn(turn: Any, place: str, settings: FormatSettings, notes: list[
         name = settings.columns.get(sharegpt, sharegpt)
         if name in renamed:
             renamed[ours] = renamed.pop(name)
-    speaker = renamed.get("role")
+    speaker = str(renamed.get("role"))
     if speaker in settings.roles:
         renamed["role"] = settings.roles[speaker]
     elif speaker in SPEAKERS:

@@ -157,11 +157,12 @@ def _train(value: Any, place: str, problems: list[str]) -> float | None:
 
 def _tool_calls(entry: Mapping[str, Any], place: str, problems: list[str]) -> tuple[dict[str, Any], ...]:
     given = entry.get("tool_calls")
-    given = _parsed(given) if isinstance(given, str) else given
-    if given is None:
+    if isinstance(given, str) and given.strip():
+        given = _parsed(given)
+    if entry.get("tool_calls") in (None, ""):
         given = []
     if not isinstance(given, list | tuple):
-        problems.append(f"{place} has {shown(given)} as tool_calls; a list is wanted.")
+        problems.append(f"{place} has {shown(entry['tool_calls'])} as tool_calls; a list, or its JSON, is wanted.")
         return ()
     old_style = [entry["function_call"]] if entry.get("function_call") else []
     calls = [_call(call, place, problems) for call in (*given, *old_style)]
@@ -169,9 +170,10 @@ def _tool_calls(entry: Mapping[str, Any], place: str, problems: list[str]) -> tu
 
 
 def _call(given: Any, place: str, problems: list[str]) -> dict[str, Any] | None:
-    """{"type": "function", "function": {"name", "arguments" as dictionary}} and the id, from that or from a flat call."""
+    """{"type": "function", "function": {"name", "arguments" as dictionary}} and the id, from that or a flat call."""
     call = given if isinstance(given, Mapping) else {}
-    function = call.get("function") if isinstance(call.get("function"), Mapping) else call
+    inner = call.get("function")
+    function = inner if isinstance(inner, Mapping) else call
     name = function.get("name")
     if not isinstance(name, str) or not name:
         problems.append(

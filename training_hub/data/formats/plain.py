@@ -117,7 +117,8 @@ def parse_text(row: Mapping[str, Any], origin: Origin, settings: FormatSettings)
     column = _only_one(row, TEXT_COLUMNS, origin)
     if column is None:
         raise DataError(
-            f"{origin}: no text; found columns {', '.join(map(str, row))}. Name it: data.columns: {{text: YOUR_COLUMN}}."
+            f"{origin}: no text; found columns {', '.join(map(str, row))}. "
+            "Name it: data.columns: {text: YOUR_COLUMN}."
         )
     text = text_of(row, column, origin)
     if not text.strip():

@@ -26,7 +26,7 @@ MESSAGE_KEYS = (
 class FormatSettings:
     """The recipe's say in how rows are read.
 
-    columns: ours -> theirs. roles: theirs -> ours. vocab_size: ids at or above it are problems, None checks nothing.
+    columns: ours -> theirs. roles: theirs -> ours.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -34,7 +34,6 @@ class FormatSettings:
     unmask: bool = False
     pretraining: bool = False
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
-    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def flag_of(row: Mapping[str, Any], column: str, origin: Origin) -> bool:
 
 
 def weight_of(row: Mapping[str, Any], origin: Origin) -> float:
-    """The row's `weight`, 1 where it is absent; a number as text (CSV) is understood. Raises DataError for anything else."""
+    """The row's `weight`, 1 where it is absent; a number as text (CSV) is understood. Raises DataError otherwise."""
     value = row.get("weight")
     if value is None or value == "":
         return 1.0

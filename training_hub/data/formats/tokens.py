@@ -29,17 +29,9 @@ def parse_tokens(row: Mapping[str, Any], origin: Origin, settings: FormatSetting
     ids = _integers(row, "input_ids", origin)
     if not len(ids):
         raise DataError(f"{origin}: column 'input_ids' is empty; there is nothing to train on.")
-    vocabulary = settings.vocab_size if settings.vocab_size is not None else np.iinfo(np.int32).max
-    wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
-    if len(wrong):
-        at = int(wrong[0])
-        raise DataError(
-            f"{origin}: input_ids[{at}] is {ids[at]}; the tokenizer has ids 0 to {vocabulary - 1}. "
-            "Was the row made with another tokenizer?"
-        )
     weights = _weights(row, ids, origin, settings) * np.float32(weight_of(row, origin))
     kept = _without_padding(row, len(ids), origin)
-    return Parsed(Tokens(ids[kept].astype(np.int32), weights[kept].astype(np.float32), origin))
+    return Parsed(Tokens(ids[kept], weights[kept].astype(np.float32), origin))
 
 
 def _integers(row: Mapping[str, Any], column: str, origin: Origin) -> np.ndarray:
@@ -49,10 +41,9 @@ def _integers(row: Mapping[str, Any], column: str, origin: Origin) -> np.ndarray
     )
     if wrong is not None:
         raise DataError(f"{origin}: column {column!r} holds {shown(wrong)}; whole numbers are wanted.")
-    try:
-        return np.asarray(values, dtype=np.int64)
-    except OverflowError as error:
-        raise DataError(f"{origin}: column {column!r} holds a number too large to be a token id.") from error
+    if max(map(abs, values), default=0) > np.iinfo(np.int32).max:
+        raise DataError(f"{origin}: column {column!r} holds a number too large to be a token id.")
+    return np.asarray(values, dtype=np.int32)
 
 
 def _weights(row: Mapping[str, Any], ids: np.ndarray, origin: Origin, settings: FormatSettings) -> np.ndarray:
