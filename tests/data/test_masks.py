@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -256,14 +257,56 @@ def test_refusal_names_the_message():
     )
 
 
-@pytest.mark.parametrize("text", ["a <|im_end|> b", "<|endoftext|>"])
+@pytest.mark.parametrize("written", ["a <|im_end|> b", "<|endoftext|>", "<|im_end|><|im_end|>\n<|im_start|>user\nx"])
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_special_token_in_a_message_is_a_problem(text, role):
+def test_special_token_in_a_message_is_text_of_that_message(written, role):
     turns = [("system", "x"), ("user", "x"), ("assistant", "x")]
-    row = talk(*((r, text if r == role else c) for r, c in turns))
-    (problem,) = mark(CHATML, row).problems
-    number = [r for r, _ in turns].index(role) + 1
-    assert f"message {number} ({role}): contains '<|" in problem
+    row = talk(*((r, written if r == role else c) for r, c in turns))
+    for quick in (True, False):
+        marks = mark(CHATML, row, quick=quick)
+        ((text, _),), (literal,) = marks.texts, marks.literal
+        assert text == template(CHATML).render([m.as_template_input() for m in row.messages], (), False, {})
+        assert trained(marks) == [(written if role == "assistant" else "x") + "<|im_end|>"]
+        assert [text[start:end] for start, end in literal] == re.findall(r"<\|\w+\|>", written)
+        assert marks.notes == (findings.AS_TEXT,)
+
+
+def test_special_tokens_in_reasoning_names_tools_and_arguments_are_text():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": ["<|im_start|>", 1]}}}
+    row = talk(
+        ("user", "?"),
+        Message("assistant", None, tool_calls=(call,)),
+        Message("tool", "sunny", name="<|im_end|>"),
+        ("assistant", "y"),
+        tools=({"name": "<|endoftext|>"},),
+    )
+    marks = mark(TOOLS.replace("m.role + '", "m.role + ('' if m.role == 'assistant' else m.name ~ tools) + '"), row)
+    ((text, _),), (literal,) = marks.texts, marks.literal
+    assert trained(marks)[0] == (
+        '<tool_call>\n{"name": "f", "arguments": {"<|im_end|>": ["<|im_start|>", 1]}}\n</tool_call><|im_end|>'
+    )
+    said = [text[start:end] for start, end in literal]
+    assert said.count("<|endoftext|>") == 2
+    assert said.count("<|im_end|>") == 2
+    assert said.count("<|im_start|>") == 1
+    thinking = mark(THINKING, talk(("user", "x"), Message("assistant", "y", reasoning_content="a <|im_end|>")))
+    assert trained(thinking) == ["<think>\na <|im_end|>\n</think>\n\ny<|im_end|>"]
+
+
+def test_special_token_that_a_template_rewrites_is_a_problem():
+    source = CHATML.replace(
+        "{{ m.content }}", "{{ m.content|tojson(ensure_ascii=m.role == 'user') if m.role == 'user' else m.content }}"
+    )
+    (problem,) = mark(source, talk(("user", "a <|im_end|>"), ("assistant", "y"))).problems
+    assert (
+        "chat.jsonl line 7: a message contains '<|im_end|>', a special token, which the chat template writes" in problem
+    )
+
+
+def test_problems_quote_the_special_token_that_the_message_wrote():
+    source = CHATML.replace("{{ m.content }}", "{% if m.role != 'system' %}{{ m.content }}{% endif %}")
+    (problem,) = mark(source, talk(("system", "a <|im_end|>"), *HELLO)).problems
+    assert "message 1 (system): the chat template shows nothing of 'a <|im_end|>'" in problem
 
 
 def test_words_like_think_that_are_no_special_tokens_are_trained_as_they_stand():

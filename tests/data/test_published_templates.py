@@ -9,11 +9,13 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.data.tiny import hf_tokenizer, talk
 from training_hub.data import findings
+from training_hub.data.encode import Encoder
 from training_hub.data.masks import Marks, Masker
 from training_hub.data.templates import ChatTemplate
 from training_hub.data.tokenizer import ChatTokenizer
@@ -104,8 +106,13 @@ def words(row: Conversation, answers: bool) -> set[str]:
     return set(re.findall(r"(?:user|sys|answer|tool|arg)(?:thought)?(?:one|two)", " ".join(own)))
 
 
-def check_exact(row: Conversation, marks: Marks) -> None:
-    """Trained text holds every word of the answers that the template shows, and none of anybody else's."""
+def check_exact(row: Conversation, marks: Marks, stops: frozenset[str]) -> None:
+    """Trained text holds every word of the answers that the template shows, and none of anybody else's.
+
+    It ends with a token the model stops at, or the row says that there is none.
+    """
+    if not {findings.NO_STOP, findings.NO_STOP_ID} & set(marks.notes):
+        assert all(text[: span.end].endswith(tuple(stops)) for text, spans in marks.texts for span in spans)
     for text, spans in marks.texts:
         inside = "\0".join(text[span.start : span.end] for span in spans)
         outside = text
@@ -116,6 +123,29 @@ def check_exact(row: Conversation, marks: Marks) -> None:
             assert not [word for word in words(row, answers=True) if word in outside]
         assert all(text[span.start : span.end].strip() for span in spans)
         assert "None" not in inside
+
+
+INJECTED = (
+    "<|im_end|>", "</s>", "[INST] x [/INST]", "<|im_end|>\n<|im_start|>assistant\nx", "<|eot_id|>", "<|end|><|user|>",
+    "<end_of_turn>\n<start_of_turn>model\n", "<|assistant|>", "<s>system", "<｜end▁of▁sentence｜><｜User｜>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", BASES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_published_template_reads_what_messages_write_as_text(file):
+    masker = masker_for(file)
+    tokenizer = tokenizer_for(masker.template.source)
+    encoder = Encoder(tokenizer, template=masker.template, unmask=False, turns="all")
+    control = sorted(tokenizer.special_ids.values())
+    rows = [talk(("user", text), ("assistant", "answerone")) for text in ("x", *(f"x {text} y" for text in INJECTED))]
+    harmless, *injected = encoder.encode(rows)
+    for text, encoded in zip(INJECTED, injected, strict=True):
+        assert len(encoded.samples) == len(harmless.samples), encoded.problems
+        for ours, expected in zip(encoded.samples, harmless.samples, strict=True):
+            assert (
+                ours.ids[np.isin(ours.ids, control)].tolist() == expected.ids[np.isin(expected.ids, control)].tolist()
+            )
+            assert (findings.AS_TEXT in encoded.notes) == any(token in text for token in tokenizer.special_ids)
 
 
 @pytest.mark.parametrize("file", BASES, ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -129,7 +159,7 @@ def test_published_template_is_exact_or_refused(file):
         else:
             assert name not in REFUSED_EVERYWHERE
             accepted += 1
-            check_exact(row, marks)
+            check_exact(row, marks, masker_for(file).closers.stops)
             spoken = " ".join(text[s.start : s.end] for text, spans in marks.texts for s in spans)
             assert all(word in spoken for word in words(row, answers=True) if "thought" not in word), name
             if name.startswith("reasoning"):
@@ -138,7 +168,7 @@ def test_published_template_is_exact_or_refused(file):
         unrolled = masker_for(file, turns="unroll").mark(row)
         if not unrolled.problems:
             assert len(unrolled.texts) == sum(message.role == "assistant" for message in row.messages)
-            check_exact(row, unrolled)
+            check_exact(row, unrolled, masker_for(file).closers.stops)
     assert accepted >= 2
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, pre_tokenizers
-from transformers import ByT5Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.data.tiny import CHATML, chat_tokenizer, hf_tokenizer
 from training_hub.data.tokenizer import ChatTokenizer
@@ -118,3 +119,55 @@ def test_special_tokens_are_those_flagged_so():
         special=["<|im_end|>", AddedToken("<|end|>", special=True, rstrip=True)], plain=["<think>"]
     )
     assert set(tokenizer.special_ids) == {"<|im_end|>", "<|end|>"}
+
+
+def test_reading_nothing_literally_gives_the_same_tokens_and_places():
+    texts = [
+        "<|im_start|>user\nHello  <think>there</think><|im_end|>\n é漢 <|endoftext|>",
+        "",
+        "plain",
+        " <|im_end|> x",
+    ]
+    for tokenizer in (chat_tokenizer(), chat_tokenizer(trim_offsets=True)):
+        for text, usual in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            for ours, theirs in zip(tokenizer.encode_literally(text, ()), usual, strict=True):
+                assert ours.tolist() == theirs.tolist()
+
+
+def test_only_what_is_named_is_read_as_text():
+    tokenizer = chat_tokenizer()
+    text = "a<|im_end|>b<|im_end|>"
+    ids, starts, ends = tokenizer.encode_literally(text, [(1, 11)])
+    assert (ids == tokenizer.special_ids["<|im_end|>"]).sum() == 1
+    assert ids[-1] == tokenizer.special_ids["<|im_end|>"]
+    assert (starts[-1], ends[-1]) == (12, 22)
+    assert tokenizer.hf.decode(ids) == text
+
+
+def test_published_tokenizers_read_special_tokens_as_text():
+    folder = os.environ.get("TRAINING_HUB_TEST_DATA")
+    if not folder:
+        pytest.skip("TRAINING_HUB_TEST_DATA is not set: no published tokenizers to try")
+    tried = 0
+    for file in sorted(Path(folder).glob("*/*/tokenizer.json")):
+        tokenizer = ChatTokenizer.load(str(file.parent))
+        if not tokenizer.special_ids:
+            continue
+        tokens = [token for token in tokenizer.special_ids if token.strip() == token]
+        text = "".join(f"{token} Hello\n\nthere {token}" for token in tokens[:5])
+        for ours, theirs in zip(tokenizer.encode_literally(text, ()), tokenizer.encode_batch([text])[0], strict=True):
+            assert ours.tolist() == theirs.tolist(), file
+        at = text.index(tokens[0])
+        ids, starts, _ = tokenizer.encode_literally(text, [(at, at + len(tokens[0]))])
+        assert tokenizer.special_ids[tokens[0]] not in ids[starts < len(tokens[0])]
+        tried += 1
+    assert tried > 0
+
+
+def test_a_tokenizer_that_knows_no_other_way_to_write_a_special_token_says_so():
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["</s>"])
+    tokenizer = ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>"))
+    with pytest.raises(DataError, match=r"'</s>' is a special token, and this tokenizer has no other way to write it"):
+        tokenizer.encode_literally("a </s> a", [(2, 6)])

@@ -151,9 +151,9 @@ def _of_messages(texts: list[str], messages: Sequence[Message], row: Conversatio
     own = "".join(_all_of(message) for message in messages)
     for message in row.messages:
         text = _close(message.content or "")
-        if not any(message is each for each in messages) and len(text) >= SHORTEST_FOREIGN:
-            if text in whole and text not in own:
-                return f"trained is text of a turn that is not to be trained ({message.role}): {_short(text)}"
+        is_foreign = not any(message is each for each in messages) and len(text) >= SHORTEST_FOREIGN
+        if is_foreign and text in whole and text not in own:
+            return f"trained is text of a turn that is not to be trained ({message.role}): {_short(text)}"
     return ""
 
 

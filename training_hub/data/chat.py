@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from training_hub.types import Conversation, Message
@@ -80,11 +80,8 @@ def called_functions(message: Message) -> list[tuple[str, Any]]:
     return [(str(f.get("name", "")), _call(f, text_arguments=False)["arguments"]) for f in functions]
 
 
-def content_problems(conversation: Conversation, special: re.Pattern[str] | None) -> list[str]:
-    """What is wrong before any template is asked: content that is not text, and special tokens written inside it.
-
-    A special token in a message is one that the template did not write: `<|im_end|>` in a question would end the turn.
-    """
+def content_problems(conversation: Conversation) -> list[str]:
+    """What is wrong before any template is asked: content that is not text, or no whole text."""
     problems = []
     for number, message in enumerate(conversation.messages, start=1):
         where = f"{conversation.origin}: message {number} ({message.role})"
@@ -97,23 +94,80 @@ def content_problems(conversation: Conversation, special: re.Pattern[str] | None
         half = next((found for text in texts if text and (found := half_character(text))), None)
         if half:
             problems.append(f"{where}: {half}.")
-        found = _first_special(texts, special)
-        if found:
-            problems.append(
-                f"{where}: contains {found!r}, a special token of this tokenizer, which only the chat template may "
-                "write. Remove it from the text, or leave the row out."
-            )
-    tools = [json.dumps(tool, ensure_ascii=False, default=str) for tool in conversation.tools]
-    found = _first_special(tools, special)
-    if found:
-        problems.append(f"{conversation.origin}: the tools contain {found!r}, a special token. Remove it.")
     return problems
 
 
-def _first_special(texts: Sequence[str | None], special: re.Pattern[str] | None) -> str | None:
-    if special is None:
-        return None
-    return next((match.group() for text in texts if text for match in [special.search(text)] if match), None)
+# Egyptian hieroglyphs: letters that neither trimming, changing case nor Python's or JSON's notation changes, and so
+# rare that a thousand are free in any text.
+_STAND_INS = range(0x13000, 0x1342F)
+
+
+def masked(
+    conversation: Conversation, special: re.Pattern[str] | None, template: str
+) -> tuple[Conversation, dict[str, str]]:
+    """The conversation with a character of its own for each special token written in it, and what each stands for.
+
+    A special token in a message is one that the template did not write: `<|im_end|>` in a question would end the turn.
+    Behind a character that means nothing to template and tokenizer it is text like any other, and can be found again.
+    """
+    spoken = [text for m in conversation.messages for text in (m.content, m.reasoning_content, m.name) if text]
+    spoken += _strings([m.tool_calls for m in conversation.messages if m.tool_calls])
+    everything = "\n".join([*spoken, *_strings(conversation.tools)])
+    if special is None or not special.search(everything):
+        return conversation, {}
+    found = sorted(set(special.findall(everything)))
+    taken = set(template + everything)
+    free = (chr(code) for code in _STAND_INS if chr(code) not in taken)
+    stand_ins = dict(zip(free, found, strict=False))
+    names = {token: character for character, token in stand_ins.items()}
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, str):
+            return special.sub(lambda match: names[match.group()], value)
+        if isinstance(value, Mapping):
+            return {hide(key): hide(item) for key, item in value.items()}
+        return type(value)(map(hide, value)) if isinstance(value, list | tuple) else value
+
+    messages = tuple(
+        replace(
+            message,
+            content=hide(message.content),
+            reasoning_content=hide(message.reasoning_content),
+            name=hide(message.name),
+            tool_calls=hide(message.tool_calls),
+        )
+        for message in conversation.messages
+    )
+    return replace(conversation, messages=messages, tools=hide(conversation.tools)), stand_ins
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a value, names of keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def unmasked(text: str, stand_ins: Mapping[str, str]) -> tuple[str, list[tuple[int, int]], Callable[[int], int]]:
+    """The text with the special tokens again, their places in it, and where a place of `text` lies in it."""
+    found = [(at, stand_ins[character]) for at, character in enumerate(text) if character in stand_ins]
+    parts, places, before, longer = [], [], 0, 0
+    for at, token in found:
+        parts += [text[before:at], token]
+        places.append((at + longer, at + longer + len(token)))
+        longer += len(token) - 1
+        before = at + 1
+
+    def moved(position: int) -> int:
+        return position + sum(len(token) - 1 for at, token in found if at < position)
+
+    return "".join([*parts, text[before:]]), places, moved
 
 
 def half_character(text: str) -> str | None:

@@ -34,6 +34,7 @@ class _Piece:
     row: int
     text: str
     spans: tuple[Span, ...]
+    literal: tuple[tuple[int, int], ...] = ()
 
 
 class Encoder:
@@ -54,9 +55,18 @@ class Encoder:
         """One result per row, in order. All texts of a call go through the tokenizer together."""
         pieces: list[_Piece] = []
         results = [self._begin(index, row, pieces) for index, row in enumerate(rows)]
-        encodings = self.tokenizer.encode_batch([piece.text for piece in pieces]) if pieces else []
-        for piece, encoding in zip(pieces, encodings, strict=True):
-            results[piece.row] = self._finish(rows[piece.row], results[piece.row], piece, encoding)
+        usual = [piece for piece in pieces if not piece.literal]
+        encodings = iter(self.tokenizer.encode_batch([piece.text for piece in usual]) if usual else [])
+        for piece in pieces:
+            row, before = rows[piece.row], results[piece.row]
+            try:
+                encoding = (
+                    self.tokenizer.encode_literally(piece.text, piece.literal) if piece.literal else next(encodings)
+                )
+            except DataError as error:
+                results[piece.row] = Encoded(problems=(f"{row.origin}: {error}",))
+                continue
+            results[piece.row] = self._finish(row, before, piece, encoding)
         return results
 
     def _begin(self, index: int, row: Row, pieces: list[_Piece]) -> Encoded:
@@ -73,7 +83,10 @@ class Encoder:
         if self.masker is None:
             return Encoded(problems=(no_template(str(row.origin)),))
         marks = self.masker.mark(row)
-        pieces.extend(_Piece(index, text, spans) for text, spans in marks.texts)
+        literal = marks.literal or ((),) * len(marks.texts)
+        pieces.extend(
+            _Piece(index, text, spans, places) for (text, spans), places in zip(marks.texts, literal, strict=True)
+        )
         return Encoded(problems=marks.problems, notes=marks.notes)
 
     def _finish(self, row: Row, before: Encoded, piece: _Piece, encoding: Encoding) -> Encoded:

@@ -31,19 +31,24 @@ COMPRESSED_EXTENSIONS = (".gz", ".zst", ".zstd")
 WHAT_IS_READ = "jsonl, json, csv, tsv, parquet and txt files, each also as .gz or .zst"
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LONGEST_ROW_BYTES = 64 << 20
 # Errors that reading compressed bytes raises when a file is cut short or damaged.
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that can be read: `kind` is jsonl, json, csv, parquet or text; `note` says what differs from its name."""
+    """A file that can be read: `kind` is jsonl, json, csv, parquet or text; `note` says what differs from its name.
+
+    A row of more than `longest_row` bytes is not read.
+    """
 
     path: Path
     name: str
     kind: str
     compression: str | None = None
     note: str | None = None
+    longest_row: int = LONGEST_ROW_BYTES
 
 
 def find_files(named: str) -> tuple[list[Path], str | None]:
@@ -84,6 +89,8 @@ def _files_of_folder(folder: Path, named: str) -> tuple[list[Path], str]:
 
 def _missing(path: Path, named: str) -> str:
     parent = path.parent
+    if path.is_symlink():
+        return f"{named} is a symbolic link that leads nowhere, or in a circle (to {path.readlink()})."
     if not parent.is_dir():
         return f"{named} does not exist (nor does the folder {parent})."
     names = sorted(entry.name for entry in parent.iterdir())
@@ -104,12 +111,10 @@ def _data_extension(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def recognise(path: Path, name: str | None = None) -> DataFile:
+def recognise(path: Path, name: str | None = None, longest_row: int = LONGEST_ROW_BYTES) -> DataFile:
     """What `path` holds, from its first bytes. Raises DataError, saying what was found, where that is no data."""
     name = name or str(path)
-    _refuse_unreadable(path, name)
-    with path.open("rb") as raw:
-        magic = raw.read(4)
+    magic = _first_bytes(path, name)
     compression = "gzip" if magic[:2] == b"\x1f\x8b" else "zstd" if magic == b"\x28\xb5\x2f\xfd" else None
     try:
         with open_bytes(path, compression) as stream:
@@ -118,18 +123,33 @@ def recognise(path: Path, name: str | None = None) -> DataFile:
         raise DataError(f"{name}: the {compression} data is cut short or damaged ({error}); copy it again.") from error
     _refuse_foreign(head, name)
     kind, note = _kind_of_head(head, path, name)
-    return DataFile(path, name, kind, compression, note)
+    return DataFile(path, name, kind, compression, note, longest_row)
 
 
-def _refuse_unreadable(path: Path, name: str) -> None:
+def _first_bytes(path: Path, name: str) -> bytes:
+    """The first four bytes. Raises DataError, before it is opened, for what is no ordinary file: a pipe would wait."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{name}: not an ordinary file ({stat.filemode(status.st_mode)}).")
-        with path.open("rb"):
-            pass
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}.") from error
+    try:
+        with path.open("rb") as raw:
+            return raw.read(4)
+    except OSError as error:
+        whose = f"mode {stat.filemode(status.st_mode)}, owner {_user(status.st_uid)}"
+        raise DataError(f"{name}: cannot be read: {error.strerror} ({whose}).") from error
+
+
+def _user(number: int) -> str:
+    """The name of a user, or the number where the system knows no name."""
+    try:
+        import pwd  # not on Windows
+
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return str(number)
 
 
 def _refuse_foreign(head: bytes, name: str) -> None:

@@ -10,6 +10,7 @@ from training_hub.data.regions import Place, Stage, Turn
 from training_hub.errors import DataError
 from training_hub.types import Conversation, Message
 
+AS_TEXT = "special tokens in messages encoded as text"
 NO_STOP = "stop token not trained: the template puts none behind the turn"
 NO_STOP_ID = "turn ends in a token or text that the model does not stop at; see docs/guides/templates.md"
 UNSTEADY = "template shows earlier turns differently from how they were generated; see data.turns: unroll"

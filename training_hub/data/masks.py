@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from training_hub.data.chat import Form, alternatives, content_problems, forms, written
+from training_hub.data.chat import Form, alternatives, content_problems, forms, masked, unmasked, written
 from training_hub.data.findings import (
+    AS_TEXT,
     LAST_UNTRAINED,
     NO_STOP,
     NO_STOP_ID,
@@ -59,12 +60,14 @@ class Span:
 class Marks:
     """What is trained of a conversation: texts, each with its spans from left to right.
 
-    One text, or one per answer with turns "unroll". With problems there are no texts.
+    One text, or one per answer with turns "unroll". With problems there are no texts. `literal` has for each text the
+    places of special tokens that a message wrote, to be read as plain text; it is empty where no message has any.
     """
 
     texts: tuple[tuple[str, tuple[Span, ...]], ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    literal: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 class Masker:
@@ -87,9 +90,14 @@ class Masker:
 
     def mark(self, row: Conversation) -> Marks:
         """The trained spans of `row`, or its problems, each naming the row and the message."""
-        problems = content_problems(row, self.closers.special)
+        problems = content_problems(row)
         if problems:
             return Marks(problems=tuple(problems))
+        shown, stand_ins = masked(row, self.closers.special, self.template.source + (self.template.tool_source or ""))
+        marks = self._marked(shown)
+        return _with_special_tokens(row, marks, stand_ins) if stand_ins else marks
+
+    def _marked(self, row: Conversation) -> Marks:
         wanted = self._wanted(row)
         if isinstance(wanted, Marks):
             return wanted
@@ -246,6 +254,30 @@ class Masker:
         if found[-1][0].index < len(row.messages) - 1 and row.messages[-1].role != "assistant":
             notes.append(LAST_UNTRAINED)
         return Marks(((text, tuple(spans)),), (), _once(notes))
+
+
+def _with_special_tokens(row: Conversation, marks: Marks, stand_ins: Mapping[str, str]) -> Marks:
+    """The marks with the special tokens that messages wrote in place of the characters that stood for them."""
+    problems = []
+    for problem in marks.problems:
+        for character, token in stand_ins.items():
+            problem = problem.replace(character, token)
+        problems.append(problem)
+    for character, token in stand_ins.items():
+        if any(json.dumps(character)[1:-1] in text for text, _ in marks.texts):
+            problems.append(
+                f"{row.origin}: a message contains {token!r}, a special token, which the chat template writes "
+                "in another way, so that it could not be found again. Remove it from the text."
+            )
+    if problems:
+        return Marks(problems=tuple(problems))
+    texts, literal = [], []
+    for text, spans in marks.texts:
+        whole, places, moved = unmasked(text, stand_ins)
+        texts.append((whole, tuple(replace(span, start=moved(span.start), end=moved(span.end)) for span in spans)))
+        literal.append(tuple(places))
+    notes = _once([*marks.notes, AS_TEXT]) if any(literal) else marks.notes
+    return Marks(tuple(texts), (), notes, tuple(literal))
 
 
 def _order_problems(row: Conversation, found: Sequence[tuple[Wanted, Turn]]) -> list[str]:

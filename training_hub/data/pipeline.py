@@ -19,6 +19,7 @@ from training_hub.data.encode import Encoded, Encoder
 from training_hub.data.formats import FORMATS, ROW_COLUMNS, FormatSettings, detect, parse, with_our_columns
 from training_hub.data.lengths import fit
 from training_hub.data.readers import Broken, RawRow, decode
+from training_hub.data.rejects import PROBLEMS_SHOWN, TALLY, Reject, append, reject
 from training_hub.data.sources import Part, Source
 from training_hub.data.store import PartName, SampleBlock, StoreWriter, content_hash
 from training_hub.data.templates import no_template
@@ -30,7 +31,6 @@ ROWS_PER_CHUNK = 256
 BYTES_PER_CHUNK = 1 << 20
 # Below this, starting processes takes longer than it saves.
 CHUNKS_WORTH_WORKERS = 10
-PROBLEMS_SHOWN = 20
 # The format of a chunk in which no row can be understood; all it gives is problems.
 UNKNOWN = "unknown"
 
@@ -51,7 +51,8 @@ class Task:
 class Findings:
     """What was found on the way: the first problems and how many there are, counts, facts to say once, notes.
 
-    `columns` are the names in data.columns that occur.
+    `columns` are the names in data.columns that occur. `rejects` are the rows left out of one chunk; they are written
+    as they come, so that `add` does not gather them. `lengths` counts samples by their number of tokens.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -60,6 +61,8 @@ class Findings:
     facts: dict[str, None] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     columns: set[str] = field(default_factory=set)
+    rejects: list[Reject] = field(default_factory=list)
+    lengths: Counter[int] = field(default_factory=Counter)
 
     def add_problems(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -74,6 +77,7 @@ class Findings:
         self.facts |= other.facts
         self.notes += other.notes
         self.columns |= other.columns
+        self.lengths.update(other.lengths)
 
     def refuse(self) -> None:
         """Raise DataError with the problems, if there are any."""
@@ -88,7 +92,8 @@ class Findings:
 class Work:
     """What is done to a chunk; the same in this process and in others. `longest` is None where nothing is cut.
 
-    leaves_out_problems: rows with problems are only counted, for a look at the others.
+    skips_bad: a row with problems is left out and kept among the rejects. leaves_out_problems: problems are only
+    counted, for a look at the other rows.
     """
 
     encoder: Encoder
@@ -96,6 +101,7 @@ class Work:
     longest: int | None
     policy: str
     leaves_out_problems: bool = False
+    skips_bad: bool = False
 
     @cached_property
     def mapped(self) -> frozenset[str]:
@@ -104,11 +110,11 @@ class Work:
 
     def __call__(self, task: Task) -> tuple[SampleBlock, Findings]:
         findings = Findings()
-        rows = [parsed for raw in task.rows if (parsed := self._parse(raw, task.format, findings)) is not None]
+        parsed = [(raw, row) for raw in task.rows if (row := self._parse(raw, task.format, findings)) is not None]
         samples: list[Sample] = []
         hashes: list[np.ndarray] = []
-        for row, encoded in zip(rows, self.encoder.encode(rows), strict=True):
-            kept = self._keep(row.origin, encoded, findings)
+        for (raw, _), encoded in zip(parsed, self.encoder.encode([row for _, row in parsed]), strict=True):
+            kept = self._keep(raw, encoded, findings)
             digest = content_hash(kept)
             samples += kept
             hashes += [digest] * len(kept)
@@ -128,36 +134,66 @@ class Work:
         origin, raw = numbered
         row = decode(raw, origin)
         if isinstance(row, Broken):
-            findings.add_problems([row.problem])
+            self._refuse(numbered, [row.problem], findings, is_end=row.is_end)
             return None
         findings.columns |= self.mapped & row.keys()
         try:
             parsed = parse(row, origin, FORMATS[format_name], self.settings)
         except DataError as error:
-            findings.add_problems(error.problems)
+            self._refuse(numbered, error.problems, findings)
             return None
         findings.facts |= dict.fromkeys(parsed.notes)
         return parsed.row
 
-    def _keep(self, origin: Origin, encoded: Encoded, findings: Findings) -> list[Sample]:
-        findings.add_problems(encoded.problems)
+    def _refuse(
+        self, numbered: NumberedRow, problems: Sequence[str], findings: Findings, *, is_end: bool = False
+    ) -> None:
+        """Note what is wrong with a row; `is_end` where leaving it out would lose the rows behind it, too."""
+        if self.skips_bad and not is_end:
+            findings.tally[TALLY] += 1
+            findings.rejects.append(reject(numbered[0], problems, numbered[1]))
+        else:
+            findings.add_problems(problems)
+
+    def _keep(self, numbered: NumberedRow, encoded: Encoded, findings: Findings) -> list[Sample]:
+        problems = [*encoded.problems, *self._untrainable(numbered[0], encoded)]
+        if problems:
+            self._refuse(numbered, problems, findings)
+            return []
         findings.notes.update(encoded.notes)
         if self.longest is None:
-            uneven = (sample for sample in encoded.samples if (sample.weights[1:] != 1.0).any())
-            findings.add_problems(map(_unevenly_trained, uneven))
             return list(encoded.samples)
-        trained = [sample for sample in encoded.samples if sample.weights.any()]
-        if len(trained) < len(encoded.samples):
-            findings.add_problems([f"{origin}: nothing to train on: no token of it has a weight. Leave the row out."])
+        findings.lengths.update(len(sample) for sample in encoded.samples)
         if self.policy == "error":
-            findings.add_problems(self._too_long(sample) for sample in trained if len(sample) > self.longest)
-        return fit(trained, self.longest, self.policy, findings.tally)
+            findings.add_problems(self._too_long(sample) for sample in encoded.samples if len(sample) > self.longest)
+        return fit(encoded.samples, self.longest, self.policy, findings.tally)
+
+    def _untrainable(self, origin: Origin, encoded: Encoded) -> list[str]:
+        """What speaks against the weights of a row's samples."""
+        if self.longest is None:
+            return [_unevenly_trained(sample) for sample in encoded.samples if (sample.weights[1:] != 1.0).any()]
+        if all(sample.weights.any() for sample in encoded.samples):
+            return []
+        return [f"{origin}: nothing to train on: no token of it has a weight. Leave the row out."]
 
     def _too_long(self, sample: Sample) -> str:
         return (
             f"{sample.origin}: {len(sample):,} tokens, more than training.max_seq_len {self.longest:,}. Raise it, or "
             "say what to do with such rows: data.overlong: drop, truncate or split."
         )
+
+
+def too_long_together(lengths: Counter[int], longest: int) -> str:
+    """How many samples are longer than `longest` tokens, and what length would hold most of them or all."""
+    total, over = lengths.total(), sum(count for length, count in lengths.items() if length > longest)
+    seen, ordered = 0, iter(sorted(lengths))
+    while seen < 0.99 * total:
+        most = next(ordered)
+        seen += lengths[most]
+    return (
+        f"training.max_seq_len: {over:,} of {total:,} samples ({over / total:.1%}) have more than {longest:,} tokens; "
+        f"99% have at most {most:,}, the longest has {max(lengths):,}."
+    )
 
 
 def _unevenly_trained(sample: Sample) -> str:
@@ -177,7 +213,7 @@ def write_samples(
 ) -> tuple[tuple[PartName, ...], Findings]:
     """Append every sample of the sources to `writer`, in order; the names of the parts and what was found.
 
-    Raises DataError listing the problems of all rows.
+    Raises DataError listing the problems of all rows, or the files that changed meanwhile.
     """
     parts = [part for source in sources for part in source.parts]
     findings = Findings()
@@ -196,8 +232,15 @@ def write_samples(
 
         for done, (block, found) in enumerate(pool.map(watched()) if pool else map(work, watched())):
             writer.append(block)
+            append(found.rejects, writer.folder)
             findings.add(found)
             advance(seen[done])
+    changed = [line for part in parts if (line := part.changed()) is not None]
+    if changed:  # what else was found may come of that
+        raise DataError(changed)
+    if findings.problems and work.longest is not None and findings.tally["overlong"] > 1:
+        findings.problems.insert(0, too_long_together(findings.lengths, work.longest))
+        findings.num_problems += 1
     findings.refuse()
     return tuple((part.name, part.unit) for part in parts), findings
 
@@ -261,7 +304,8 @@ def _tasks(sources: Sequence[Source], work: Work, tally: Counter[str], console: 
             if format_name == UNKNOWN:
                 break
         if not num_rows:
-            yield Task(number, part_number, UNKNOWN, [(Origin(source.name, 0), Broken(f"{source.name}: 0 rows."))])
+            empty = Broken(f"{source.name}: 0 rows.", is_end=True)
+            yield Task(number, part_number, UNKNOWN, [(Origin(source.name, 0), empty)])
 
 
 def _detected(
@@ -278,7 +322,7 @@ def _detected(
         try:
             found = detect(with_our_columns(row, settings.columns), origin)
         except DataError as error:
-            return UNKNOWN, [*chunk[:number], (origin, Broken(str(error)))]
+            return UNKNOWN, [*chunk[:number], (origin, Broken(str(error), is_end=True))]
         console.say(f"data: {source.name}: {found.name} rows ({found.columns})")
         return found.name, chunk
     return "auto", chunk

@@ -7,7 +7,7 @@ files, settings, tokenizer and template starts at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from training_hub.data.encode import Encoder
 from training_hub.data.formats import ROW_COLUMNS, FormatSettings, check_settings
 from training_hub.data.lengths import blocks
 from training_hub.data.pipeline import Work, write_samples
+from training_hub.data.rejects import TALLY, examples, refuse_too_many, write_all
 from training_hub.data.selection import num_shared, rows_of, split_validation, without_duplicates
 from training_hub.data.sources import Source, open_object, open_path, open_sources
 from training_hub.data.store import SampleBlock, StoreWriter, TokenStore, content_hash
@@ -43,13 +44,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Kitchen:
-    """What turns sources into stores, the same for training and validation rows."""
+    """What turns sources into stores, the same for training and validation rows; `made` are the stores so far."""
 
     recipe: Recipe
     tokenizer: ChatTokenizer
     template: ChatTemplate | None
     console: Console
     leaves_out_problems: bool = False
+    made: list[TokenStore] = field(default_factory=list)
 
     def store(self, sources: Sequence[Source], max_rows: int | None) -> TokenStore:
         """The samples of these sources, for pretraining their documents: from the cache, else made now."""
@@ -57,7 +59,11 @@ class Kitchen:
             self.console.say(f"data: {note}")
         weights = [source.weight for source in sources]
         key = self._key(sources, max_rows) if self.recipe.data.cache else None
-        return kept(self._root, key, lambda folder: self._write(sources, max_rows, folder), weights, self.console)
+        store = kept(self._root, key, lambda folder: self._write(sources, max_rows, folder), weights, self.console)
+        self.made.append(store)
+        if not self.leaves_out_problems:
+            refuse_too_many(store, self.recipe.data.max_bad_share)
+        return store
 
     def blocks(self, documents: TokenStore) -> TokenStore:
         """The documents joined and cut into blocks, as a store of its own."""
@@ -89,10 +95,11 @@ class Kitchen:
             return None
         data = self.recipe.data
         chosen = ("columns", "roles", "template_arguments", "unmask", "turns", "overlong", "pretraining")
+        bounds = ("on_bad_row", "max_row_bytes")
         return key_of(
             {
                 "parts": parts,
-                "settings": {name: getattr(data, name) for name in chosen},
+                "settings": {name: getattr(data, name) for name in (*chosen, *bounds)},
                 "longest": self._longest,
                 "max_rows": max_rows,
                 "tokenizer": self.tokenizer.fingerprint,
@@ -118,7 +125,9 @@ class Kitchen:
         if problems:
             raise DataError(list(dict.fromkeys(problems)))
         encoder = Encoder(self.tokenizer, template=self.template, unmask=data.unmask, turns=data.turns)
-        return Work(encoder, settings, self._longest, data.overlong, self.leaves_out_problems)
+        return Work(
+            encoder, settings, self._longest, data.overlong, self.leaves_out_problems, data.on_bad_row == "skip"
+        )
 
     def _write(self, sources: Sequence[Source], max_rows: int | None, folder: Path) -> None:
         work, data = self.work(sources), self.recipe.data
@@ -137,30 +146,28 @@ def prepare(
     rows: Any = None,
     validation_rows: Any = None,
     leaves_out_problems: bool = False,
+    rejects: Path | None = None,
 ) -> Prepared:
     """Training and validation samples of `recipe`; live `rows` stand in for data.path.
 
-    Raises DataError listing the problems of all rows, each naming file, line and message; where `leaves_out_problems`,
-    only for what no row can be blamed for.
+    Rows that data.on_bad_row leaves out are listed in the file `rejects`. Raises DataError listing the problems of all
+    rows, each naming file, line and message; where `leaves_out_problems`, only for what no row can be blamed for.
     """
     kitchen = Kitchen(recipe, tokenizer, template, console, leaves_out_problems)
     data = recipe.data
-    sources = open_sources(data) if rows is None else [replace(open_object(rows, split=data.split), format=data.format)]
-    everything = kitchen.store(sources, data.max_rows)
-    if len(everything) == 0:
-        raise DataError(f"data.path: {_nothing_left(sources, everything)}")
+    try:
+        sources, everything, aside = _stores(kitchen, rows, validation_rows)
+    finally:
+        if rejects is not None:
+            write_all(kitchen.made, rejects)
     _refuse_unread_columns(data, everything)
     report = {"rows": 0, **everything.report}
     table = rows_of(everything)
     report["duplicates"] = table.num_duplicates
     train = without_duplicates(everything, table) if data.deduplicate else everything
-    validation = None
-    if validation_rows is not None or data.validation is not None:
-        source = _validation_source(data, validation_rows)
-        validation = kitchen.store([source], None)
-        if len(validation) == 0:
-            raise DataError(f"data.validation: {_nothing_left([source], validation)}")
-        report["validation_rows_also_trained"] = num_shared(train, validation)
+    validation = aside
+    if aside is not None:
+        report["validation_rows_also_trained"] = num_shared(train, aside)
     elif data.validation_fraction:
         train, validation = split_validation(train, rows_of(train), data.validation_fraction, recipe.seed)
     if data.pretraining:
@@ -172,9 +179,47 @@ def prepare(
     report["sources"] = _per_source(sources, train)
     if validation is not None:
         report["validation"] = _counts(validation)
+        if aside is not None and aside.report.get(TALLY):
+            report["validation"][TALLY] = aside.report[TALLY]
     for line in told(report, data.deduplicate):
         console.say(f"data: {line}")
+    for line in (line for store in kitchen.made for line in examples(store)):
+        console.say(f"data: left out: {line}")
     return Prepared(train, validation, report)
+
+
+def _stores(kitchen: Kitchen, rows: Any, validation_rows: Any) -> tuple[list[Source], TokenStore, TokenStore | None]:
+    """The training sources, all of their samples, and those of the validation rows where these are given apart.
+
+    Raises DataError with the problems of both.
+    """
+    data = kitchen.recipe.data
+    problems: list[str] = []
+    sources, train, validation = [], None, None
+    try:
+        sources = open_sources(data) if rows is None else [_live(rows, "rows", data)]
+        train = _not_empty("data.path", kitchen.store(sources, data.max_rows), sources)
+    except DataError as error:
+        problems += error.problems
+    try:
+        if validation_rows is not None or data.validation is not None:
+            source = _validation_source(data, validation_rows)
+            validation = _not_empty("data.validation", kitchen.store([source], None), [source])
+    except DataError as error:
+        problems += error.problems
+    if train is None or problems:
+        raise DataError(problems)
+    return sources, train, validation
+
+
+def _not_empty(setting: str, store: TokenStore, sources: Sequence[Source]) -> TokenStore:
+    if len(store) == 0:
+        raise DataError(f"{setting}: {_nothing_left(sources, store)}")
+    return store
+
+
+def _live(rows: Any, name: str, data: Data) -> Source:
+    return replace(open_object(rows, name, data.split), format=data.format)
 
 
 def _refuse_unread_columns(data: Data, store: TokenStore) -> None:
@@ -189,9 +234,9 @@ def _refuse_unread_columns(data: Data, store: TokenStore) -> None:
 
 def _validation_source(data: Data, live_rows: Any) -> Source:
     if live_rows is not None:
-        return replace(open_object(live_rows, "validation rows", data.split), format=data.format)
+        return _live(live_rows, "validation rows", data)
     # On the hub the training split would be the training data again; files have no splits.
-    return replace(open_path(str(data.validation), "validation"), format=data.format)
+    return replace(open_path(str(data.validation), "validation", data.max_row_bytes), format=data.format)
 
 
 def _counts(store: TokenStore) -> dict[str, int]:
@@ -218,6 +263,11 @@ def told(report: dict[str, Any], is_deduplicated: bool) -> list[str]:
         share = report["duplicates"] / max(1, report["rows"])
         what = "left out" if is_deduplicated else "kept; data.deduplicate leaves them out"
         lines.append(f"{report['duplicates']:,} rows ({share:.1%}) are exact duplicates of earlier ones, {what}")
+    if report.get(TALLY):
+        share = report[TALLY] / max(1, report["rows"])
+        lines.append(f"{report[TALLY]:,} rows ({share:.1%}) left out, as they cannot be read or trained on")
+    if report.get("validation", {}).get(TALLY):
+        lines.append(f"{report['validation'][TALLY]:,} validation rows left out, as they cannot be read or trained on")
     counted = {
         "blank_lines": "blank lines passed over",
         "dropped": "rows left out because they are longer than training.max_seq_len",
@@ -225,8 +275,14 @@ def told(report: dict[str, Any], is_deduplicated: bool) -> list[str]:
         "tokens_lost": "tokens lost by that",
         "trained_tokens_lost": "of these would have been trained",
         "split": "rows split at training.max_seq_len",
-        "validation_rows_also_trained": "validation samples that are also trained on: their loss says little",
     }
+    shared, aside = report.get("validation_rows_also_trained"), report.get("validation", {}).get("samples")
+    if shared and shared == aside:
+        lines.append(
+            f"ALL {shared:,} validation samples are also trained on: is it the same file? Their loss says nothing"
+        )
+    elif shared:
+        lines.append(f"{shared:,} validation samples that are also trained on: their loss says little")
     return lines + [f"{report[key]:,} {text}" for key, text in counted.items() if report.get(key)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from training_hub.data.pipeline import Task, Work, read_tasks
 from training_hub.data.prepare import Kitchen, Prepared, prepare
-from training_hub.data.readers import Broken, RawRow
+from training_hub.data.rejects import raw_text
 from training_hub.data.sources import Source, open_sources
 from training_hub.data.store import TokenStore
 from training_hub.data.templates import ChatTemplate
@@ -29,6 +29,8 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 MOST_RAW_CHARACTERS = 2000
 SET_ASIDE = "set aside for validation, not trained"
 DUPLICATE = "exact duplicate of an earlier row, left out"
+# How a line begins that sums up what the lines after it say of single rows.
+OF_ALL_ROWS = ("training.max_seq_len: ", "data.max_bad_share: ")
 TOLD = {
     "dropped": "left out: longer than training.max_seq_len",
     "truncated": "cut at training.max_seq_len",
@@ -89,9 +91,10 @@ def preview(
     """
     kitchen = Kitchen(recipe, tokenizer, template, console)
     sources = open_sources(recipe.data)
-    chosen = choose(sources, kitchen.work(sources), recipe.data.max_rows, num_rows, lines)
+    work = replace(kitchen.work(sources), skips_bad=False)  # a row that is left out is shown with the reason
+    chosen = choose(sources, work, recipe.data.max_rows, num_rows, lines)
     prepared, problems = prepare_all(recipe, tokenizer, template, console)
-    shown = [show_row(task, kitchen.work(sources), tokenizer) for task in chosen]
+    shown = [show_row(task, work, tokenizer) for task in chosen]
     if prepared is None:
         return Preview(tuple(shown), {"problems": num_problems(problems), "problem_lines": problems})
     if recipe.data.pretraining:
@@ -147,8 +150,10 @@ def show_row(task: Task, work: Work, tokenizer: ChatTokenizer) -> ShownRow:
     samples = [show_sample(sample, tokenizer) for sample in _samples(block.columns, block.lengths, origin)]
     notes = [*found.facts, *found.notes]
     notes += [text if count == 1 else f"{count:,} {text}" for key, text in TOLD.items() if (count := found.tally[key])]
-    problems = tuple(found.problems)
-    return ShownRow(origin, tuple(samples), problems, tuple(notes), _raw_text(raw) if problems else "")
+    problems = (*found.problems, *(line for entry in found.rejects for line in entry["problems"]))
+    return ShownRow(
+        origin, tuple(samples), problems, tuple(notes), raw_text(raw, MOST_RAW_CHARACTERS) if problems else ""
+    )
 
 
 def show_sample(sample: Sample, tokenizer: ChatTokenizer) -> ShownSample:
@@ -218,9 +223,9 @@ def counts(prepared: Prepared, problems: Sequence[str]) -> dict[str, Any]:
 
 
 def num_problems(lines: Sequence[str]) -> int:
-    """How many problems these lines stand for; the last may only count those that are not told."""
-    more = re.fullmatch(r"and ([\d,]+) more problems", lines[-1]) if lines else None
-    return len(lines) - 1 + int(more[1].replace(",", "")) if more else len(lines)
+    """How many problems of rows these lines stand for; some only count those that are not told, or speak of all."""
+    more = [re.fullmatch(r"and ([\d,]+) more problems", line) for line in lines if not line.startswith(OF_ALL_ROWS)]
+    return sum(int(match[1].replace(",", "")) if match else 1 for match in more)
 
 
 def unrolled(recipe: Recipe, prepared: Prepared) -> dict[str, int]:
@@ -238,14 +243,6 @@ def _samples(columns: Mapping[str, np.ndarray], lengths: np.ndarray, origin: Ori
         piece = slice(start, start + int(length))
         yield Sample(columns["ids"][piece], columns["weights"][piece], origin)
         start += int(length)
-
-
-def _raw_text(raw: RawRow) -> str:
-    if isinstance(raw, Broken):
-        return ""
-    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else repr(raw)
-    text = text.strip()
-    return text if len(text) <= MOST_RAW_CHARACTERS else f"{text[:MOST_RAW_CHARACTERS]}..."
 
 
 class Unheard:

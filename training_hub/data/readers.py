@@ -22,16 +22,21 @@ from typing import Any, BinaryIO
 from training_hub.data.files import BYTE_ORDER_MARK, DAMAGED, DataFile, open_bytes
 from training_hub.types import Origin
 
-LONGEST_ROW_BYTES = 256 << 20
-LONGEST_DOCUMENT_BYTES = 64 << 20
 BLOCK_BYTES = 1 << 20
+MOST_DIGITS = 64
+# A line this many times too long is not looked through for its end: a small gzip file can unpack to terabytes.
+TIMES_TOO_LONG = 16
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A row that cannot be read; `problem` is the whole line to show, with file, line and column."""
+    """A row that cannot be read; `problem` is the whole line to show, with file, line and column.
+
+    is_end: nothing of the file behind it could be read either, so that leaving it out would lose more than one row.
+    """
 
     problem: str
+    is_end: bool = False
 
 
 RawRow = dict[str, Any] | bytes | Broken
@@ -61,7 +66,15 @@ def _finite(text: str) -> float:
     return number
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+def _sensible(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise _NotJson(f"the number {text[:20]}... has {len(text):,} digits, which is too large")
+    return int(text)
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite, parse_int=_sensible
+)
 
 
 def decode(raw: RawRow, origin: Origin) -> dict[str, Any] | Broken:
@@ -99,7 +112,8 @@ def _broken_json(place: str, error: json.JSONDecodeError, text: str) -> str:
     if "\0" in near:
         return f"{place}: a NUL byte in the text; the file is damaged or not text."
     cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-    hint = " The text ends inside the value: was the file cut short?" if cut else ""
+    end = len(text.rstrip().encode("utf-8"))
+    hint = f" The text ends inside the value, after byte {end:,}: was the file cut short? Copy it again." if cut else ""
     return f"{place}: broken JSON: {error.msg}, near {near!r}.{hint}"
 
 
@@ -120,14 +134,33 @@ def read_json_lines(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, 
 def _numbered_lines(stream: BinaryIO, file: DataFile) -> Iterator[tuple[int, bytes | Broken]]:
     number = 0
     try:
-        while line := stream.readline(LONGEST_ROW_BYTES + 1):
+        while line := stream.readline(file.longest_row + 1):
             number += 1
-            if len(line) > LONGEST_ROW_BYTES:
-                yield number, Broken(f"{file.name} line {number}: longer than {LONGEST_ROW_BYTES >> 20} MiB.")
-                return
-            yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if len(line) > file.longest_row:
+                ended = line.endswith(b"\n") or _skip_line(stream, file.longest_row)
+                yield number, Broken(_too_long(f"{file.name} line {number}", file), is_end=not ended)
+                if not ended:
+                    return
+            else:
+                yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except DAMAGED as error:
-        yield number + 1, Broken(_damaged(file, f"after line {number}", error))
+        yield number + 1, Broken(_damaged(file, f"after line {number}", error), is_end=True)
+
+
+def _skip_line(stream: BinaryIO, longest: int) -> bool:
+    """Read on to the end of a line that is too long, a block at a time; False where it goes on and on."""
+    skipped = 0
+    while block := stream.readline(BLOCK_BYTES):
+        skipped += len(block)
+        if block.endswith(b"\n"):
+            return True
+        if skipped > TIMES_TOO_LONG * longest:
+            return False
+    return True
+
+
+def _too_long(place: str, file: DataFile) -> str:
+    return f"{place}: longer than data.max_row_bytes {file.longest_row:,}. Is a line break missing? Else raise it."
 
 
 def _damaged(file: DataFile, where: str, error: Exception) -> str:
@@ -147,9 +180,9 @@ def read_json_array(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, 
                 value = array.value()
                 yield row, value if isinstance(value, dict) else Broken(_not_a_row(f"{file.name} row {row}", value))
         except _BadArray as error:
-            yield row, Broken(str(error))
+            yield row, Broken(str(error), is_end=True)
         except DAMAGED as error:
-            yield row, Broken(_damaged(file, f"after row {row}", error))
+            yield row, Broken(_damaged(file, f"after row {row}", error), is_end=True)
 
 
 class _BadArray(ValueError):
@@ -201,6 +234,8 @@ class _ArrayText:
                 value, end = DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 into_value = max(error.pos - self._at, 0)
+                if len(self._text) - self._at > self._file.longest_row:
+                    raise self._problem(f"a row longer than data.max_row_bytes {self._file.longest_row:,}") from error
                 if not self._may_go_on(error):
                     self._at += into_value
                     raise self._problem(f"broken JSON: {error.msg}") from error
@@ -216,8 +251,6 @@ class _ArrayText:
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
         """Whether the value is only cut by the end of the block; then more is read, twice as much each time."""
-        if len(self._text) - self._at > LONGEST_ROW_BYTES:
-            return False
         is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 16
         return is_cut and self._fill()
 
@@ -273,7 +306,7 @@ def read_csv(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow]
     The delimiter is a comma, or a tab or semicolon where the header has one and no comma. All values are text.
     """
     # csv refuses fields above 128 KiB by default, which a document easily is; the limit is one number per process.
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_DOCUMENT_BYTES))
+    csv.field_size_limit(max(csv.field_size_limit(), file.longest_row))
     with open_bytes(file.path, file.compression) as stream:
         try:
             lines = _text_lines(stream, file)
@@ -282,7 +315,7 @@ def read_csv(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow]
             header = next(csv.reader([header_line], delimiter=delimiter), [])
             yield from _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True), header, file, tally)
         except _BadText as error:
-            yield error.line, Broken(str(error))
+            yield error.line, Broken(str(error), is_end=True)
 
 
 class _BadText(ValueError):
@@ -307,14 +340,14 @@ def _text_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
 def _csv_rows(rows: Any, header: list[str], file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow]]:
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
-        yield 1, Broken(f"{file.name} line 1: the column {twice[0]!r} stands twice in the header.")
+        yield 1, Broken(f"{file.name} line 1: the column {twice[0]!r} stands twice in the header.", is_end=True)
         return
     while True:
         begins = rows.line_num + 2  # The header is line 1, and this row begins on the line after the last one.
         try:
             values = next(rows, None)
         except csv.Error as error:
-            yield begins, Broken(f"{file.name} line {begins}: broken CSV: {error}.")
+            yield begins, Broken(f"{file.name} line {begins}: broken CSV: {error}.", is_end=True)
             return
         if values is None:
             return
@@ -343,7 +376,8 @@ def read_parquet(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, Raw
                     row += 1
                     yield row, without_null_fields(value, tally)
     except (pyarrow.ArrowException, OSError, *DAMAGED) as error:
-        yield row + 1, Broken(f"{file.name}: the Parquet data is damaged after row {row} ({error}); copy it again.")
+        damaged = f"{file.name}: the Parquet data is damaged after row {row} ({error}); copy it again."
+        yield row + 1, Broken(damaged, is_end=True)
 
 
 @contextmanager
@@ -384,10 +418,10 @@ def read_text(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow
     del tally
     try:
         with open_bytes(file.path, file.compression) as stream:
-            content = stream.read(LONGEST_DOCUMENT_BYTES + 1).removeprefix(BYTE_ORDER_MARK)
-        if len(content) > LONGEST_DOCUMENT_BYTES:
-            size = LONGEST_DOCUMENT_BYTES >> 20
-            yield 1, Broken(f"{file.name}: a text file is one document, and this one has over {size} MiB; split it.")
+            content = stream.read(file.longest_row + 1).removeprefix(BYTE_ORDER_MARK)
+        if len(content) > file.longest_row:
+            size = f"data.max_row_bytes {file.longest_row:,}"
+            yield 1, Broken(f"{file.name}: a text file is one document, and this one is longer than {size}; split it.")
         elif content.strip():
             yield 1, {"text": content.decode("utf-8").replace("\r\n", "\n")}
     except UnicodeDecodeError as error:

@@ -217,7 +217,12 @@ def answer_start(
     else:
         start = closers.snap(text, _start_by_words(prompt, before, text, shown))
     at = text.rfind(header, start, shown) if header else -1
-    return at + len(header) if at >= 0 else start
+    if at >= 0:
+        return at + len(header)
+    while start == 0 and (opening := closers.special.match(text) if closers.special else None):
+        # A conversation that begins with an answer, and no prompt to tell: the token that begins the text is no answer.
+        start = min(opening.end(), shown)
+    return start
 
 
 def _start_by_words(prompt: str | None, before: str, text: str, shown: int) -> int:

@@ -10,27 +10,31 @@ from __future__ import annotations
 import functools
 import json
 import operator
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any
 
 from training_hub.data import budget as cost
 from training_hub.data.budget import Budget
+from training_hub.data.charges import COMPARE, CUT, JOIN, LOOP, MADE, STEP, with_charges
 
 if TYPE_CHECKING:
     import jinja2
 
-# Filters that only look, pass on or go item by item, which is charged at each item. All others have a price ahead.
-_FREE = {
-    "attr", "count", "d", "default", "first", "items", "last", "length", "map", "reject", "rejectattr", "safe",
-    "select", "selectattr",
-}  # fmt: skip
+# Filters that only look, pass on or go item by item. All others have a price ahead; `slow` unless listed below.
+_FREE = frozenset({"attr", "count", "d", "default", "first", "items", "last", "length", "safe"})
+_LAZY = frozenset({"map", "reject", "rejectattr", "select", "selectattr"})
+# Filters that make no more than a few times what they are given, and so are charged for the result only.
+_MODEST = frozenset({"capitalize", "lower", "string", "trim", "upper"})
 _FILTERS: dict[str, cost.Estimate] = {
     **dict.fromkeys(("batch", "list", "reverse", "slice"), cost.pieces),
-    **dict.fromkeys(("center", "truncate", "trim", "lower", "upper", "capitalize", "string", "round"), cost.added),
-    **dict.fromkeys(("format", "indent", "join", "tojson", "e", "escape", "forceescape"), cost.multiplied),
+    **dict.fromkeys(("center", "truncate", "round"), cost.added),
+    **dict.fromkeys(("indent", "join", "e", "escape", "forceescape"), cost.multiplied),
     "replace": cost.replaced,
+    "format": cost.percent,
     "sum": cost.summed,
+    "tojson": cost.indented,
 }
 _METHODS: dict[str, cost.Estimate] = {
     **dict.fromkeys(("center", "ljust", "rjust", "zfill", "to_bytes", "encode"), cost.added),
@@ -41,28 +45,33 @@ _METHODS: dict[str, cost.Estimate] = {
     "join": cost.joined,
     "replace": cost.replaced,
 }
-_OPERATORS = {"*": cost.product, "**": cost.power, "%": cost.percent}
+_OPERATORS: dict[str, Callable[[Budget, Any, Any], int]] = {
+    "*": cost.product, "**": cost.power, "%": lambda budget, text, values: cost.percent(budget, text, (values,)),
+}  # fmt: skip
 _COMPARED: dict[str, Callable[[Any, Any], Any]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq": operator.le, "gt": operator.gt,
     "gteq": operator.ge, "in": lambda a, b: a in b, "notin": lambda a, b: a not in b,
 }  # fmt: skip
-# Names no template can write.
-_LOOP, _STEP, _JOIN, _COMPARE, _MADE = "each of", "a step", "side by side", "compared", "made"
+_TESTS = "in == eq equalto != ne > gt greaterthan ge >= < lt lessthan <= le".split()
+# Texts up to this length are compared and searched in no time worth charging.
+_SHORT = 4096
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """The template, ready to render in this thread once `compiled.environment.budget.begin(...)` was called.
+
+    Raises what Jinja raises, and Overrun for a source that is too long.
+    """
+    return _compile(source, threading.get_ident())
 
 
 @functools.lru_cache(maxsize=32)
-def compile_template(source: str) -> jinja2.Template:
-    """The template, ready to render. Raises what Jinja raises, and Overrun for one that is too long."""
+def _compile(source: str, thread: int) -> jinja2.Template:
     if len(source) > cost.LONGEST_SOURCE:
         raise cost.Overrun(f"stopped: its source is longer than the limit of {cost.LONGEST_SOURCE:,} characters")
-    budget().begin(None)
-    return _environment().from_string(source)
-
-
-@functools.lru_cache(maxsize=1)
-def budget() -> Budget:
-    """What the template that a thread renders has left."""
-    return Budget()
+    environment = _environment(thread)
+    environment.budget.begin(None)
+    return environment.from_string(source)
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,73 +84,96 @@ def refusal() -> type[Exception]:
     return Refusal
 
 
-@functools.lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
+@functools.lru_cache(maxsize=8)
+def _environment(thread: int) -> Any:
     """As transformers sets it up for chat templates (`_cached_compile_jinja_template`, version 5.23), and limited.
 
-    Left out are the filter `random` and the function `lipsum`: their text differs from one rendering to the next, so no
-    mask could be made of it.
+    One for each thread, so that counting needs no lock. Left out are the filter `random` and the function `lipsum`:
+    their text differs from one rendering to the next, so no mask could be made of it.
     """
     from jinja2.ext import loopcontrols
 
+    budget = Budget()
     environment = _limited()(
+        budget,
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_generation(), loopcontrols],
-        finalize=_written,
+        finalize=_written(budget),
         # Folding constants would run bombs while compiling, where no line of the template can be named.
         optimized=False,
     )
     environment.filters["tojson"] = _to_json
     del environment.filters["random"], environment.globals["lipsum"]
     for name, function in list(environment.filters.items()):
-        environment.filters[name] = _charged(name, function)
-    for name in ("in", "==", "eq", "equalto", "!=", "ne", *"> gt greaterthan ge >= < lt lessthan <= le".split()):
-        environment.tests[name] = functools.partial(_compare_by, environment.tests[name])
-    spend = budget()
+        if name not in _FREE:
+            environment.filters[name] = _charged(name, function, budget)
+    for name in _TESTS:
+        environment.tests[name] = _compare_by(environment.tests[name], budget, name == "in")
+    for name, compare in _COMPARED.items():
+        environment.filters[COMPARE + name] = _compare_by(compare, budget, name in ("in", "notin"))
     environment.filters |= {
-        _LOOP: spend.counted, _STEP: spend.work, _JOIN: _joined, _COMPARE: _compared, _MADE: spend.made,
-    }  # fmt: skip
+        LOOP: budget.counted,
+        STEP: budget.work,
+        JOIN: _joined(budget),
+        MADE: budget.made,
+        CUT: budget.cut,
+    }
     environment.globals["raise_exception"] = _refuse
     environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     environment.globals["namespace"] = _namespace()
     return environment
 
 
-def _limited() -> type[jinja2.Environment]:
+@functools.lru_cache(maxsize=1)
+def _limited() -> type[Any]:
     from jinja2.runtime import Context
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
-
-    spend = budget()
 
     class Formatter(SandboxedFormatter):
         """Charges for every field of `text.format(...)`."""
 
         def format_field(self, value: Any, format_spec: str) -> Any:
-            spend.make(spend.weigh(value) + cost.widths(format_spec))
+            budget: Budget = self._env.budget  # type: ignore[attr-defined]
+            budget.make(budget.weigh(value) + cost.widths(format_spec))
             return super().format_field(value, format_spec)
 
     class Limited(ImmutableSandboxedEnvironment):
         """Charges for what templates do."""
 
-        intercepted_binops = frozenset({"+", *_OPERATORS})
+        intercepted_binops = frozenset(_OPERATORS)
+
+        def __init__(self, budget: Budget, **settings: Any):
+            super().__init__(**settings)
+            self.budget = budget
 
         def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-            if operator == "+":
-                return spend.made(left + right)
-            spend.make(_OPERATORS[operator](spend, left, right))
+            self.budget.make(_OPERATORS[operator](self.budget, left, right))
             return self.binop_table[operator](left, right)
 
-        def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+            budget = __self.budget
             if type(__obj) is BuiltinMethodType:
-                args = _ahead(__obj, args, kwargs)
-            elif args and any(type(each) is tuple for each in args):
-                spend.make(spend.weigh(args))
-            return spend.made(super().call(__context, __obj, *args, **kwargs))
+                # A method of a text, list or number: what the library checks before a call cannot be wrong with it.
+                # Inside a loop the compiler hands these to every call; the library takes them out again, too.
+                kwargs.pop("_loop_vars", None)
+                kwargs.pop("_block_vars", None)
+                if __obj.__name__ in _METHODS:
+                    args = _ahead(budget, __obj, args, kwargs)
+                result = __obj(*args, **kwargs)
+                kind = type(result)
+                if kind is str:
+                    budget.make(len(result))
+                elif kind is list:
+                    budget.make(cost.ITEM * len(result))
+                return result
+            for each in args:
+                if type(each) is tuple:  # nested without end as `varargs`
+                    budget.make(budget.weigh(each))
+            return budget.made(super().call(__context, __obj, *args, **kwargs))
 
         def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-            wrapped = super().wrap_str_format(value)
-            if wrapped is None:
+            if super().wrap_str_format(value) is None:
                 return None
             text, by_name = str(value.__self__), value.__name__ == "format_map"
 
@@ -150,142 +182,86 @@ def _limited() -> type[jinja2.Environment]:
 
             return write
 
-        @staticmethod
-        def concat(parts: Iterable[str]) -> str:
-            """The text of the whole template, a macro or a block."""
+        def concat(self, parts: Iterable[str]) -> str:
+            """The text of the whole template, of a macro or of a block."""
             parts = list(parts)
-            spend.make(sum(map(len, parts)))
+            self.budget.make(sum(map(len, parts)))
             return "".join(parts)
 
         def _generate(self, source: Any, *args: Any, **kwargs: Any) -> str:
-            return super()._generate(_with_charges(source), *args, **kwargs)
+            return super()._generate(with_charges(source), *args, **kwargs)
 
     return Limited
 
 
-def _ahead(method: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+def _ahead(budget: Budget, method: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
     """Charge for what a method of a text, number or list may make, and its arguments."""
-    estimate = _METHODS.get(method.__name__)
-    if estimate is not None:
-        if method.__name__ == "join" and arguments and hasattr(arguments[0], "__next__"):
-            arguments = (list(arguments[0]), *arguments[1:])
-        budget().make(estimate(budget(), method.__self__, (*arguments, *named.values())))
+    if method.__name__ == "join" and arguments and hasattr(arguments[0], "__next__"):
+        arguments = (list(arguments[0]), *arguments[1:])
+    values = (*arguments, *named.values())
+    budget.make(_METHODS[method.__name__](budget, method.__self__, values))
     return arguments
 
 
-def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _charged(name: str, function: Callable[..., Any], budget: Budget) -> Callable[..., Any]:
     """The filter, paying for what it may make and for what it made."""
     at = 1 if hasattr(function, "jinja_pass_arg") else 0
-    estimate = None if name in _FREE else _FILTERS.get(name, cost.slow)
-    spend = budget()
+    estimate = None if name in _LAZY else _FILTERS.get(name, cost.slow)
+
+    @functools.wraps(function)
+    def afterwards(*args: Any, **named: Any) -> Any:
+        result = function(*args, **named)
+        budget.make(len(result))
+        return result
 
     @functools.wraps(function)
     def charged(*args: Any, **named: Any) -> Any:
         if estimate is not None:
             value = args[at]
-            if hasattr(value, "__next__"):
+            if isinstance(value, Iterator):
                 value = list(value)
                 args = (*args[:at], value, *args[at + 1 :])
-            spend.make(estimate(spend, value, (*args[at + 1 :], *named.values())))
-        return spend.made(function(*args, **named))
+            budget.make(estimate(budget, value, (*args[at + 1 :], *named.values())))
+        return budget.made(function(*args, **named))
 
-    return charged
-
-
-def _written(value: Any) -> Any:
-    """What is put out, charged where writing it may make much."""
-    if type(value) is not str:
-        budget().make(budget().weigh(value))
-    return value
+    return afterwards if name in _MODEST else charged
 
 
-def _joined(parts: Sequence[Any]) -> str:
-    spend = budget()
-    spend.make(sum(len(part) if type(part) is str else spend.weigh(part) for part in parts))
-    return "".join(map(str, parts))
+def _written(budget: Budget) -> Callable[[Any], Any]:
+    def written(value: Any) -> Any:
+        """What is put out, charged before it is written down."""
+        if type(value) is str:
+            budget.characters -= len(value)
+            if budget.characters < 0:
+                budget.draw()
+        else:
+            budget.make(budget.weigh(value))
+        return value
+
+    return written
 
 
-def _compared(value: Any, *rest: Any) -> bool:
-    """`value op other op other ...` with `rest` as (op, other, op, other, ...)."""
-    result = True
-    for name, other in zip(rest[::2], rest[1::2], strict=True):
-        result = _compare_by(_COMPARED[name], value, other)
-        if not result:
-            break
-        value = other
-    return result
+def _joined(budget: Budget) -> Callable[[Sequence[Any]], str]:
+    def joined(parts: Sequence[Any]) -> str:
+        """What `~` makes."""
+        budget.make(sum(len(part) if type(part) is str else budget.weigh(part) for part in parts))
+        return "".join(map(str, parts))
+
+    return joined
 
 
-def _compare_by(compare: Callable[[Any, Any], Any], value: Any, other: Any) -> Any:
-    spend = budget()
-    for each in (value, other):
-        kind = type(each)
-        if kind is str:
-            spend.work(1 + len(each) // 256)
-        elif kind is not dict or compare is not _COMPARED["in"]:
-            spend.work(1 + spend.weigh(each) // 16)
-    return compare(value, other)
+def _compare_by(compare: Callable[[Any, Any], Any], budget: Budget, inside: bool) -> Callable[[Any, Any], Any]:
+    """`compare`, paying for long operands; the smaller one decides, but for looking `inside` the second."""
 
+    def compared(value: Any, other: Any) -> Any:
+        kind = type(other)
+        if (kind is str and len(other) < _SHORT) or (kind is dict and inside) or (kind is int and not inside):
+            return compare(value, other)
+        for each in (value, other):
+            budget.work(budget.weigh(each) // 256)
+        return compare(value, other)
 
-def _with_charges(tree: Any) -> Any:
-    """The template's node tree with a charge at everything that Jinja offers no other way to see."""
-    from jinja2 import nodes
-    from jinja2.visitor import NodeTransformer
-
-    def filtered(node: Any, name: str, *arguments: Any) -> Any:
-        return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
-
-    def constant(value: Any, line: int) -> Any:
-        return nodes.Const(value, lineno=line)
-
-    def cheap(node: Any) -> bool:
-        return isinstance(node, nodes.Const) or (
-            isinstance(node, nodes.List | nodes.Tuple) and all(isinstance(item, nodes.Const) for item in node.items)
-        )
-
-    class Charges(NodeTransformer):
-        def visit_For(self, node: Any) -> Any:
-            steps = _size(node)
-            self.generic_visit(node)
-            if node.recursive:
-                return _stepping(node, steps)
-            node.iter = filtered(node.iter, _LOOP, constant(steps, node.lineno))
-            return node
-
-        def visit_Macro(self, node: Any) -> Any:
-            return _stepping(self.generic_visit(node), _size(node))
-
-        visit_CallBlock = visit_Macro
-
-        def visit_Concat(self, node: Any) -> Any:
-            self.generic_visit(node)
-            parts = nodes.Tuple(node.nodes, "load", lineno=node.lineno)
-            return filtered(parts, _JOIN)
-
-        def visit_Tuple(self, node: Any) -> Any:
-            self.generic_visit(node)
-            return node if node.ctx != "load" or cheap(node) else filtered(node, _MADE)
-
-        def visit_Getitem(self, node: Any) -> Any:
-            self.generic_visit(node)
-            return filtered(node, _MADE) if isinstance(node.arg, nodes.Slice) else node
-
-        def visit_Compare(self, node: Any) -> Any:
-            self.generic_visit(node)
-            if len(node.ops) == 1 and (cheap(node.ops[0].expr) or (cheap(node.expr) and node.ops[0].op in ("eq", "ne"))):
-                return node
-            rest = [part for each in node.ops for part in (constant(each.op, node.lineno), each.expr)]
-            return filtered(node.expr, _COMPARE, *rest)
-
-    def _stepping(node: Any, steps: int) -> Any:
-        charge = filtered(constant(steps, node.lineno), _STEP)
-        node.body.insert(0, nodes.ExprStmt(charge, lineno=node.lineno))
-        return node
-
-    def _size(node: Any) -> int:
-        return 2 + sum(1 for _ in node.find_all(nodes.Node))
-
-    return Charges().visit(tree)
+    return compared
 
 
 def _generation() -> type[Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training_hub.data.files import DataFile, find_files, kind_by_name, recognise
+from training_hub.data.files import LONGEST_ROW_BYTES, DataFile, find_files, kind_by_name, recognise
 from training_hub.data.readers import READERS, Broken, RawRow, without_null_fields
 from training_hub.errors import DataError, RecipeError
 from training_hub.folders import sha256
@@ -33,7 +33,7 @@ class Part:
 
     `rows(tally)` opens it anew; `fingerprint()` is a hash of its contents, None where it can be read only once.
     `num_rows` is None where it is not known; `num_bytes` is the size of an uncompressed file of JSON lines; `unit` is
-    what is counted.
+    what is counted. `changed()` is the problem line of a file that is no longer what it was when it was opened.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Part:
     num_rows: int | None = None
     num_bytes: int | None = None
     unit: str = "row"
+    changed: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,19 @@ def open_sources(data: Data) -> list[Source]:
 
 def _open_entry(entry: str | DataSource, data: Data) -> Source:
     named = entry if isinstance(entry, DataSource) else DataSource(path=entry)
-    source = open_path(named.path, named.split or data.split)
+    source = open_path(named.path, named.split or data.split, data.max_row_bytes)
     return Source(source.name, source.parts, named.weight, named.format or data.format, source.notes)
 
 
-def open_path(named: str, split: str = "train") -> Source:
-    """The source that one path or hub name stands for."""
+def open_path(named: str, split: str = "train", longest_row: int = LONGEST_ROW_BYTES) -> Source:
+    """The source that one path or hub name stands for. Raises DataError for what is not there or cannot be read."""
+    try:
+        return _open_path(named, split, longest_row)
+    except OSError as error:
+        raise DataError(f"{named}: cannot be read: {error.strerror or error}.") from error
+
+
+def _open_path(named: str, split: str, longest_row: int) -> Source:
     path = Path(named).expanduser()
     if path.is_dir() and any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
         return _saved_dataset(path, named, split)
@@ -91,7 +99,7 @@ def open_path(named: str, split: str = "train") -> Source:
     files, problems = [], []
     for found in paths:
         try:
-            files.append(recognise(found, str(found)))
+            files.append(recognise(found, str(found), longest_row))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
@@ -117,7 +125,23 @@ def _file_part(file: DataFile) -> Part:
             yield Origin(file.name, number, unit), row
 
     num_bytes = file.path.stat().st_size if file.kind == "jsonl" and not file.compression else None
-    return Part(file.name, rows, lambda: sha256(file.path), _rows_of_parquet(file), num_bytes, unit)
+    before = _state(file.path)
+
+    def changed() -> str | None:
+        if _state(file.path) == before:
+            return None
+        return f"{file.name}: the file changed while it was read. Wait until it is written, and run again."
+
+    return Part(file.name, rows, lambda: sha256(file.path), _rows_of_parquet(file), num_bytes, unit, changed)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What tells whether a file is still the same: its place, size and time of change; None where it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _rows_of_parquet(file: DataFile) -> int | None:

@@ -96,7 +96,7 @@ class StoreWriter:
 
     def __init__(self, folder: Path):
         self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 18) for name in COLUMNS}
-        self._folder = folder
+        self.folder = folder
         self._tokens = 0
         self._write("offsets", np.zeros(1, "<i8"))
 
@@ -122,7 +122,7 @@ class StoreWriter:
         for stream in self._files.values():
             stream.close()
         facts = {"version": STORE_VERSION, "parts": [list(part) for part in parts], "report": dict(report)}
-        write_json(self._folder / FACTS, facts)
+        write_json(self.folder / FACTS, facts)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -142,7 +142,8 @@ class TokenStore:
     """Samples by number: `store[i]` is a Sample, `len(store)` counts them.
 
     `selected` [n] int64 are the numbers of the underlying samples that this store shows, None for all; a validation
-    split is two stores over one folder. Sample i is seen `source_weights[source_index[i]]` times per epoch.
+    split is two stores over one `folder` (None: in memory). Sample i is seen `source_weights[source_index[i]]` times
+    per epoch.
     """
 
     columns: Mapping[str, np.ndarray]
@@ -152,6 +153,7 @@ class TokenStore:
     selected: np.ndarray | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
     keep_alive: object = field(default=None, repr=False)
+    folder: Path | None = None
 
     @staticmethod
     def open(folder: Path, source_weights: Sequence[float] = (1.0,), keep_alive: object = None) -> TokenStore:
@@ -162,9 +164,8 @@ class TokenStore:
         sums = {name: files[f"{name}.bin"]["sha256"] for name in COLUMNS}
         fingerprint = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
         parts = tuple((name, unit) for name, unit in facts["parts"])
-        return TokenStore(
-            columns, parts, tuple(source_weights), fingerprint, report=facts["report"], keep_alive=keep_alive
-        )
+        weights, report = tuple(source_weights), facts["report"]
+        return TokenStore(columns, parts, weights, fingerprint, report=report, keep_alive=keep_alive, folder=folder)
 
     @staticmethod
     def from_samples(samples: Sequence[Sample]) -> TokenStore:

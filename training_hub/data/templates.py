@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_hub.data.budget import Overrun
-from training_hub.data.sandbox import budget, compile_template, refusal
+from training_hub.data.sandbox import compile_template, refusal
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import DataError
 
@@ -113,7 +114,10 @@ def _read(path: str) -> str:
 
     file = Path(path).expanduser()
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.chat_template: {path}: cannot be read as a text file: {error}.") from error
     near = difflib.get_close_matches(path, NAMED, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise DataError(
@@ -149,15 +153,24 @@ def _clock(day: Any) -> Callable[[str], str]:
         fixed = datetime.combine(day if isinstance(day, date) else date.fromisoformat(day), datetime.min.time())
     except (TypeError, ValueError) as error:
         raise DataError(f"template_arguments.strftime_now: {day!r} is not a day; write it as 2025-12-31.") from error
-    return fixed.strftime
+
+    def now(form: str) -> str:
+        # The C library pads %999999999Y to its width before anybody could charge for it.
+        if len(form) > 200 or re.search(r"%[^a-zA-Z%]*\d", form):
+            raise DataError(f"strftime_now: {form[:60]!r} is no format for a date.")
+        return fixed.strftime(form)
+
+    return now
 
 
 def _run(name: str, source: str, variables: Mapping[str, Any]) -> str:
     compiled = _compiled(name, source)
-    budget().begin(variables["messages"])
+    compiled.environment.budget.begin(variables["messages"])  # type: ignore[attr-defined]
     try:
         return compiled.render(variables)
-    except Exception as error:  # a template is foreign code and can raise anything; every failure becomes one of the row
+    except (
+        Exception
+    ) as error:  # a template is foreign code and can raise anything; every failure becomes one of the row
         raise DataError(_failure(name, error)) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,8 @@ TOKENIZER_FILES = (
 )
 # Words, runs of white space, digits, punctuation, two scripts and a letter made of two code points (e + acute accent).
 PROBE = "The  quick (brown) fox,\n\n\tran 123 times. Déjà vu, e\u0301, 漢字!"
+
+_MADE_WHEN_ASKED = ("fingerprint", "around", "_names", "_control", "_renamed")
 
 Encoding = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -65,9 +68,13 @@ class ChatTokenizer:
             hf = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, revision=revision, local_files_only=folder is not None
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as error:
+            return cls(hf, folder, _stop_ids(path, folder, revision))
+        except DataError:
+            raise
+        except (
+            Exception
+        ) as error:  # a damaged file raises anything: tokenizers a bare Exception, transformers AttributeError
             raise DataError(f"tokenizer {path}: cannot be loaded: {_first_line(error)}") from error
-        return cls(hf, folder, _stop_ids(path, folder, revision))
 
     @classmethod
     def wrap(cls, hf: Any) -> ChatTokenizer:
@@ -114,8 +121,65 @@ class ChatTokenizer:
         """
         return [_arrays(encoding) for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
+    def encode_literally(self, text: str, literal: Sequence[tuple[int, int]]) -> Encoding:
+        """As `encode_batch` of one text, reading what stands at the places `literal` as plain text, never as a token.
+
+        Raises DataError where this tokenizer has no other way to write it than the special token itself.
+        """
+        edges = [0, *itertools.chain.from_iterable(literal), len(text)]
+        parts: list[str] = []
+        lengths: list[int] = []
+        for number, (start, end) in enumerate(itertools.pairwise(edges)):
+            at = start
+            for match in self._control.finditer(text, start, end) if number % 2 == 0 else ():
+                parts += [text[at : match.start()], self._names[match.group()]]
+                lengths += [1] * (match.start() - at) + [len(match.group())]
+                at = match.end()
+            parts.append(text[at:end])
+            lengths += [1] * (end - at)
+        ids, starts, ends = _arrays(self._renamed[0].encode("".join(parts), add_special_tokens=False))
+        places = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ids, starts, ends = self._renamed[1][ids], places[starts], places[ends]
+        special = np.isin(ids, [*self.special_ids.values(), *self.stop_ids])
+        for start, end in literal:
+            if np.any(special & (starts < end) & (ends > start)):
+                raise DataError(
+                    f"{text[start:end]!r} is a special token, and this tokenizer has no other way to write it. Remove "
+                    "it from the text."
+                )
+        return ids, starts, ends
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """A character for every token that only a template may write."""
+        return {
+            token: chr(0x100000 + number)
+            for number, token in enumerate({**self.special_ids, **dict.fromkeys(self.stop_tokens)})
+        }
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(token) for token in sorted(self._names, key=len, reverse=True)) or r"(?!)")
+
+    @cached_property
+    def _renamed(self) -> tuple[Any, np.ndarray]:
+        """The tokenizer with special tokens called by `_names`, which no text writes, and the true id of each id."""
+        from tokenizers import Tokenizer
+
+        description = json.loads(self._backend.to_str())
+        added = [(token, token["content"]) for token in description["added_tokens"]]
+        for token, content in added:
+            token["content"] = self._names.get(content, content)
+        copy = Tokenizer.from_str(json.dumps(description))
+        true_ids = np.arange(
+            max(copy.get_vocab_size(with_added_tokens=True), self.vocab_size) + len(added), dtype=np.int32
+        )
+        for token, content in added:
+            true_ids[copy.token_to_id(token["content"])] = self._backend.token_to_id(content)
+        return copy, true_ids
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("fingerprint", "around")}
+        return {name: value for name, value in self.__dict__.items() if name not in _MADE_WHEN_ASKED}
 
 
 def _arrays(encoding: Any) -> Encoding:

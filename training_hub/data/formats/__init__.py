@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from training_hub.data.formats.conversations import holds_messages, holds_sharegpt, parse_messages, parse_sharegpt
+from training_hub.data.formats.conversations import (
+    MESSAGES_READ,
+    SHAREGPT_READ,
+    holds_messages,
+    holds_sharegpt,
+    parse_messages,
+    parse_sharegpt,
+)
 from training_hub.data.formats.messages import ROLES
 from training_hub.data.formats.plain import (
+    INSTRUCTION_READ,
+    PAIR_READ,
+    TEXT_READ,
     holds_instruction,
     holds_prompt_completion,
     holds_text,
@@ -21,7 +31,7 @@ from training_hub.data.formats.plain import (
     parse_text,
 )
 from training_hub.data.formats.settings import MESSAGE_KEYS, ROW_COLUMNS, FormatSettings, Parsed
-from training_hub.data.formats.tokens import holds_tokens, parse_tokens
+from training_hub.data.formats.tokens import TOKEN_COLUMNS, holds_tokens, parse_tokens
 from training_hub.errors import DataError
 from training_hub.types import Origin
 
@@ -40,10 +50,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Format:
-    """One row format. `columns` is what it reads, to be shown where no format fits."""
+    """One row format. `columns` is what it reads, to be shown where no format fits; `reads` is all of that."""
 
     name: str
     columns: str
+    reads: tuple[str, ...]
     recognises: Callable[[Mapping[str, Any]], bool]
     parse: Callable[[Mapping[str, Any], Origin, FormatSettings], Parsed]
 
@@ -51,12 +62,18 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     entry.name: entry
     for entry in (
-        Format("tokens", "input_ids, labels", holds_tokens, parse_tokens),
-        Format("messages", "messages [{role, content}]", holds_messages, parse_messages),
-        Format("sharegpt", "conversations [{from, value}]", holds_sharegpt, parse_sharegpt),
-        Format("prompt_completion", "prompt, completion", holds_prompt_completion, parse_prompt_completion),
-        Format("instruction", "instruction, output (or question, answer)", holds_instruction, parse_instruction),
-        Format("text", "text (or document)", holds_text, parse_text),
+        Format("tokens", "input_ids, labels", TOKEN_COLUMNS, holds_tokens, parse_tokens),
+        Format("messages", "messages [{role, content}]", MESSAGES_READ, holds_messages, parse_messages),
+        Format("sharegpt", "conversations [{from, value}]", SHAREGPT_READ, holds_sharegpt, parse_sharegpt),
+        Format("prompt_completion", "prompt, completion", PAIR_READ, holds_prompt_completion, parse_prompt_completion),
+        Format(
+            "instruction",
+            "instruction, output (or question, answer)",
+            INSTRUCTION_READ,
+            holds_instruction,
+            parse_instruction,
+        ),
+        Format("text", "text (or document)", TEXT_READ, holds_text, parse_text),
     )
 }
 
@@ -102,10 +119,15 @@ def detect(row: Mapping[str, Any], origin: Origin) -> Format:
 
 
 def parse(row: Mapping[str, Any], origin: Origin, entry: Format, settings: FormatSettings) -> Parsed:
-    """The row, read as `entry`. Raises DataError; where the row looks like another format, it says so."""
+    """The row, read as `entry`, with a note for each column that is not read.
+
+    Raises DataError; where the row looks like another format, it says so.
+    """
     renamed = with_our_columns(row, settings.columns)
     try:
-        return entry.parse(renamed, origin, settings)
+        parsed = entry.parse(renamed, origin, settings)
+        unread = tuple(f"column {key!r} is not read" for key in renamed if key not in entry.reads)
+        return replace(parsed, notes=(*parsed.notes, *unread)) if unread else parsed
     except DataError as error:
         others = [other.name for other in FORMATS.values() if other.recognises(renamed)]
         if others and entry.name not in others:

@@ -12,6 +12,8 @@ from training_hub.types import Conversation, Message, Origin, Row, Text
 
 READ_COLUMNS = ("tools", "unmask", "weight", "chat_template_kwargs")
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+MESSAGES_READ = (*CONVERSATION_COLUMNS, *READ_COLUMNS)
+SHAREGPT_READ = (*MESSAGES_READ, "system")
 
 # What ShareGPT data sets write in `from`, beyond what any message may say.
 SPEAKERS = {"chatbot": "assistant", "bing": "assistant", "bard": "assistant", "tool_call": "assistant"}

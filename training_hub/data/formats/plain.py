@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training_hub.data.formats.conversations import conversation, read_all
+from training_hub.data.formats.conversations import READ_COLUMNS, conversation, read_all
 from training_hub.data.formats.messages import read_message
 from training_hub.data.formats.settings import FormatSettings, Parsed, flag_of, list_of, shown, text_of, weight_of
 from training_hub.errors import DataError
@@ -16,6 +16,9 @@ INSTRUCTION_COLUMNS = ("instruction", "question", "query", "prompt")
 INPUT_COLUMNS = ("input", "context")
 OUTPUT_COLUMNS = ("output", "response", "answer", "completion", "target")
 TEXT_COLUMNS = ("text", "document", "content")
+INSTRUCTION_READ = (*INSTRUCTION_COLUMNS, *INPUT_COLUMNS, *OUTPUT_COLUMNS, "system", "history", *READ_COLUMNS)
+PAIR_READ = ("prompt", "completion", *READ_COLUMNS)
+TEXT_READ = (*TEXT_COLUMNS, "weight")
 
 
 def _present(row: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:

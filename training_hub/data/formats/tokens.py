@@ -11,6 +11,7 @@ from training_hub.data.formats.settings import FormatSettings, Parsed, list_of, 
 from training_hub.errors import DataError
 from training_hub.types import Origin, Tokens
 
+TOKEN_COLUMNS = ("input_ids", "labels", "weights", "attention_mask", "position_ids", "weight")
 NOT_TRAINED = -100  # The label that torch's cross-entropy leaves out by default, and with it every trainer's data.
 
 
@@ -21,8 +22,9 @@ def holds_tokens(row: Mapping[str, Any]) -> bool:
 def parse_tokens(row: Mapping[str, Any], origin: Origin, settings: FormatSettings) -> Parsed:
     """A row {"input_ids", "labels"}: a label of -100 is not trained, any other has to be the id at its place.
 
-    `weights` (numbers) may stand for labels or beside them; `attention_mask` may cut padding off the ends. Rows of
-    input_ids alone are trained whole with data.pretraining or unmask, else refused.
+    `weights` (numbers) may stand for labels or beside them; `attention_mask` may cut padding off the ends;
+    `position_ids` may only say what holds anyway, 0, 1, 2, ... Rows of input_ids alone are trained whole with
+    data.pretraining or unmask, else refused.
     """
     if "input_ids" not in row:
         raise DataError(f"{origin}: no input_ids; found columns {', '.join(map(str, row))}.")
@@ -31,6 +33,7 @@ def parse_tokens(row: Mapping[str, Any], origin: Origin, settings: FormatSetting
         raise DataError(f"{origin}: column 'input_ids' is empty; there is nothing to train on.")
     weights = _weights(row, ids, origin, settings) * np.float32(weight_of(row, origin))
     kept = _without_padding(row, len(ids), origin)
+    _refuse_other_positions(row, kept, len(ids), origin)
     return Parsed(Tokens(ids[kept], weights[kept].astype(np.float32), origin))
 
 
@@ -97,6 +100,22 @@ def _without_padding(row: Mapping[str, Any], length: int, origin: Origin) -> sli
     if not len(real) or not np.isin(mask, (0, 1)).all() or len(real) != real[-1] - real[0] + 1:
         raise DataError(f"{origin}: attention_mask has to be ones, with zeros only at the ends.")
     return slice(int(real[0]), int(real[-1]) + 1)
+
+
+def _refuse_other_positions(row: Mapping[str, Any], kept: slice, length: int, origin: Origin) -> None:
+    """Positions that begin anew inside a row are those of several documents, which would see each other as one row."""
+    if row.get("position_ids") is None:
+        return
+    positions = _integers(row, "position_ids", origin)
+    _check_length("position_ids", len(positions), length, origin)
+    positions = positions[kept]
+    wrong = np.flatnonzero(positions != np.arange(len(positions)))
+    if len(wrong):
+        at = int(wrong[0])
+        raise DataError(
+            f"{origin}: position_ids[{kept.start + at}] is {positions[at]} where {at} is wanted. Give each document as "
+            "a row of its own, and leave position_ids out: packing is ours."
+        )
 
 
 def _check_length(column: str, found: int, wanted: int, origin: Origin) -> None:
