@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PINS := -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-base test test-all check format package reference clean
+.PHONY: help demo demo-base test test-all campaign check audit format package reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,10 +38,21 @@ test: $(VENV)/.installed ## the tests
 test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
 	$(RUN) -m pytest -q
 
+campaign: $(VENV)/.installed ## break runs on purpose, 1,500 times; the table is benchmarks/reliability (half an hour)
+	$(RUN) -m tests.campaigns --write benchmarks/reliability
+
 check: $(VENV)/.installed-dev ## lint, format, types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	@$(MAKE) --no-print-directory audit
+
+# pypi.org serves the advisories as well as the packages; a mirror of packages has none.
+ADVISORIES := https://pypi.org/pypi/pip/json
+audit: $(VENV)/.installed-dev ## known security holes in the pinned packages; skipped where nobody can be asked
+	@if $(RUN) -c 'import urllib.request; urllib.request.urlopen("$(ADVISORIES)", timeout=5)' 2>/dev/null; \
+	then $(RUN) -m pip_audit --requirement constraints.txt --no-deps --disable-pip; \
+	else echo "audit: skipped, $(ADVISORIES) cannot be reached"; fi
 
 format: $(VENV)/.installed-dev ## put the code in the common format
 	$(RUN) -m ruff check --fix .

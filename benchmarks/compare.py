@@ -2,7 +2,7 @@
 
 Each side trains in a process of its own, the sides in turn (A B A B ...), on the same weights, rows and number format.
 The ratio is that of the medians of the rounds; its spread is the range of the ratios round by round. GSM8K and the
-short rows are read from the folder named by TRAINING_HUB_TEST_DATA; without it made-up rows stand in, and are called so.
+short rows are read from the folder named by TRAINING_HUB_TEST_DATA; without it made-up rows stand in, and are named so.
 """
 
 from __future__ import annotations

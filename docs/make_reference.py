@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
 from training_hub import errors
 from training_hub.algorithms import ALGORITHMS
 from training_hub.frontends.cli import SHORTCUTS
+from training_hub.frontends.commands import COMMANDS
 from training_hub.frontends.dialects import KEYWORDS
 from training_hub.recipe import Recipe
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, sections
@@ -27,6 +29,8 @@ CLI_HEAD = """# The command line
 
     training-hub sft --model M --data D --output O [--section.field VALUE ...] [section.field=VALUE ...]
     training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]
+    training-hub preview       # rows as they will be trained, token by token; takes the same settings
+    training-hub plan          # what a run will do and take, without loading weights; takes the same settings
     training-hub schema        # the JSON Schema of a recipe file, for editors
     training-hub algorithms    # algorithms and their backends
     training-hub version       # versions of this package and of those that matter to a run
@@ -47,7 +51,7 @@ def recipe_page() -> str:
 
 def cli_page() -> str:
     """The page with commands, flags and exit codes."""
-    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_exit_codes(), *_flags()])
+    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags()])
 
 
 def write(folder: Path = FOLDER) -> None:
@@ -95,6 +99,18 @@ def _shortcuts() -> Iterator[str]:
     yield "## Short flags\n"
     yield from (f"- `{flag}`: `--{path}`" for flag, path in SHORTCUTS.items())
     yield ""
+
+
+def _commands() -> Iterator[str]:
+    yield "## Options of single commands\n"
+    for name, command in COMMANDS.items():
+        parser = ArgumentParser(add_help=False)
+        command.add_options(parser)
+        yield f"`training-hub {name}`: {command.help}.\n"
+        for action in parser._actions:
+            value = f" {action.metavar}" if action.metavar else ""
+            yield f"- `{action.option_strings[0]}{value}`: {action.help}"
+        yield ""
 
 
 def _exit_codes() -> Iterator[str]:

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from training_hub.folders import damage, manifest, write_json, write_whole
+from training_hub.folders import damage, manifest, remove, tidy, write_json, write_whole
 
 
 def make(folder, content: bytes = b"x" * 1000) -> None:
@@ -110,3 +110,37 @@ def test_json_is_replaced_in_one_go(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert (tmp_path / "a.json").read_text() == '{\n  "x": 1\n}\n'
+
+
+def test_any_bit_flipped_in_the_manifest_itself_is_found(tmp_path):
+    make(tmp_path / "one")
+    path = tmp_path / "one" / "manifest.json"
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(flipped)
+        assert damage(tmp_path / "one") != [], f"bit {bit}: {bytes(flipped)!r}"
+    path.write_bytes(content)
+    assert damage(tmp_path / "one") == []
+
+
+def test_tidying_removes_what_is_unfinished_and_gives_a_name_back_to_what_had_made_way(tmp_path):
+    make(tmp_path / "step-1")
+    make(tmp_path / "step-2")
+    (tmp_path / "step-2").rename(tmp_path / ".old-step-2")  # killed between the two renames
+    make(tmp_path / ".tmp-step-3")
+    (tmp_path / ".tmp-result.json").write_text("{")
+    tidy(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]
+    assert damage(tmp_path / "step-2") == []
+    make(tmp_path / ".old-step-1")  # killed after both
+    tidy(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]
+    tidy(tmp_path / "nowhere")
+
+
+def test_removing_a_folder_first_takes_its_name_away(tmp_path):
+    make(tmp_path / "one")
+    remove(tmp_path / "one")
+    assert os.listdir(tmp_path) == []

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         BackendError,
         CheckpointError,
         DataError,
+        DiskError,
         HubError,
         Interrupted,
         LaunchError,
@@ -53,6 +54,7 @@ _HOME_OF = {
     "BackendError": _ERRORS,
     "CheckpointError": _ERRORS,
     "TrainingError": _ERRORS,
+    "DiskError": _ERRORS,
     "LaunchError": _ERRORS,
     "Interrupted": _ERRORS,
 }
@@ -64,6 +66,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DataError",
+    "DiskError",
     "HubError",
     "InstructLabTrainingSFTBackend",
     "Interrupted",

@@ -6,6 +6,7 @@
     ├── BackendError (RuntimeError)   an engine cannot do what is asked, or is not installed
     ├── CheckpointError (RuntimeError) a checkpoint is missing, damaged or of another run
     ├── TrainingError (RuntimeError)  the run itself went wrong (loss is not finite, memory)
+    ├── DiskError (RuntimeError)      the output folder cannot be written: no room, or it is gone
     ├── Interrupted                   the run was asked to stop and saved its state
     └── LaunchError (RuntimeError)    processes could not be started or one of them died
 
@@ -14,7 +15,8 @@ Every message says where, what was found, what is allowed and what to write.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 
 class HubError(Exception):
@@ -27,12 +29,17 @@ class HubError(Exception):
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__(self._joined())
+        super().__init__(self.told())
 
-    def _joined(self) -> str:
-        if len(self.problems) == 1:
-            return self.problems[0]
-        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {line}" for line in self.problems)
+    def told(self, shown: Callable[[str], str] = str) -> str:
+        """The message, each problem as `shown` writes it: a terminal must not be given control characters."""
+        lines = [shown(problem) for problem in self.problems]
+        if len(lines) == 1:
+            return lines[0]
+        # The last line may count those that are not told: "and 680 more problems".
+        more = [re.fullmatch(r"and ([\d,]+) more problems", line) for line in self.problems]
+        count = sum(int(match[1].replace(",", "")) if match else 1 for match in more)
+        return f"{count:,} problems:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
 class RecipeError(HubError, ValueError):
@@ -63,6 +70,15 @@ class TrainingError(HubError, RuntimeError):
     """The run stopped because going on would have produced a broken model."""
 
     exit_code = 6
+
+
+class DiskError(HubError, RuntimeError):
+    """The output folder could not be written: no room, no permission, or it is gone. What was saved is as it was.
+
+    The exit code is EX_TEMPFAIL of sysexits.h, which schedulers take as "try again later".
+    """
+
+    exit_code = 75
 
 
 class LaunchError(HubError, RuntimeError):

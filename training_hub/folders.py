@@ -1,7 +1,8 @@
 """Folders that are whole or not there: written aside, checksummed, then renamed into place.
 
 Order: write into a temporary folder, fsync every file, write manifest.json with the size and sha256 of each, fsync the
-folder, rename, fsync the parent. A reader that checks the manifest can tell a whole folder from a damaged one.
+folder, rename, fsync the parent. A reader that checks the manifest can tell a whole folder from a damaged one: the
+manifest carries its own sha256, too. What a killed process leaves has a name that begins with a dot; `tidy` removes it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+TEMPORARY, REPLACED = ".tmp-", ".old-"
 
 
 @contextmanager
@@ -27,15 +29,15 @@ def write_whole(folder: Path, facts: dict[str, Any] | None = None, replace: bool
     way only after the new one is complete; without, it raises FileExistsError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".tmp-{folder.name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.parent / f"{TEMPORARY}{folder.name}"
+    _clear(aside)
     aside.mkdir()
     try:
         yield aside
         _seal(aside, facts or {})
         _move_into_place(aside, folder, replace)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        _clear(aside)
         raise
     sync_folder(folder.parent)
 
@@ -46,11 +48,49 @@ def _move_into_place(aside: Path, folder: Path, replace: bool) -> None:
         return
     if not replace:
         raise FileExistsError(f"{folder} exists already")
-    old = folder.parent / f".old-{folder.name}"
-    shutil.rmtree(old, ignore_errors=True)
+    old = folder.parent / f"{REPLACED}{folder.name}"
+    _clear(old)
     folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old)
+    try:
+        aside.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    _clear(old)
+
+
+def tidy(parent: Path) -> None:
+    """Clear `parent` of what a killed process left: unfinished folders and files, and folders on their way out.
+
+    A folder that had made way for another, which then never came, gets its name back.
+    """
+    if not parent.is_dir():
+        return
+    for path in list(parent.iterdir()):
+        if path.name.startswith(REPLACED):
+            name = parent / path.name.removeprefix(REPLACED)
+            if name.exists():
+                _clear(path)
+            else:
+                path.rename(name)
+        elif path.name.startswith(TEMPORARY):
+            _clear(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove `folder` so that a reader sees it whole or not at all, even if this process is killed meanwhile."""
+    gone = folder.parent / f"{TEMPORARY}gone-{folder.name}"
+    _clear(gone)
+    folder.rename(gone)
+    _clear(gone)
+
+
+def _clear(path: Path) -> None:
+    # A link goes by itself: what it leads to is somebody else's.
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
@@ -59,15 +99,24 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
     for path in files:
         listed[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         _sync_file(path)
-    write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, **facts, "files": listed})
+    content = {"version": MANIFEST_VERSION, **facts, "files": listed}
+    write_json(folder / MANIFEST, {**content, "sha256": _sum_of(content)})
     sync_folder(folder)
 
 
+def _sum_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(_as_text(content).encode("utf-8")).hexdigest()
+
+
 def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`. Raises FileNotFoundError or ValueError where there is none that can be read."""
-    read = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    """The manifest of `folder`. Raises FileNotFoundError or ValueError where there is none as it was written."""
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    read = json.loads(text)
     if not isinstance(read, dict) or not isinstance(read.get("files"), dict):
         raise ValueError(f"{folder / MANIFEST} is not a manifest")
+    content = {key: value for key, value in read.items() if key != "sha256"}
+    if read.get("sha256") != _sum_of(content) or text != _as_text(read):
+        raise ValueError(f"{folder / MANIFEST} has changed since it was written (sha256 differs)")
     return read
 
 
@@ -105,17 +154,25 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` so that `path` is either as before or complete: aside, fsync, rename."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _as_text(content))
+
+
+def _as_text(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, content: str) -> None:
     """Write `content` so that `path` is either as before or complete: aside, fsync, rename."""
-    aside = path.with_name(f".tmp-{path.name}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    aside = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -174,6 +174,22 @@ class StepReport:
     time: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One claim about a run, tried on its own model and data before the first step.
+
+    status: "holds", "fails", "fallback" (the claim does not hold, and the run takes a slower way on which it need not),
+    or "left out" (it could not be tried; `remedy` says why). measured and limit: what was found and what is allowed.
+    remedy: what to do where it fails.
+    """
+
+    name: str
+    status: str
+    measured: str
+    limit: str
+    remedy: str = ""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run returns.

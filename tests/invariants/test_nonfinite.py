@@ -54,19 +54,19 @@ SETTINGS = {
 }
 
 
-def test_the_run_stops_in_that_step_and_names_the_guilty_rows(poisoned_model, tmp_path):
-    data = rows(tmp_path / "rows.jsonl", guilty=(9, 13))
+def test_the_run_stops_in_that_step_and_names_the_guilty_rows(tiny_model_folder, tmp_path):
+    data = rows(tmp_path / "rows.jsonl", guilty=(9, 13), heavy=1e38)  # times a loss of 5: infinite in float32
     with pytest.raises(TrainingError) as caught:
-        train(poisoned_model, data, tmp_path / "run", **SETTINGS)
+        train(tiny_model_folder, data, tmp_path / "run", **SETTINGS)
     message = str(caught.value)
-    assert "step 2: loss nan" in message
+    assert "step 2: loss inf" in message
     assert "rows.jsonl line 10" in message and "rows.jsonl line 14" in message
     assert "line 11" not in message
     assert "step-1" in message
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-1" / "model.safetensors")
-    assert sum(int(tensor.isnan().any()) for tensor in saved.values()) == 1  # the embedding it came with
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
 
 
@@ -78,10 +78,20 @@ def test_skip_leaves_the_step_out_and_says_so(tiny_model_folder, tmp_path):
     assert all(torch.isfinite(tensor).all() for tensor in final_weights(result).values())
 
 
-def test_weights_that_are_not_finite_never_become_a_final_model(poisoned_model, tmp_path):
-    with pytest.raises(TrainingError, match=r"model\.embed_tokens\.weight holds 32 numbers that are not finite"):
+def test_a_model_that_comes_with_numbers_that_are_not_finite_is_refused_before_the_first_step(poisoned_model, tmp_path):
+    with pytest.raises(TrainingError, match=r"embed_tokens\.weight holds 32 numbers(.|\n)*came with"):
         train(poisoned_model, rows(tmp_path / "rows.jsonl", guilty=()), tmp_path / "run")
     assert not (tmp_path / "run" / "final").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_step_that_moves_the_weights_to_infinity_is_not_saved(tiny_model_folder, chat_file, tmp_path):
+    rate = {"optimizer": {"name": "SGD", "lr": 1e37, "momentum": 0.9}, "lr_scheduler": {"name": "constant"}}
+    steep = {**SETTINGS, **rate, "training": {"global_batch_size": 8, "max_norm": 0}}
+    with pytest.raises(TrainingError, match="not finite"):
+        train(tiny_model_folder, chat_file, tmp_path / "run", **steep)
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
 
 
 def test_a_learning_rate_that_explodes_is_an_error_and_not_a_model(tiny_model_folder, chat_file, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,3 +194,24 @@ def test_two_runs_at_once_in_one_folder_are_refused(tiny_model_folder, chat_file
 
     with pytest.raises(RecipeError, match="is in use by another run"):
         run(asked, Given(watchers=[start_again]))
+
+
+def test_a_changed_model_under_the_same_recipe_is_refused(tiny_model_folder, chat_file, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    with pytest.raises(TrainingError):
+        train(folder, chat_file, tmp_path / "run", [StopAt(3)], checkpoint=EVERY_STEP)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.001}))
+    with pytest.raises(CheckpointError, match=r"model config\.rms_norm_eps: was 1e-06, now 0\.001"):
+        train(folder, chat_file, tmp_path / "run", checkpoint=EVERY_STEP)
+
+
+def test_a_checkpoint_of_another_run_in_the_folder_is_refused(tiny_model_folder, chat_file, tmp_path):
+    for name, seed in (("run", 42), ("other", 7)):
+        with pytest.raises(TrainingError):
+            train(tiny_model_folder, chat_file, tmp_path / name, [StopAt(3)], checkpoint=EVERY_STEP, seed=seed)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="seed: was 7, now 42"):
+        train(tiny_model_folder, chat_file, tmp_path / "run", checkpoint=EVERY_STEP)

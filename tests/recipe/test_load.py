@@ -89,6 +89,11 @@ def test_a_recipe_is_a_mapping():
     assert "a recipe is a mapping" in layer_of(read_yaml("- a\n- b")).problems[0]
 
 
+def texts():
+    """Any text but one with a NUL, which no recipe may hold."""
+    return st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+
+
 def values_of(setting: Setting) -> st.SearchStrategy[Any]:
     """Any value that a setting takes."""
     kinds = [st.none()] if setting.takes_null else []
@@ -97,14 +102,14 @@ def values_of(setting: Setting) -> st.SearchStrategy[Any]:
     if setting.takes_boolean:
         kinds.append(st.booleans())
     if setting.takes_mapping:
-        inner = st.text() if setting.annotation == dict[str, str] else json_values()
-        kinds.append(st.dictionaries(st.text(), inner, max_size=3))
+        inner = texts() if setting.annotation == dict[str, str] else json_values()
+        kinds.append(st.dictionaries(texts(), inner, max_size=3))
     if setting.takes_list:
-        source = st.fixed_dictionaries({"path": st.text()}, optional={"weight": st.floats(0.01, 9), "split": st.text()})
-        kinds.append(st.lists(st.text() | source, max_size=3))
+        source = st.fixed_dictionaries({"path": texts()}, optional={"weight": st.floats(0.01, 9), "split": texts()})
+        kinds.append(st.lists(texts() | source, max_size=3))
     if setting.takes_text:
         kinds.append(
-            st.text() | st.sampled_from(["1e-5", "2024-01-01", "no", "null", "~", "1", "a: b", "\x85", "<<", "=", ""])
+            texts() | st.sampled_from(["1e-5", "2024-01-01", "no", "null", "~", "1", "a: b", "\x85", "<<", "=", ""])
         )
     elif setting.takes_number and not setting.choices:
         whole = "whole" in setting.allowed
@@ -113,10 +118,8 @@ def values_of(setting: Setting) -> st.SearchStrategy[Any]:
 
 
 def json_values() -> st.SearchStrategy[Any]:
-    leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-    return st.recursive(
-        leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
-    )
+    leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts()
+    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3))
 
 
 # Settings that any other setting may forbid are left out: what is shown here is that values survive.

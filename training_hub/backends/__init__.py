@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from training_hub.errors import BackendError
 from training_hub.recipe import Recipe
-from training_hub.types import StepReport, TrainResult
+from training_hub.types import Console, StepReport, TrainResult
 
 Watcher = Callable[[StepReport], None]
 
@@ -47,6 +47,17 @@ class Backend(Protocol):
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
         """Run the recipe to its end."""
+        ...
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """What an engine may be able to do beside: say what a run will do and take, without loading weights."""
+
+    name: str
+
+    def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
+        """The plan of a run of this recipe here, as plain JSON. measures: with `time`, by a quick measurement."""
         ...
 
 

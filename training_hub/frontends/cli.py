@@ -16,12 +16,15 @@ from typing import Any, NoReturn
 
 from training_hub.algorithms import ALGORITHMS
 from training_hub.errors import HubError, RecipeError
+from training_hub.frontends.commands import COMMANDS
 from training_hub.recipe.load import Layer, layer_of, merge, overrides, read_text, read_value
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, nearest, resolve, sections
 from training_hub.recipe.recipe import Recipe
 from training_hub.recipe.yaml_text import read_yaml
 from training_hub.version import VERSION
 
+ALGORITHM = "sft"  # of a command that is not an algorithm's own
+NO_OUTPUT = "(none)"  # of a command that writes into no run folder
 BACKEND = "torch"
 
 # Short flags for what most runs set.
@@ -53,7 +56,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(message)
+        # argparse takes -1e-5 for a flag
+        hint = (
+            ". A value that begins with - is written FLAG=VALUE." if message.endswith("expected one argument") else ""
+        )
+        raise RecipeError(message + hint)
 
 
 class Assign(argparse.Action):
@@ -85,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HubError as error:
         if "--debug" in words:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        from training_hub.monitoring.words import printable
+
+        print(f"error: {error.told(printable)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -109,6 +118,8 @@ def _run(words: list[str]) -> int:
         return 2
     if parsed.command in ALGORITHMS:
         return _train(_recipe(parsed, rest))
+    if parsed.command in COMMANDS:
+        return COMMANDS[parsed.command].run(_recipe(parsed, rest), parsed)
     if rest:
         raise RecipeError([f"{word}: training-hub {parsed.command} takes no such argument." for word in rest])
     {"schema": _print_schema, "algorithms": _print_algorithms, "version": _print_versions}[parsed.command]()
@@ -134,11 +145,20 @@ def _recipe(parsed: argparse.Namespace, rest: list[str]) -> Recipe:
     layer = merge(*layers, Layer(problems=tuple(problems)))
     not_given = {path: flag for path, flag in ASK_FOR.items() if path not in layer.values}
     layer = replace(layer, spelled={**layer.spelled, **not_given})
+    if parsed.command in COMMANDS:
+        return recipe_from(merge(_stand_ins(parsed.command, layer), layer), algorithm=ALGORITHM, backend=BACKEND)
     named = layer.values.get("algorithm", parsed.command)
     if named != parsed.command:
         wrong = f"algorithm: found {named!r} in {parsed.config}, but the command is `training-hub {parsed.command}`."
         raise RecipeError([*layer.problems, wrong])
     return recipe_from(layer, algorithm=parsed.command, backend=BACKEND)
+
+
+def _stand_ins(name: str, layer: Layer) -> Layer:
+    """What stands for the settings that a command does without."""
+    command = COMMANDS[name]
+    tokenizer = layer.values.get("model.tokenizer") if command.takes_tokenizer else None
+    return Layer({"output": NO_OUTPUT, **({"model.path": tokenizer} if tokenizer else {})})
 
 
 def _config(path: str) -> Layer:
@@ -197,15 +217,20 @@ def _parser() -> Parser:
     for name, entry in ALGORITHMS.items():
         text = f"train: objective {entry.objective}, adaptation {entry.adaptation}"
         _add_settings(commands.add_parser(name, help=text, description=text, usage=USAGE.replace("sft", name)))
+    for name, command in COMMANDS.items():
+        usage = USAGE.replace("sft", name).replace(" --output O", "")
+        parser_of = commands.add_parser(name, help=command.help, description=command.help, usage=usage)
+        command.add_options(parser_of)
+        _add_settings(parser_of, names_algorithm=True)
     commands.add_parser("schema", help="print the JSON Schema of a recipe file, for editors")
     commands.add_parser("algorithms", help="list algorithms and their backends")
     commands.add_parser("version", help="print the versions of this package and of those that matter to a run")
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for each in commands.choices.values():
+        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def _add_settings(parser: Parser) -> None:
+def _add_settings(parser: Parser, names_algorithm: bool = False) -> None:
     parser.set_defaults(assignments=(), settings=())
     parser.add_argument("--config", metavar="FILE.yaml", help="recipe file; flags and section.field=VALUE win over it")
     often = parser.add_argument_group("most used")
@@ -218,7 +243,7 @@ def _add_settings(parser: Parser) -> None:
     for name, section in sections().items():
         groups[name] = parser.add_argument_group(name, " ".join((section.__doc__ or "").split()))
     for setting in all_settings().values():
-        if setting.path != "algorithm":  # the command says it
+        if setting.path != "algorithm" or names_algorithm:  # else the command says it
             _add_setting(groups[setting.path.rpartition(".")[0]], setting)
 
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from training_hub.algorithms import engine_of
-from training_hub.backends import Given, find_backend
-from training_hub.errors import CheckpointError, HubError, Interrupted, RecipeError
-from training_hub.folders import write_json
+from training_hub.backends import Backend, Given, find_backend
+from training_hub.errors import CheckpointError, DiskError, HubError, Interrupted, RecipeError
+from training_hub.folders import damage, tidy, write_json
+from training_hub.launch.stopping import Stop, interruption, stoppable
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.report import write_report
 from training_hub.monitoring.settings import public_settings
 from training_hub.monitoring.watchers import objections as watcher_objections
 from training_hub.recipe import Recipe
+from training_hub.recipe.check import cautions
 from training_hub.recipe.folder import RunFolder, differences, write_recipe
-from training_hub.types import TrainResult
+from training_hub.types import Console, TrainResult
 
-FINISHED = "finished"
+FINISHED, RUNNING = "finished", "running"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def run(recipe: Recipe, given: Given | None = None) -> TrainResult:
@@ -28,29 +37,77 @@ def run(recipe: Recipe, given: Given | None = None) -> TrainResult:
     An unfinished run of the same recipe in the output folder goes on; a finished one is returned as it is. Raises
     RecipeError listing every objection, before anything is loaded.
     """
-    given = given or Given()
+    with stoppable() as stop:
+        try:
+            return _start(recipe, given or Given(), stop)
+        except KeyboardInterrupt as error:
+            raise interruption(stop.number, RunFolder(Path(recipe.output)).newest_checkpoint()) from error
+
+
+def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
     engine = find_backend(engine_of(recipe))
     objections = [*watcher_objections(recipe), *engine.objections(recipe)]
     if objections:
         raise RecipeError(objections)
     folder = RunFolder(Path(recipe.output))
     console = open_console(recipe.monitoring.console)
+    for line in cautions(recipe):
+        console.say(f"recipe: {line}")
+    return _run(recipe, given, engine, folder, console, stop)
+
+
+def _run(recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, console: Console, stop: Stop) -> TrainResult:
     if recipe.checkpoint.resume == "restart" and folder.recipe.exists():
         console.say(f"output: what {folder.path} held is now in {folder.move_aside()}")
     with folder.claimed():
+        tidy(folder.path)
         earlier = settle(folder, recipe)
         if earlier is not None:
             console.say(f"output: {folder.path} holds this run, finished; to run it again: checkpoint.resume: restart")
             return earlier
-        write_recipe(folder, recipe)
         try:
-            result = engine.train(recipe, given)
-        except Exception as error:
-            write_json(folder.result, failure(error))
+            with out_of_room_explained(folder):
+                write_recipe(folder, recipe)
+                write_json(folder.result, {"status": RUNNING, "process": os.getpid(), "host": socket.gethostname()})
+                result = engine.train(recipe, given)
+                stop.is_over = True
+                write_json(folder.result, as_json(result))
+        except KeyboardInterrupt:
+            record(folder, failure(interruption(stop.number, folder.newest_checkpoint())), console)
             raise
-        write_json(folder.result, as_json(result))
-        write_report(folder.path, result.history, {"settings": public_settings(recipe), **as_json(result)})
+        except Exception as error:
+            record(folder, failure(error), console)
+            raise
+        try:
+            write_report(folder.path, result.history, {"settings": public_settings(recipe), **as_json(result)})
+        except OSError as error:  # the model is there and whole: a missing page must not make the run a failed one
+            console.say(f"report: {folder.path} got no report.html: {error}")
         return result
+
+
+@contextmanager
+def out_of_room_explained(folder: RunFolder) -> Iterator[None]:
+    """Turn a disk that is full, gone or read-only into a DiskError; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS and folder.path.is_dir():
+            raise
+        if not folder.path.is_dir():
+            raise DiskError(f"output: {folder.path} is gone; it was there when the run began ({error}).") from error
+        free = shutil.disk_usage(folder.path).free
+        raise DiskError(
+            f"output: {folder.path} cannot be written: {error}. {free:,} bytes are free there. Earlier checkpoints are "
+            "as they were. Make room, and run the same command again to go on from the newest."
+        ) from error
+
+
+def record(folder: RunFolder, content: dict[str, Any], console: Console) -> None:
+    """Write result.json of a run that stopped; where even that fails, say so and leave the run's own error standing."""
+    try:
+        write_json(folder.result, content)
+    except OSError as error:
+        console.say(f"output: {folder.result} could not be written: {error}")
 
 
 def settle(folder: RunFolder, recipe: Recipe) -> TrainResult | None:
@@ -67,7 +124,7 @@ def settle(folder: RunFolder, recipe: Recipe) -> TrainResult | None:
             )
         return None
     result = folder.earlier_result() or {}
-    is_finished = result.get("status") == FINISHED
+    is_finished = result.get("status") == FINISHED and not (result.get("model_path") and not folder.final.exists())
     if not is_finished and not folder.has_checkpoints():
         return None  # it never came to anything worth keeping, so the new recipe takes its place
     changed = differences(before, recipe)
@@ -76,7 +133,18 @@ def settle(folder: RunFolder, recipe: Recipe) -> TrainResult | None:
         problem = f"{folder.path} holds {what}" + (" of a different recipe:" if changed else ".")
         remedy = "Name another output, or set checkpoint.resume: restart to move that run aside and begin anew."
         raise CheckpointError([problem, *changed, remedy])
+    if is_finished and result.get("model_path"):
+        refuse_damaged(folder)
     return from_json(result) if is_finished else None
+
+
+def refuse_damaged(folder: RunFolder) -> None:
+    """Raise CheckpointError where the final model is not, file by file, what the run wrote."""
+    problems = damage(folder.final)
+    if problems:
+        found = f"{folder.path} holds this run, finished, but its model has changed:"
+        remedy = f"Remove {folder.final} to have it written again, or name another output."
+        raise CheckpointError([found, *problems, remedy])
 
 
 def as_json(result: TrainResult) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from training_hub.recipe.names import all_settings
 from training_hub.recipe.recipe import Recipe
+from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
 
 # Two ways to say one thing. Where the caller names one, a default of the other gives way.
@@ -19,11 +21,14 @@ RIVALS: tuple[tuple[str, str], ...] = (
 )
 
 ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
+# Peak learning rate of the Adam family above which a run says so.
+HIGH_RATE = 1e-2
 
 # Setting -> (the setting it depends on, the values under which it does something).
 NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "data.block_size": ("data.pretraining", (True,)),
     "data.cache_dir": ("data.cache", (True,)),
+    "data.max_bad_share": ("data.on_bad_row", ("skip",)),
     "optimizer.beta1": ("optimizer.name", ADAM),
     "optimizer.beta2": ("optimizer.name", ADAM),
     "optimizer.eps": ("optimizer.name", (*ADAM, "Adagrad", "RMSprop")),
@@ -37,6 +42,10 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "monitoring.mlflow_experiment_name": ("monitoring.mlflow", (True,)),
     "monitoring.mlflow_run_name": ("monitoring.mlflow", (True,)),
 }
+
+
+# Settings in which ~ and ~user stand for a home folder.
+IN_HOME = ("model.path", "model.tokenizer", "data.path", "data.validation", "data.chat_template", "data.cache_dir")
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,13 @@ def contradictions(recipe: Recipe, names: Names, live: Collection[str] = ()) -> 
         _learning_rate,
         _processes,
     )
+    unusable = list(_unusable_texts(recipe, names))
     found = [one for check in checks for one in check(recipe, names)]
     if "data.validation" not in live:
         found += _validation(recipe, names)
-    return found
+    # A text that cannot be used is neither compared with anything nor repeated: it may be a password.
+    named = {path for one in unusable for path in one.paths}
+    return unusable + [one for one in found if not named.intersection(one.paths)]
 
 
 def value_at(recipe: Recipe, path: str) -> Any:
@@ -189,6 +201,29 @@ def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
         )
 
 
+def _unusable_texts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    """Texts that cannot be saved with the run, or must not be."""
+    for path, text in texts_in(recipe.model_dump(mode="python")):
+        secret = secret_in(text)
+        if secret:
+            yield Contradiction(
+                (path,),
+                f"{names(path)}: holds {secret}, and the recipe is saved with the run. Give it in an environment "
+                "variable (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD) and leave "
+                "it out here.",
+            )
+        elif "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            yield Contradiction(
+                (path,),
+                f"{names(path)}: found {ascii(text)[:80]}, which holds a NUL or bytes that are not UTF-8; no file and "
+                "no saved recipe can be called so. Rename it.",
+            )
+        elif path in IN_HOME and text.startswith("~") and os.path.expanduser(text) == text:
+            yield Contradiction(
+                (path,), f"{names(path)}: found {text!r}, but there is no such user. Write the whole path."
+            )
+
+
 def _validation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     if recipe.data.validation or recipe.data.validation_fraction:
         return
@@ -211,3 +246,18 @@ def _plainly(value: Any) -> str:
         if value is None or value is True or value is False
         else str(value)
     )
+
+
+def cautions(recipe: Recipe) -> list[str]:
+    """What is allowed and yet seldom meant, to be said aloud when a run begins.
+
+    A high learning rate is not refused: small models trained from scratch take it, a pretrained one is destroyed by it,
+    and the recipe does not tell which it is. A switch to force it would be set once, in a file, and forgotten.
+    """
+    peak = recipe.optimizer.lr
+    if recipe.optimizer.name in ADAM and peak > HIGH_RATE:
+        return [
+            f"optimizer.lr: {peak:g} is far above what a pretrained model takes with {recipe.optimizer.name} "
+            "(1e-6 to 1e-4); go on only with a small model that is trained from scratch"
+        ]
+    return []

@@ -1,11 +1,13 @@
 """The run folder: the one place where processes, runs and readers meet.
 
-recipe.yaml  plan.json  metrics.jsonl  result.json  report.html  checkpoints/step-N/  final/
+recipe.yaml  plan.json  preflight.json  rejects.jsonl  metrics.jsonl  result.json  report.html
+checkpoints/step-N/  final/
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -31,7 +33,9 @@ FREE_TO_CHANGE = (
     "data.workers",
     "data.cache",
     "data.cache_dir",
+    "data.max_bad_share",
     "training.on_nonfinite",
+    "training.preflight",
 )
 
 
@@ -48,6 +52,14 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def preflight(self) -> Path:
+        return self.path / "preflight.json"
+
+    @property
+    def rejects(self) -> Path:
+        return self.path / "rejects.jsonl"
 
     @property
     def metrics(self) -> Path:
@@ -78,18 +90,43 @@ class RunFolder:
             ) from error
 
     def earlier_result(self) -> dict[str, Any] | None:
-        """What result.json says, None where there is none."""
-        return json.loads(self.result.read_text(encoding="utf-8")) if self.result.exists() else None
+        """What result.json says, None where there is none. Raises CheckpointError where it cannot be read."""
+        if not self.result.exists():
+            return None
+        try:
+            content = json.loads(self.result.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("it is not an object")
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.result} cannot be read: {error}. Delete it to go on from the newest checkpoint, or set "
+                "checkpoint.resume: restart."
+            ) from error
+        return content
 
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
 
+    def newest_checkpoint(self) -> str | None:
+        """The name of the newest checkpoint folder, unchecked; None where there is none."""
+        steps = [path.name for path in self.checkpoints.glob("step-*")] if self.checkpoints.is_dir() else []
+        return max(steps, key=lambda name: (len(name), name), default=None)
+
     def move_aside(self) -> Path:
-        """Rename the folder to the first free NAME.before-N, so that nothing of it is lost."""
+        """Rename the folder to the first free NAME.before-N, so that nothing of it is lost.
+
+        Raises RecipeError where a run is at work in it, or where it cannot be renamed.
+        """
         number = 1
         while (place := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
             number += 1
-        self.path.rename(place)
+        with self.claimed():
+            try:
+                self.path.rename(place)
+            except OSError as error:
+                raise RecipeError(
+                    f"output: {self.path} cannot be moved aside to {place}: {error}. Name another output."
+                ) from error
         return place
 
     @contextlib.contextmanager
@@ -100,6 +137,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.checkpoints):
+                if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "no permission to write in it", str(folder))
             lock = (self.path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise RecipeError(
@@ -108,7 +148,10 @@ class RunFolder:
         with lock:
             if not _take(lock.fileno()):
                 lock.seek(0)
-                raise RecipeError(f"output: {self.path} is in use by another run ({lock.read().strip()}).")
+                raise RecipeError(
+                    f"output: {self.path} is in use by another run "
+                    f"({lock.read().strip() or 'just starting'}). Wait for it to end, or name another output."
+                )
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             lock.flush()

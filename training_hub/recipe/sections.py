@@ -125,6 +125,16 @@ class Data(Section):
     block_size: Count | None = None
     """Tokens per block with pretraining; training.max_seq_len where not given."""
 
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens to a row that cannot be read or trained on: refuse the run listing all of them, or leave them out,
+    counted, and listed in rejects.jsonl of the run folder. Rows that are only too long follow data.overlong."""
+
+    max_bad_share: Share = 0.05
+    """With on_bad_row: skip, the share of rows that may be left out; more refuse the run."""
+
+    max_row_bytes: Count = 64 * 2**20
+    """Longest row as it stands in a file, unpacked; a longer one is never held in memory and is a bad row."""
+
     packing: bool = True
     """Lay several samples end to end in one row, kept apart. Changes speed, never the result."""
 
@@ -177,6 +187,10 @@ class Training(Section):
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN or infinite loss or gradient does: stop the run naming the rows, or leave the step out."""
+
+    preflight: bool = True
+    """Before the first step, prove on this model and these rows what training relies on: masks, stop token, packing,
+    accumulation, loss, update, saving. A proof that fails stops the run."""
 
 
 class Optimizer(Section):

@@ -58,7 +58,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
+        # `!!set [a]` comes here with a list, which the library refuses in its own words.
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
             line = key_node.start_mark.line + 1
             if key in seen and key is not None:

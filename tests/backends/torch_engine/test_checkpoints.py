@@ -91,3 +91,29 @@ def test_a_checkpoint_of_a_newer_format_is_refused_with_both_versions(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
         checkpoints.load(1)
+
+
+def test_a_damaged_later_step_does_not_push_out_the_last_whole_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(state(6), "")
+    (tmp_path / "step-6" / "model.safetensors").unlink()
+    checkpoints.save(state(4), "")
+    checkpoints.save(state(5), "")
+    assert checkpoints.steps() == [5, 6]
+    assert checkpoints.newest_valid(lambda line: None) == 5
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(state(step), "")
+    (tmp_path / "step-1").rename(tmp_path / "step-9")
+    said = []
+    assert checkpoints.newest_valid(said.append) == 2
+    assert "step-9 holds step 1" in said[0]
+
+
+def test_a_run_folder_that_is_gone_is_not_made_again(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        Checkpoints(tmp_path / "run" / "checkpoints").save(state(1), "")
+    assert not (tmp_path / "run").exists()

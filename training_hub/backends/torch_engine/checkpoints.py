@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training_hub.errors import CheckpointError
-from training_hub.folders import damage, write_whole
+from training_hub.folders import damage, manifest, remove, tidy, write_whole
 
 STEP_FOLDER = re.compile(r"^step-(\d+)$")
 TRAINER_VERSION = 1
@@ -51,8 +50,10 @@ class Checkpoints:
     def save(self, state: State, recipe_yaml: str, protected_step: int | None = None) -> Path:
         """Write step-N, then remove what is older than `keep_last`, never `protected_step` (the best one).
 
-        Raises OSError where the disk refuses; earlier checkpoints are then as they were.
+        Raises OSError or SafetensorError where the disk refuses; earlier checkpoints are then as they were.
         """
+        if not self.root.parent.is_dir():  # to make it again would be a run folder without recipe or metrics
+            raise FileNotFoundError(f"{self.root.parent} is gone; it was there when the run began")
         folder = self.root / f"step-{state.step}"
         with write_whole(folder, {"step": state.step}, replace=True) as aside:
             save_file(_contiguous(state.weights), aside / "model.safetensors")
@@ -60,7 +61,7 @@ class Checkpoints:
             facts = {"version": TRAINER_VERSION, "step": state.step, **state.facts}
             (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-        self._prune(protected_step)
+        self._prune(state.step, protected_step)
         return folder
 
     def steps(self) -> list[int]:
@@ -75,12 +76,14 @@ class Checkpoints:
     def newest_valid(self, say: Callable[[str], None]) -> int | None:
         """The newest step whose files are all as written. Damaged ones are named, and left where they are.
 
-        Raises CheckpointError where checkpoints exist and none is whole.
+        What a killed process left unfinished is cleared away first. Raises CheckpointError where checkpoints exist and
+        none is whole.
         """
+        tidy(self.root)
         steps = self.steps()
         found: list[str] = []
         for step in reversed(steps):
-            problems = damage(self.folder(step))
+            problems = damage(self.folder(step)) or self._misnamed(step)
             if not problems:
                 return step
             found += problems
@@ -106,12 +109,17 @@ class Checkpoints:
             facts=facts,
         )
 
-    def _prune(self, protected_step: int | None) -> None:
+    def _misnamed(self, step: int) -> list[str]:
+        inside = manifest(self.folder(step)).get("step")
+        return [] if inside == step else [f"{self.folder(step)} holds step {inside}"]
+
+    def _prune(self, newest: int, protected_step: int | None) -> None:
         if self.keep_last is None:
             return
-        for step in self.steps()[: -self.keep_last]:
+        # A step beyond the newest was passed over as damaged when the run went on; it must not count as a kept one.
+        for step in [step for step in self.steps() if step <= newest][: -self.keep_last]:
             if step != protected_step:
-                shutil.rmtree(self.folder(step))
+                remove(self.folder(step))
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

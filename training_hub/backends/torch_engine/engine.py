@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import platform
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -20,51 +18,42 @@ from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.export import export
-from training_hub.backends.torch_engine.loop import Run, dry_step, resume, train
+from training_hub.backends.torch_engine.loop import Run, dry_step, model_facts, resume, train
+from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
+from training_hub.backends.torch_engine.memory import estimate
 from training_hub.backends.torch_engine.model import (
-    Limits,
     LoadedModel,
     choose_device,
     choose_dtype,
     folder_problems,
-    limits_of,
     load_model,
-    read_limits,
 )
 from training_hub.backends.torch_engine.objectives import OBJECTIVES
 from training_hub.backends.torch_engine.optim import Masters, Updater
+from training_hub.backends.torch_engine.plan import describe, feed_settings, plan, summary
 from training_hub.backends.torch_engine.preflight import packed_equals_alone
+from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
+from training_hub.backends.torch_engine.room import free_bytes, room, saves_ahead
 from training_hub.backends.torch_engine.signals import StopRequest
-from training_hub.data.feed import Feed, FeedSettings
-from training_hub.data.prepare import Prepared, prepare
-from training_hub.data.store import TokenStore
-from training_hub.data.templates import ChatTemplate, resolve_template
-from training_hub.data.tokenizer import ChatTokenizer
-from training_hub.errors import DataError, TrainingError
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.data.agreement import agreement
+from training_hub.data.feed import Feed
+from training_hub.errors import DiskError, RecipeError, TrainingError
 from training_hub.evaluation.metrics import perplexity
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.jsonl import read_metrics
+from training_hub.monitoring.proof_table import as_json, table
 from training_hub.monitoring.watchers import open_watchers
 from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
-from training_hub.types import Console, TrainResult
+from training_hub.types import Console, Proof, TrainResult
 
-# Tokens per pack that keep the matrix units busy; more only costs memory. The recipe's max_tokens_per_gpu is a bound.
-PREFERRED_TOKENS = {"cpu": 8192, "cuda": 32768}
 # Relative difference of packed and separate losses that rounding explains, by format.
 PACKING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
-SAMPLES_FOR_STOP = 1000
+# Rows whose trained text is compared with what they say, in a check and at the start of a run.
+ROWS_COMPARED = {True: 256, False: 32}
 VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "training-hub")
-
-
-@dataclasses.dataclass(frozen=True)
-class Materials:
-    """What a run is made from, before any weight is loaded."""
-
-    tokenizer: ChatTokenizer
-    template: ChatTemplate | None
-    prepared: Prepared
 
 
 class TorchEngine:
@@ -74,6 +63,22 @@ class TorchEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
+        found = self._process_problems(recipe)
+        if Path(recipe.model.path).expanduser().exists():
+            found += folder_problems(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        return found
+
+    def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
+        """The plan of a run of this recipe here, as its plan.json says it, without loading weights.
+
+        measures: also time a matrix product, and say as `time` how long the run takes at least.
+        """
+        problems = self._process_problems(recipe)
+        if problems:
+            raise RecipeError(problems)
+        return plan(recipe, console, measures=measures)
+
+    def _process_problems(self, recipe: Recipe) -> list[str]:
         found = []
         processes = recipe.processes
         if processes.procs not in (1, "auto", "gpu") or processes.nodes > 1:
@@ -86,8 +91,6 @@ class TorchEngine:
                 f"processes.procs: {processes.procs!r} would start {torch.cuda.device_count()} processes; the torch "
                 "engine runs one so far. Write processes.procs: 1."
             )
-        if Path(recipe.model.path).expanduser().exists():
-            found += folder_problems(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         return found
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
@@ -95,27 +98,47 @@ class TorchEngine:
         console = open_console(recipe.monitoring.console)
         folder = RunFolder(Path(recipe.output))
         began = time.perf_counter()
-        materials = load_materials(recipe, given, console)
+        materials = load_materials(recipe, given, console, folder.rejects)
         device = choose_device()
         dtype = choose_dtype(recipe.model.dtype, device)
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_model(recipe, device, dtype, model=given.model)
         run = assemble(recipe, loaded, materials, device, dtype, console)
-        plan = describe(run, loaded, materials, dtype)
-        write_json(folder.plan, plan)
-        console.say(summary(plan))
+        planned = describe(recipe, materials, run.model, run.feed, device, dtype, loaded.original_dtype)
+        write_json(folder.plan, planned)
+        console.say(summary(planned))
         go_on(run, console)
+        check_room(run, loaded.original_dtype)
         with (
             memory_errors_explained(run),
             StopRequest() as stop,
             open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=given.watchers) as watchers,
         ):
             dry_step(run)
+            if recipe.training.preflight and run.step == 0:
+                proofs = preflight(run, loaded, materials, given, planned["memory_gib"], folder)
+                for line in table(proofs):
+                    console.say(f"preflight: {line}")
+                refuse(proofs)
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)
-        model_path = finish(run, loaded, materials, folder, console) if recipe.checkpoint.final else None
-        return self._result(run, folder, plan, model_path, time.perf_counter() - began)
+            # Within reach of the stop request: a first signal lets the final model be finished.
+            model_path = finish(run, loaded, materials, folder, console) if recipe.checkpoint.final else None
+        return self._result(run, folder, planned, model_path, time.perf_counter() - began)
+
+    def check(self, recipe: Recipe, given: Given) -> list[Proof]:
+        """Load all that a run would, and try every proof; the output folder must exist and only gets the proofs."""
+        console = open_console(recipe.monitoring.console)
+        materials = load_materials(recipe, given, console)
+        device = choose_device()
+        dtype = choose_dtype(recipe.model.dtype, device)
+        loaded = load_model(recipe, device, dtype, model=given.model)
+        run = assemble(recipe, loaded, materials, device, dtype, console)
+        with memory_errors_explained(run):
+            dry_step(run)
+            memory = estimate(run.model, recipe.optimizer, dtype, device, run.feed.largest_pack())
+            return preflight(run, loaded, materials, given, memory, RunFolder(Path(recipe.output)), thorough=True)
 
     def _result(
         self, run: Run, folder: RunFolder, plan: dict[str, Any], model_path: Path | None, seconds: float
@@ -135,53 +158,6 @@ class TorchEngine:
         )
 
 
-def load_materials(recipe: Recipe, given: Given, console: Console) -> Materials:
-    """Tokenizer, template and token stores. Every problem of the data is raised here, before weights are loaded."""
-    if given.tokenizer is not None:
-        tokenizer = ChatTokenizer.wrap(given.tokenizer)
-    else:
-        path = recipe.model.tokenizer or recipe.model.path
-        tokenizer = ChatTokenizer.load(
-            path, trust_remote_code=recipe.model.trust_remote_code, revision=recipe.model.revision
-        )
-    template = resolve_template(recipe.data.chat_template, tokenizer)
-    prepared = prepare(
-        recipe,
-        tokenizer=tokenizer,
-        template=template,
-        console=console,
-        rows=given.rows,
-        validation_rows=given.validation_rows,
-    )
-    limits = read_limits(recipe.model) if given.model is None else limits_of(given.model.config)
-    stores = [prepared.train, *([prepared.validation] if prepared.validation is not None else [])]
-    for store in stores:
-        check_limits(store, limits, console)
-    return Materials(tokenizer, template, prepared)
-
-
-def check_limits(store: TokenStore, limits: Limits, console: Console) -> None:
-    """Raise DataError for token ids or lengths that the model has no weights for; say what it was not trained for."""
-    problems = []
-    largest = store.largest_id()
-    if largest >= limits.vocabulary:
-        problems.append(
-            f"data: token id {largest} occurs, but the model has embeddings for {limits.vocabulary} tokens, 0 to "
-            f"{limits.vocabulary - 1}. Use the tokenizer that belongs to the model, or add the tokens to it first."
-        )
-    longest = int(store.lengths.argmax())
-    length = int(store.lengths[longest])
-    if limits.positions is not None and length > limits.positions:
-        line = f"{store.origin(longest)}: {length:,} tokens, but the model has {limits.positions:,} positions"
-        remedy = f"training.max_seq_len: {limits.positions}"
-        if limits.is_hard:
-            problems.append(f"{line}. Write {remedy}.")
-        else:
-            console.say(f"data: {line}; it was not trained for more. {remedy} keeps within it")
-    if problems:
-        raise DataError(problems)
-
-
 def assemble(
     recipe: Recipe,
     loaded: LoadedModel,
@@ -191,6 +167,9 @@ def assemble(
     console: Console,
 ) -> Run:
     """The run at step 0."""
+    broken = nonfinite_tensors(loaded.model.state_dict())
+    if broken:
+        raise TrainingError([*broken, f"{recipe.model.path} came with them. Download or convert it again."])
     algorithm = find_algorithm(recipe.algorithm)
     adaptation = ADAPTATIONS[algorithm.adaptation](recipe)
     model = adaptation.attach(loaded.model)
@@ -213,23 +192,9 @@ def assemble(
         facts={
             "data_fingerprint": store.fingerprint,
             "tokenizer_fingerprint": materials.tokenizer.fingerprint,
+            "model_config": model_facts(loaded.model),
             "versions": versions(),
         },
-    )
-
-
-def feed_settings(recipe: Recipe, longest: int, device: torch.device, is_packed: bool) -> FeedSettings:
-    """How the recipe's rows become batches on this device."""
-    preferred = PREFERRED_TOKENS[device.type]
-    bound = recipe.training.max_tokens_per_gpu or max(preferred, recipe.training.max_seq_len)
-    return FeedSettings(
-        samples_per_step=recipe.training.global_batch_size,
-        token_budget=max(longest, min(bound, preferred)),
-        seed=recipe.seed,
-        epochs=recipe.training.epochs,
-        steps=recipe.training.steps,
-        is_shuffled=recipe.data.shuffle,
-        is_packed=is_packed,
     )
 
 
@@ -253,6 +218,18 @@ def go_on(run: Run, console: Console) -> None:
     console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
 
 
+def check_room(run: Run, original_dtype: torch.dtype) -> None:
+    """Raise DiskError, with the numbers, where the disk cannot hold what the run will surely write."""
+    asked = run.recipe.checkpoint
+    ahead = saves_ahead(asked.interval, run.step, run.feed.total_steps, run.feed.steps_per_epoch, asked.at_epoch)
+    wanted = run.recipe.model.save_dtype
+    dtype = original_dtype if wanted == "auto" else getattr(torch, wanted)
+    needed = room(run.recipe, run.updater.masters, run.model, dtype, ahead, len(run.checkpoints.steps()))
+    problem = needed.objection(Path(run.recipe.output), free_bytes(Path(run.recipe.output)))
+    if problem is not None:
+        raise DiskError(problem)
+
+
 @contextmanager
 def memory_errors_explained(run: Run) -> Iterator[None]:
     """Turn the device's "out of memory" into a TrainingError that says what to change."""
@@ -270,23 +247,44 @@ def memory_errors_explained(run: Run) -> Iterator[None]:
         ) from error
 
 
+def preflight(
+    run: Run,
+    loaded: LoadedModel,
+    materials: Materials,
+    given: Given,
+    memory: dict[str, Any],
+    folder: RunFolder,
+    thorough: bool = False,
+) -> list[Proof]:
+    """Every proof, tried after the dry step; written into the folder. `memory`: what the plan says it takes."""
+    began = time.perf_counter()
+    subject = Subject(
+        run=run,
+        dtype=next(run.model.parameters()).dtype,
+        save_dtype=saved_dtype(run, loaded),
+        agreement=lambda: agreement(
+            run.recipe.data, run.feed.store, materials.tokenizer, ROWS_COMPARED[thorough], given.rows
+        ),
+        stop_ids=stop_ids(materials),
+        ending_ids=tuple(materials.tokenizer.special_ids.values()),
+        save=lambda place: write_model(run, loaded, materials, place),
+        scratch=folder.path,
+        predicted=memory,
+        thorough=thorough,
+    )
+    proofs = prove(subject)
+    seconds = time.perf_counter() - began
+    write_json(folder.preflight, as_json(proofs, seconds))
+    return proofs
+
+
 def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> Path:
     """Write the final model, the best one where the recipe keeps it."""
     if run.recipe.checkpoint.keep_best and run.best is not None and run.best[1] != run.step:
         console.say(f"final: taking step {run.best[1]}, with the lowest validation loss {run.best[0]:.4f}")
         run.updater.masters.load(run.checkpoints.load(run.best[1]).weights)
-    wanted = run.recipe.model.save_dtype
-    dtype = loaded.original_dtype if wanted == "auto" else getattr(torch, wanted)
-    difference = export(
-        run.model,
-        run.adaptation.export(run.updater.masters.weights, dtype),
-        dtype,
-        folder.final,
-        materials.tokenizer.hf,
-        materials.template.source if materials.template else None,
-        stop_ids(materials),
-        trust_remote_code=run.recipe.model.trust_remote_code,
-    )
+    difference = write_model(run, loaded, materials, folder.final)
+    dtype = saved_dtype(run, loaded)
     console.say(
         f"final: {folder.final} ({str(dtype).removeprefix('torch.')}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
@@ -294,56 +292,24 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
     return folder.final
 
 
-def stop_ids(materials: Materials) -> list[int]:
-    """The ids at which the model stops: those it was known by, and the special token that ends most trained samples.
-
-    A base model taught with <|im_end|> has learned to end there, whatever its own end-of-sequence token is.
-    """
-    store = materials.prepared.train
-    ends: Counter[int] = Counter()
-    for index in range(min(len(store), SAMPLES_FOR_STOP)):
-        sample = store[index]
-        ends[int(sample.ids[int(sample.weights.nonzero()[0][-1])])] += 1
-    last, count = ends.most_common(1)[0]
-    special = set(materials.tokenizer.special_ids.values())
-    learned = {last} if last in special and 2 * count > ends.total() else set()
-    return sorted(materials.tokenizer.stop_ids | learned)
+def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
+    """The number format of the final model."""
+    wanted = run.recipe.model.save_dtype
+    return loaded.original_dtype if wanted == "auto" else getattr(torch, wanted)
 
 
-def describe(run: Run, loaded: LoadedModel, materials: Materials, dtype: torch.dtype) -> dict[str, Any]:
-    """The plan: what was decided before the first step, as plain JSON."""
-    store, feed = materials.prepared.train, run.feed
-    parameters = sum(p.numel() for p in run.model.parameters())
-    return {
-        "algorithm": run.recipe.algorithm,
-        "engine": "torch",
-        "device": run.device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "save_dtype": str(loaded.original_dtype).removeprefix("torch."),
-        "parameters": parameters,
-        "trained_parameters": sum(w.numel() for w in run.updater.masters.weights.values()),
-        "samples": len(store),
-        "tokens": int(store.lengths.sum()),
-        "trained_tokens": int(store.trained_tokens.sum()),
-        "longest_sample": int(store.lengths.max()),
-        "validation_samples": len(run.validation) if run.validation is not None else 0,
-        "samples_per_epoch": feed.samples_per_epoch,
-        "steps_per_epoch": feed.steps_per_epoch,
-        "total_steps": feed.total_steps,
-        "tokens_per_pack": feed.settings.token_budget,
-        "packed": feed.settings.is_packed,
-        "chat_template": materials.template.name if materials.template else None,
-        "data": materials.prepared.report,
-    }
-
-
-def summary(plan: dict[str, Any]) -> str:
-    """The plan in one line."""
-    share = plan["trained_tokens"] / max(1, plan["tokens"])
-    return (
-        f"plan: {plan['total_steps']:,} steps over {plan['samples']:,} samples, {plan['tokens']:,} tokens "
-        f"({share:.0%} trained); {plan['trained_parameters']:,} of {plan['parameters']:,} parameters, "
-        f"{plan['dtype']} on {plan['device']}, packs of {plan['tokens_per_pack']:,} tokens"
+def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Path) -> float:
+    """Write the model as it stands into `folder`; the largest difference of logits once it is loaded again."""
+    dtype = saved_dtype(run, loaded)
+    return export(
+        run.model,
+        run.adaptation.export(run.updater.masters.weights, dtype),
+        dtype,
+        folder,
+        materials.tokenizer.hf,
+        materials.template.source if materials.template else None,
+        stop_ids(materials),
+        trust_remote_code=run.recipe.model.trust_remote_code,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training_hub.backends.torch_engine.quiet import library_bars
-from training_hub.errors import TrainingError
+from training_hub.backends.torch_engine.room import disk_errors_explained
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.errors import DiskError, TrainingError
 from training_hub.folders import write_whole
 
 PROBE_LENGTH = 16
@@ -36,22 +39,26 @@ def export(
     is 0 where both have the same format. Raises TrainingError where the folder does not hold the model.
     """
     refuse_nonfinite(tensors)
-    with library_bars(), write_whole(folder, {"dtype": str(dtype)}, replace=True) as aside:
+    if not folder.parent.is_dir():
+        raise DiskError(f"{folder.parent} is gone; it was there when the run began. The final model is not written.")
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    with (
+        disk_errors_explained("the final model", folder, size),
+        library_bars(),
+        write_whole(folder, {"dtype": str(dtype)}, replace=True) as aside,
+    ):
         model.save_pretrained(aside, state_dict=dict(tensors))
         _set_dtype(aside / "config.json", dtype)
-        _add_stop_ids(aside / "generation_config.json", stop_ids)
+        set_stop_ids(aside / "generation_config.json", stop_ids)
         _save_tokenizer(tokenizer, chat_template, aside)
         return verify(aside, model, tensors, dtype, trust_remote_code)
 
 
 def refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
     """Raise TrainingError naming each tensor with NaN or infinite numbers."""
-    counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items()}
-    problems = [f"{name} holds {count:,} numbers that are not finite" for name, count in counts.items() if count]
+    problems = nonfinite_tensors(tensors)
     if problems:
-        raise TrainingError(
-            [*problems, "Such a model is not written. Did the model that training began with hold them?"]
-        )
+        raise TrainingError([*problems, "Such a model is not written."])
 
 
 @torch.no_grad()
@@ -73,7 +80,13 @@ def verify(
     if problems:
         raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])
     ids = torch.arange(PROBE_LENGTH).remainder(model.config.get_text_config().vocab_size)[None]
-    return _logit_difference(model, loaded, ids)
+    difference = _logit_difference(model, loaded, ids)
+    if not math.isfinite(difference):
+        raise TrainingError(
+            "the final model computes logits that are not finite, though its weights are: they have become too large. "
+            "It is not written. Write a lower optimizer.lr, and training.on_nonfinite: stop to see the step."
+        )
+    return difference
 
 
 _CHECKED = ("missing_keys", "mismatched_keys")
@@ -96,8 +109,11 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
-    # A model that learned to end its turn with <|im_end|> must also be stopped there by generate().
+def set_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
+    """Add `stop_ids` to the end-of-sequence ids in generation_config.json at `path`, which is made if need be.
+
+    A model that learned to end its turn with <|im_end|> must also be stopped there by generate().
+    """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known = content.get("eos_token_id")
     listed = [] if known is None else [known] if isinstance(known, int) else list(known)
@@ -114,3 +130,11 @@ def _save_tokenizer(tokenizer: Any, chat_template: str | None, folder: Path) -> 
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.chat_template = before
+    _forget_how_it_was_loaded(folder / "tokenizer_config.json")
+
+
+def _forget_how_it_was_loaded(path: Path) -> None:
+    # transformers 5.23 writes the arguments of from_pretrained into the file, and so where the folder came from.
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
 from training_hub.backends.torch_engine.optim import Updater
+from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.signals import StopRequest
-from training_hub.backends.torch_engine.tensors import to_device
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors, to_device
 from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore
@@ -24,7 +26,8 @@ from training_hub.errors import CheckpointError, Interrupted, TrainingError
 from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
 from training_hub.recipe import Recipe
-from training_hub.recipe.load import dump
+from training_hub.recipe.folder import differences
+from training_hub.recipe.load import dump, load_file
 from training_hub.recipe.schedule import learning_rate
 from training_hub.types import Batch, Console, StepReport
 
@@ -92,8 +95,8 @@ def take_step(run: Run, batch: Batch, meter: ThroughputMeter) -> StepReport:
         run.adaptation.before_step()
         run.updater.step(rate)
         run.adaptation.after_step()
-    elif run.recipe.training.on_nonfinite == "stop":
-        raise nonfinite(run, batch, loss, grad_norm)
+    elif run.recipe.training.on_nonfinite == "stop" or nonfinite_tensors(run.updater.masters.weights):
+        raise nonfinite(run, batch, loss, grad_norm)  # no later step would be finite, so there is none to skip to
     run.updater.masters.drop_gradients()
     seconds = time.perf_counter() - began
     meter.add(batch.num_tokens, seconds)
@@ -202,30 +205,40 @@ def save(run: Run) -> None:
     best = run.best if run.recipe.checkpoint.keep_best else None
     facts = {**run.facts, "best": run.best, "validation_before": run.validation_before, "seed": run.recipe.seed}
     state = State(run.step, dict(run.updater.masters.weights), run.updater.state(), facts)
-    try:
+    refuse_broken(run, state)
+    size = sum(t.numel() * t.element_size() for t in (*state.weights.values(), *state.optimizer.values()))
+    with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
         run.checkpoints.save(state, dump(run.recipe), protected_step=best[1] if best else None)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint step-{run.step} could not be written: {error}. Earlier checkpoints are as they were; "
-            "make room and run the same command again to go on from the newest."
-        ) from error
     run.saved_at, run.saved_step = time.monotonic(), run.step
 
 
+def refuse_broken(run: Run, state: State) -> None:
+    """Raise TrainingError where a number to be saved is not finite: no run could go on from such a checkpoint."""
+    problems = nonfinite_tensors({**state.weights, **state.optimizer})
+    if problems:
+        raise TrainingError(
+            [
+                *problems,
+                f"Step {run.step} moved the weights there; its checkpoint is not written, and {newest_saved(run)}. "
+                f"optimizer.lr is {run.recipe.optimizer.lr:g}: write {run.recipe.optimizer.lr / 10:g} or less.",
+            ]
+        )
+
+
 def resume(run: Run, step: int) -> None:
-    """Put the run where checkpoint `step` was taken."""
+    """Put the run where checkpoint `step` was taken. Raises CheckpointError, line by line, if it is another run's."""
     state = run.checkpoints.load(step)
     changed = [
-        f"{name}: was {state.facts.get(name)!r}, now {run.facts[name]!r}"
-        for name in ("data_fingerprint", "tokenizer_fingerprint")
-        if state.facts.get(name) != run.facts[name]
+        *differences(load_file(run.checkpoints.folder(step) / "recipe.yaml"), run.recipe),
+        *changed_facts(state.facts, run.facts),
+        *changed_shapes(state.weights, run.updater.masters.weights),
     ]
     if changed:
         raise CheckpointError(
             [
                 *changed,
-                "The data or the tokenizer changed since this run began, so it cannot go on as if unbroken. "
-                "Restore them, or set checkpoint.resume: restart.",
+                f"{run.checkpoints.folder(step)}: recipe, data, tokenizer or model changed since it was written, so "
+                "the run cannot go on as if unbroken. Restore them, or set checkpoint.resume: restart.",
             ]
         )
     run.updater.masters.load(state.weights)
@@ -233,6 +246,47 @@ def resume(run: Run, step: int) -> None:
     run.step = run.saved_step = state.step
     run.best = tuple(state.facts["best"]) if state.facts.get("best") else None
     run.validation_before = state.facts.get("validation_before")
+
+
+def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What `before` says otherwise than `now`, of data, tokenizer and model."""
+    lines = [
+        f"{name}: was {before.get(name)!r}, now {now[name]!r}"
+        for name in ("data_fingerprint", "tokenizer_fingerprint")
+        if before.get(name) != now[name]
+    ]
+    # Another version of transformers knows other keys of the same model; those that both know must agree.
+    old, new = before.get("model_config") or {}, now["model_config"]
+    return lines + [
+        f"model config.{key}: was {old[key]!r}, now {new[key]!r}"
+        for key in sorted(old.keys() & new.keys())
+        if old[key] != new[key]
+    ]
+
+
+def changed_shapes(before: dict[str, Tensor], now: dict[str, Tensor]) -> list[str]:
+    """Weights that one of the two lacks, or has in another shape."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (before, now)]
+    return [
+        f"weight {name}: was {shapes[0].get(name, 'not there')}, now {shapes[1].get(name, 'not there')}"
+        for name in sorted(shapes[0].keys() | shapes[1].keys())
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+
+
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
+"""Keys of a model's config that may change without changing what it computes."""
+
+
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's config as plain JSON, without what may change."""
+    content = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return {key: value for key, value in content.items() if key not in VOLATILE and not key.startswith("_")}
+
+
+def newest_saved(run: Run) -> str:
+    kept = run.checkpoints.steps()
+    return f"the newest checkpoint is step-{kept[-1]}" if kept else "no checkpoint was due before it"
 
 
 def interrupted(run: Run, number: int) -> Interrupted:
@@ -251,12 +305,11 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
     who = "rows whose own loss is not finite" if guilty else "no row does it alone; rows of the step"
     named = [str(run.feed.store.origin(index)) for index in (guilty or indices)]
     shown = ", ".join(named[:ROWS_NAMED]) + (f" and {len(named) - ROWS_NAMED} more" if len(named) > ROWS_NAMED else "")
-    kept = run.checkpoints.steps()
-    saved = f"the newest checkpoint is step-{kept[-1]}" if kept else "no checkpoint was due before it"
+    rate = run.recipe.optimizer.lr
     return TrainingError(
         f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. Nothing of this step was kept or "
-        f"saved; {saved}. {who.capitalize()}: {shown}. Lower optimizer.lr, look at these rows, or set "
-        "training.on_nonfinite: skip."
+        f"saved; {newest_saved(run)}. {who.capitalize()}: {shown}. Look at these rows; or write optimizer.lr: "
+        f"{rate / 10:g} (now {rate:g}), or training.on_nonfinite: skip."
     )
 
 

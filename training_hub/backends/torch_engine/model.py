@@ -53,6 +53,25 @@ def read_limits(chosen: Model) -> Limits:
     return limits_of(_from_library(chosen, "AutoConfig", _source_options(chosen)))
 
 
+def read_blank_model(chosen: Model) -> tuple[PreTrainedModel, torch.dtype]:
+    """The recipe's model without contents, on torch's meta device, and the format it comes in: from its config alone.
+
+    Raises RecipeError where there is no config that can be read.
+    """
+    import transformers
+
+    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code, with_weights=False)
+    if problems:
+        raise RecipeError(problems)
+    config = _from_library(chosen, "AutoConfig", _source_options(chosen))
+    original = _original_dtype(chosen.path, config)
+    config._attn_implementation = None
+    config._experts_implementation = None
+    with torch.device("meta"):
+        blank = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=chosen.trust_remote_code)
+    return blank, original
+
+
 def limits_of(config: Any) -> Limits:
     """The limits that a transformers config states."""
     text = config.get_text_config()
@@ -164,6 +183,17 @@ def _from_library(chosen: Model, loader: str, options: Mapping[str, Any]) -> Any
     except OSError as error:
         where = "cannot be read" if is_folder(chosen.path) else "is not a folder here and cannot be had from the hub"
         raise RecipeError(f"model.path: {chosen.path} {where}: {error}") from error
+    except Exception as error:
+        # A damaged file, or one made to do harm, can make these libraries raise anything.
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise BackendError(
+                f"model.path: {chosen.path} does not fit into memory: {first_line} Use a smaller model or a larger "
+                "machine; `training-hub plan` says what a run takes."
+            ) from error
+        raise RecipeError(
+            f"model.path: {chosen.path} cannot be loaded: {type(error).__name__}: {first_line}. Fetch its files again."
+        ) from error
 
 
 def _original_dtype(path: str, config: Any) -> torch.dtype:

@@ -35,10 +35,11 @@ def is_folder(path: str) -> bool:
     return Path(path).expanduser().is_dir()
 
 
-def folder_problems(path: str, *, trust_remote_code: bool = False) -> list[str]:
+def folder_problems(path: str, *, trust_remote_code: bool = False, with_weights: bool = True) -> list[str]:
     """Why the model in this folder cannot be loaded, each with its remedy; [] where nothing speaks against it.
 
-    Reads config.json, the index and the headers of the weights, never a weight. A name on the hub has no problems here.
+    Reads config.json, the index and the headers of the weights, never a weight; with_weights=False: config.json alone.
+    A name on the hub has no problems here.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -47,7 +48,7 @@ def folder_problems(path: str, *, trust_remote_code: bool = False) -> list[str]:
         return [f"model.path: there is no folder {path}. Give a folder in Hugging Face format or a name on the hub."]
     if not folder.is_dir():
         return [f"model.path: {path} is a file. Give the folder that holds config.json and *.safetensors."]
-    lines = [*_config_problems(folder, trust_remote_code), *_weight_problems(folder)]
+    lines = [*_config_problems(folder, trust_remote_code), *(_weight_problems(folder) if with_weights else ())]
     return [f"model.path {path}: {line}" for line in lines]
 
 
@@ -108,7 +109,9 @@ def _architecture_problems(config: Mapping[str, Any], trust_remote_code: bool) -
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str | None):
+        yield f"model_type is {kind!r}; a name is wanted, for example llama. Fetch config.json again."
+    elif kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         yield from _wrong_head_problems(config)
     elif "auto_map" in config:
         if not trust_remote_code:
@@ -127,7 +130,9 @@ def _architecture_problems(config: Mapping[str, Any], trust_remote_code: bool) -
 
 def _wrong_head_problems(config: Mapping[str, Any]) -> Iterator[str]:
     named = config.get("architectures") or []
-    if named and all(name.endswith(OTHER_HEADS) for name in named):
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        yield f"architectures is {named!r}; a list of names is wanted. Fetch config.json again."
+    elif named and all(name.endswith(OTHER_HEADS) for name in named):
         yield f"architecture {', '.join(named)} does not predict next tokens. Use the causal model it came from."
 
 
@@ -164,10 +169,18 @@ def _index_problems(index: Path) -> Iterator[str]:
         yield f"{index.name} does not hold a weight_map ({type(error).__name__}: {error}). Fetch the file again."
         return
     for name in shards:
-        if (index.parent / name).exists():
+        if Path(name).is_absolute() or not (index.parent / name).resolve().is_relative_to(_root(index.parent)):
+            yield f"{name}, named in {index.name}, lies outside the folder. Put the file beside the index."
+        elif (index.parent / name).exists():
             yield from _file_problems(index.parent / name)
         else:
             yield f"{name}, named in {index.name}, is missing. Fetch the file, or the whole model, again."
+
+
+def _root(folder: Path) -> Path:
+    """The folder below which weights may lie: in the hub's cache they are links from snapshots/ to blobs/."""
+    real = folder.resolve()
+    return real.parents[1] if real.parent.name == "snapshots" else real
 
 
 def _file_problems(file: Path) -> Iterator[str]:
@@ -177,6 +190,8 @@ def _file_problems(file: Path) -> Iterator[str]:
     try:
         header, start = _read_header(file)
         expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if not all(isinstance(entry["dtype"], str) and prod(entry["shape"]) >= 0 for entry in header.values()):
+            raise ValueError("a tensor without a number format or a shape")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         yield f"{file.name} is not a safetensors file ({error}). Fetch it again."
         return

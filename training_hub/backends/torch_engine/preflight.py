@@ -40,7 +40,7 @@ def packed_equals_alone(model: PreTrainedModel, objective: Objective, vocab_size
     """
     documents = _random_documents(vocab_size)
     device = next(model.parameters()).device
-    with _evaluating(model):
+    with evaluating(model):
         alone = [float(objective(model, to_device(_pack([each], trained=0), device)).total) for each in documents]
         try:
             packs = [to_device(_pack(documents, trained=index), device) for index in range(len(documents))]
@@ -59,7 +59,7 @@ def attention_difference(model: PreTrainedModel) -> float:
     device = next(model.parameters()).device
     ids = torch.from_numpy(_random_documents(model.get_input_embeddings().num_embeddings, (24,))[0])[None].to(device)
     present = model.config._attn_implementation
-    with _evaluating(model):
+    with evaluating(model):
         ours = model(input_ids=ids, use_cache=False).logits.float()
         model.set_attn_implementation("eager")
         try:
@@ -70,7 +70,8 @@ def attention_difference(model: PreTrainedModel) -> float:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model is in evaluation mode (no dropout); afterwards it is as before."""
     was_training = model.training
     model.eval()
     try:

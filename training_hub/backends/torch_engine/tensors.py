@@ -104,3 +104,13 @@ def _move(array: np.ndarray, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def nonfinite_tensors(tensors: dict[str, Tensor]) -> list[str]:
+    """One line for each tensor with NaN or infinite numbers; [] where there is none."""
+    # Formats of one byte, as in quantised folders, have no isfinite.
+    floats = {n: tensor for n, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() > 1}
+    if not floats or all(bool(torch.isfinite(tensor).all()) for tensor in floats.values()):
+        return []
+    counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in floats.items()}
+    return [f"{name} holds {count:,} numbers that are not finite" for name, count in counts.items() if count]

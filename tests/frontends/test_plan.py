@@ -1,0 +1,146 @@
+"""`training-hub plan`: the numbers of a run before the run, from a config and a tokenizer alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_hub.frontends.cli import main
+from training_hub.monitoring.jsonl import read_metrics
+
+
+@pytest.fixture
+def without_weights(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "without-weights"
+    shutil.copytree(tiny_model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+SETTINGS = {
+    "epochs": ["--epochs", "2.5", "--batch-size", "5"],
+    "steps": ["--steps", "7", "--batch-size", "16"],
+    "alone": ["--epochs", "1", "--no-data.packing"],
+    "bounded": ["--epochs", "2", "--batch-size", "32", "--training.max_tokens_per_gpu", "60", "--max-seq-len", "60"],
+    "bfloat16": ["--steps", "2", "--model.dtype", "bfloat16", "--optimizer.name", "SGD"],
+    "validated": [
+        "--steps",
+        "2",
+        "--data.validation_fraction",
+        "0.25",
+        "--data.overlong",
+        "drop",
+        "--max-seq-len",
+        "30",
+    ],
+}
+
+
+@pytest.mark.parametrize("words", SETTINGS.values(), ids=SETTINGS)
+def test_the_plan_is_the_plan_of_the_run_and_what_the_run_does(
+    words: list[str],
+    without_weights: Path,
+    tiny_model_folder: Path,
+    chat_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    shared = ["--data", str(chat_file), "--no-data.cache", "--monitoring.console", "off", *words]
+    plan = planned(capsys, "--model", str(without_weights), *shared)
+    assert main(["sft", "--model", str(tiny_model_folder), "--output", str(tmp_path / "out"), *shared]) == 0
+    assert plan == json.loads((tmp_path / "out" / "plan.json").read_text())
+    steps = [row for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if row["step"] > 0]
+    assert len(steps) == plan["total_steps"]
+    for name in ("samples", "tokens", "trained_tokens"):
+        assert sum(step[name] for step in steps) == plan["run"][name]
+    assert plan["run"]["steps_laid_out"] == plan["total_steps"]
+
+
+def test_packs_and_their_fill_are_those_of_the_batches(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--batch-size", "16"]
+    plan = planned(capsys, *words, "--training.max_tokens_per_gpu", "100", "--max-seq-len", "100")
+    assert plan["tokens_per_pack"] == 100
+    run = plan["run"]
+    assert run["packs"] == run["packs_per_step"] * plan["total_steps"] >= run["tokens"] / 100
+    assert run["fill"] == pytest.approx(run["tokens"] / (100 * run["packs"]))
+    assert 0.7 < run["fill"] <= 1
+    alone = planned(capsys, *words, "--no-data.packing")["run"]
+    assert alone["packs"] == alone["samples"] == 64
+
+
+def test_words_tell_lengths_memory_and_that_time_is_not_known(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--max-seq-len", "64"]
+    assert main(["plan", *words]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "p50 ",
+        "p99 ",
+        "max 47 tokens",
+        "training.max_seq_len is 64",
+        "optimizer state",
+        "activations",
+        "% full",
+    ):
+        assert part in text
+    assert "time      not estimated; --rate" in text
+
+
+def test_time_is_told_from_the_rate_of_an_earlier_run(
+    without_weights: Path, tiny_model_folder: Path, chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    words = ["--data", str(chat_file), "--no-data.cache", "--batch-size", "8", "--monitoring.console", "off"]
+    assert main(["sft", "--model", str(tiny_model_folder), "--output", str(out), *words]) == 0
+    capsys.readouterr()
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if row["step"] > 1]
+    rate = sum(row["tokens"] for row in rows) / sum(row["step_seconds"] for row in rows)
+    for named in (out, out / "metrics.jsonl"):
+        plan = planned(capsys, "--model", str(without_weights), *words, "--rate", str(named))
+        assert plan["time"]["seconds"] == pytest.approx(plan["run"]["tokens"] / rate)
+        assert str(out / "metrics.jsonl") in plan["time"]["basis"]
+
+
+def test_a_measured_product_gives_a_bound_and_says_so(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--rate", "measure"]
+    time = planned(capsys, *words)["time"]
+    assert 0 < time["at_least_seconds"] < 60
+    assert "matrix product" in time["basis"]
+    assert main(["plan", *words]) == 0
+    assert "time      at least " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--rate", "nowhere"], 2, "--rate: there is no file nowhere"),
+        (["--processes.procs", "4"], 2, "4 processes on 1 nodes"),
+        (["--data", "nowhere.jsonl"], 3, "nowhere.jsonl"),
+        (["--max-seq-len", "10"], 3, "more than training.max_seq_len 10"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_words_are_errors(
+    without_weights: Path, chat_file: Path, words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+):
+    named = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache"]
+    assert main(["plan", *named, *words]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_without_a_config_is_refused(without_weights: Path, chat_file: Path, capsys):
+    (without_weights / "config.json").unlink()
+    assert main(["plan", "--model", str(without_weights), "--data", str(chat_file)]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
+
+
+def test_an_engine_that_makes_no_plans_says_so(installed: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--model", "m", "--data", "d", "--backend", "recorder"]) == 4
+    assert "backend 'recorder' makes no plans" in capsys.readouterr().err

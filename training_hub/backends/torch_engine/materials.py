@@ -1,0 +1,95 @@
+"""What a run is made from, before any weight is loaded: tokenizer, template, token stores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from training_hub.backends import Given
+from training_hub.backends.torch_engine.model import Limits, limits_of, read_limits
+from training_hub.data.prepare import Prepared, prepare
+from training_hub.data.store import TokenStore
+from training_hub.data.templates import ChatTemplate, resolve_template
+from training_hub.data.tokenizer import ChatTokenizer
+from training_hub.errors import DataError
+from training_hub.recipe import Recipe
+from training_hub.types import Console
+
+SAMPLES_FOR_STOP = 1000
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run is made from, before any weight is loaded."""
+
+    tokenizer: ChatTokenizer
+    template: ChatTemplate | None
+    prepared: Prepared
+
+
+def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path | None = None) -> Materials:
+    """Tokenizer, template and token stores. Every problem of the data is raised here, before weights are loaded.
+
+    Rows that are left out are listed in the file `rejects`.
+    """
+    if given.tokenizer is not None:
+        tokenizer = ChatTokenizer.wrap(given.tokenizer)
+    else:
+        path = recipe.model.tokenizer or recipe.model.path
+        tokenizer = ChatTokenizer.load(
+            path, trust_remote_code=recipe.model.trust_remote_code, revision=recipe.model.revision
+        )
+    template = resolve_template(recipe.data.chat_template, tokenizer)
+    prepared = prepare(
+        recipe,
+        tokenizer=tokenizer,
+        template=template,
+        console=console,
+        rows=given.rows,
+        validation_rows=given.validation_rows,
+        rejects=rejects,
+    )
+    limits = read_limits(recipe.model) if given.model is None else limits_of(given.model.config)
+    stores = [prepared.train, *([prepared.validation] if prepared.validation is not None else [])]
+    for store in stores:
+        check_limits(store, limits, console)
+    return Materials(tokenizer, template, prepared)
+
+
+def check_limits(store: TokenStore, limits: Limits, console: Console) -> None:
+    """Raise DataError for token ids or lengths that the model has no weights for; say what it was not trained for."""
+    problems = []
+    largest = store.largest_id()
+    if largest >= limits.vocabulary:
+        problems.append(
+            f"data: token id {largest} occurs, but the model has embeddings for {limits.vocabulary} tokens, 0 to "
+            f"{limits.vocabulary - 1}. Use the tokenizer that belongs to the model, or add the tokens to it first."
+        )
+    longest = int(store.lengths.argmax())
+    length = int(store.lengths[longest])
+    if limits.positions is not None and length > limits.positions:
+        line = f"{store.origin(longest)}: {length:,} tokens, but the model has {limits.positions:,} positions"
+        remedy = f"training.max_seq_len: {limits.positions}"
+        if limits.is_hard:
+            problems.append(f"{line}. Write {remedy}.")
+        else:
+            console.say(f"data: {line}; it was not trained for more. {remedy} keeps within it")
+    if problems:
+        raise DataError(problems)
+
+
+def stop_ids(materials: Materials) -> list[int]:
+    """The ids at which the model stops: those it was known by, and the special token that ends most trained samples.
+
+    A base model taught with <|im_end|> has learned to end there, whatever its own end-of-sequence token is.
+    """
+    store = materials.prepared.train
+    ends: Counter[int] = Counter()
+    for index in range(min(len(store), SAMPLES_FOR_STOP)):
+        sample = store[index]
+        ends[int(sample.ids[int(sample.weights.nonzero()[0][-1])])] += 1
+    last, count = ends.most_common(1)[0]
+    special = set(materials.tokenizer.special_ids.values())
+    learned = {last} if last in special and 2 * count > ends.total() else set()
+    return sorted(materials.tokenizer.stop_ids | learned)

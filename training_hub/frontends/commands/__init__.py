@@ -1,0 +1,38 @@
+"""Commands that look at a run before it begins: they take the recipe of `training-hub sft` and options of their own."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from training_hub.frontends.commands import check, plan, preview
+from training_hub.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it is for, its options beside those of the recipe, and what it does.
+
+    The command writes into no run folder, so that `output` need not be given.
+    takes_tokenizer: model.tokenizer alone is enough, since no weight and no config is read.
+    """
+
+    help: str
+    add_options: Callable[[ArgumentParser], None]
+    run: Callable[[Recipe, Namespace], int]
+    takes_tokenizer: bool = False
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "preview": Command(
+            "show rows as they will be trained, token by token", preview.add_options, preview.run, takes_tokenizer=True
+        ),
+        "check": Command(
+            "prove on the model and its rows what training relies on, without training", check.add_options, check.run
+        ),
+        "plan": Command("say what a run will do and take, without loading weights", plan.add_options, plan.run),
+    }
+)
