@@ -64,9 +64,7 @@ def trl_best(model: Path, data: Path, out: Path, steps: int, batch: int, max_len
     )
 
 
-def _trl(
-    model: Path, data: Path, out: Path, steps: int, batch: int, max_length: int, **options: Any
-) -> dict[str, Any]:
+def _trl(model: Path, data: Path, out: Path, steps: int, batch: int, max_length: int, **options: Any) -> dict[str, Any]:
     import datasets
     from materials import MARKED_TEMPLATE
     from transformers import AutoTokenizer, TrainerCallback
