@@ -66,6 +66,7 @@ def main(words: list[str] | None = None) -> int:
             shop = Workshop(Path(root) / name)
             found = []
             for case in family(shop, counts[name], Random(f"{asked.seed} {name}")):
+                case = dataclasses.replace(case, happened=case.happened.replace(root, "FOLDER"))
                 found.append(case)
                 progress.say(name, len(cases) + len(found))
                 if case.happened:
@@ -111,8 +112,8 @@ def _arguments() -> argparse.ArgumentParser:
 INCUMBENT = """\
 ## The incumbent, for comparison
 
-Hugging Face Trainer 5.23 (TRL 1.16), torch 2.13.0, a Llama of 260 K parameters on two cores. Source: a survey made
-before this project began; its scripts are not in this repository, so these figures are not from the run above.
+Hugging Face Trainer 5.23 (TRL 1.16), torch 2.13.0, a Llama of 260 K parameters on two cores. Measured outside this
+repository, which does not hold the scripts, so these figures are not from the run above.
 
 | fault | cases | what happened |
 |---|---:|---|
