@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from training_hub.data.lengths import blocks, fit
-from training_hub.data.selection import rows_of, split_validation, without_duplicates
+from training_hub.data.selection import num_duplicates, split_validation, without_duplicates
 from training_hub.data.store import SampleBlock, StoreWriter, TokenStore, content_hash
 from training_hub.errors import DataError
 from training_hub.folders import damage, write_whole
@@ -61,7 +61,7 @@ def test_samples_come_back_as_they_went_in_from_disk_and_from_memory(tmp_path: P
 
 def test_an_empty_store_can_be_written_and_opened(tmp_path: Path) -> None:
     store = written(tmp_path / "s", [])
-    assert len(store) == 0 and store.lengths.tolist() == [] and rows_of(store).num_rows == 0
+    assert len(store) == 0 and store.lengths.tolist() == [] and num_duplicates(store) == 0
 
 
 def test_how_samples_were_grouped_when_written_leaves_no_trace(tmp_path: Path) -> None:
@@ -106,9 +106,8 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 def test_rows_equal_in_ids_and_weights_are_duplicates_and_the_first_is_kept() -> None:
     other_weights = sample(1, 2, 3, line=4, weights=[0, 0, 1])
     store = TokenStore.from_samples([SAMPLES[1], SAMPLES[0], other_weights, sample(1, 2, 3, line=7)])
-    rows = rows_of(store)
-    assert (rows.num_rows, rows.num_duplicates) == (4, 1)
-    kept = without_duplicates(store, rows)
+    assert num_duplicates(store) == 1
+    kept = without_duplicates(store)
     assert [kept.origin(i).line for i in range(len(kept))] == [2, 1, 4]
 
 
@@ -120,8 +119,7 @@ def rows_of_two() -> TokenStore:
         samples += pair
         hashes += [content_hash(pair)] * 2
     block = SampleBlock.of(samples, hashes, 0, [0] * len(samples))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(block.lengths)])
-    return TokenStore({**block.columns, "offsets": offsets}, (("a.jsonl", "line"),), (1.0,), "x")
+    return TokenStore.from_block(block, [("a.jsonl", "line")])
 
 
 def contents(store: TokenStore) -> set[int]:
@@ -130,24 +128,24 @@ def contents(store: TokenStore) -> set[int]:
 
 def test_the_samples_of_a_row_and_all_its_duplicates_stay_on_one_side_of_the_split() -> None:
     store = rows_of_two()
-    train, validation = split_validation(store, rows_of(store), 0.25, seed=1)
+    train, validation = split_validation(store, 0.25, seed=1)
     assert (len(train), len(validation)) == (60, 20)  # 5 of 20 contents, twice, two samples each
     assert not contents(train) & contents(validation)
 
 
 def test_the_split_depends_on_content_and_seed_and_not_on_order() -> None:
     store = rows_of_two()
-    once = contents(split_validation(store, rows_of(store), 0.25, seed=1)[1])
+    once = contents(split_validation(store, 0.25, seed=1)[1])
     backwards = store.subset(np.arange(80).reshape(40, 2)[::-1].reshape(-1))
-    assert contents(split_validation(backwards, rows_of(backwards), 0.25, seed=1)[1]) == once
-    others = [contents(split_validation(store, rows_of(store), 0.25, seed=seed)[1]) for seed in range(2, 6)]
+    assert contents(split_validation(backwards, 0.25, seed=1)[1]) == once
+    others = [contents(split_validation(store, 0.25, seed=seed)[1]) for seed in range(2, 6)]
     assert any(other != once for other in others)
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
     store = TokenStore.from_samples(SAMPLES[:1])
     with pytest.raises(DataError, match="leaves nothing to train on"):
-        split_validation(store, rows_of(store), 0.1, seed=1)
+        split_validation(store, 0.1, seed=1)
 
 
 def tally_and(policy: str, *given: Sample) -> tuple[list[tuple[list[int], list[float]]], dict[str, int]]:

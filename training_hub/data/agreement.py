@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from training_hub.data.columns import smallest
 from training_hub.data.formats import FORMATS, FormatSettings, detect, parse, with_our_columns
 from training_hub.data.readers import Broken, decode
 from training_hub.data.sources import Source, open_object, open_sources
@@ -69,7 +70,7 @@ def agreement(data: Data, store: TokenStore, tokenizer: ChatTokenizer, num_rows:
 
 
 def _samples_by_row(store: TokenStore, count: int) -> dict[str, list[Sample]]:
-    first = np.argsort(store.column("lines"), kind="stable")[:count]
+    first = smallest(store.column("lines"), count)
     grouped: dict[str, list[Sample]] = {}
     for index in sorted(first.tolist()):
         sample = store[index]

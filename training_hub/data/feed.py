@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training_hub.data.columns import largest
 from training_hub.data.packing import pack_all
+from training_hub.data.shuffle import shuffled
 from training_hub.data.store import TokenStore
 from training_hub.types import Batch, Pack
 
@@ -43,15 +45,14 @@ class Feed:
     def __init__(self, store: TokenStore, settings: FeedSettings):
         self.store = store
         self.settings = settings
-        self._sources = [np.flatnonzero(store.source_index == s) for s in range(len(store.source_weights))]
+        self._borders = store.source_borders
         self._counts = [
-            max(1, round(weight * len(rows))) if len(rows) else 0
-            for rows, weight in zip(self._sources, store.source_weights, strict=True)
+            max(1, round(weight * rows)) if rows else 0
+            for rows, weight in zip(np.diff(self._borders).tolist(), store.source_weights, strict=True)
         ]
         self.samples_per_epoch = sum(self._counts)
         self.steps_per_epoch = math.ceil(self.samples_per_epoch / settings.samples_per_step)
         self.total_steps = self._total_steps()
-        self._epoch_order: tuple[int, np.ndarray] | None = None  # the last order asked for: it costs a sort
 
     def _total_steps(self) -> int:
         if self.settings.steps is not None:
@@ -68,7 +69,8 @@ class Feed:
         """Store indices of the samples of `step` (from 1), in order."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         start = place * self.settings.samples_per_step
-        return self._order(epoch)[start : start + self.settings.samples_per_step]
+        end = min(start + self.settings.samples_per_step, self.samples_per_epoch)
+        return self._numbers(epoch, np.arange(start, end))
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, which counts from 1."""
@@ -90,44 +92,34 @@ class Feed:
 
     def largest_pack(self) -> Pack:
         """The heaviest pack this run could meet: the longest samples, up to the token budget."""
-        longest = np.argsort(-self.store.lengths, kind="stable")[: self.settings.samples_per_step]
+        longest = largest(self.store.lengths, self.settings.samples_per_step)
         within = np.cumsum(self.store.lengths[longest]) <= self.settings.token_budget
         chosen = longest[within] if self.settings.is_packed else longest[:1]
         return pack_all(chosen.tolist(), self.store.__getitem__, self.settings.token_budget)[0]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._epoch_order is None or self._epoch_order[0] != epoch:
-            parts = [self._take(source, epoch) for source in range(len(self._sources)) if self._counts[source]]
-            order = np.concatenate(parts)
-            if self.settings.is_shuffled:
-                order = order[permutation(len(order), self.settings.seed, 0, epoch)]
-            self._epoch_order = (epoch, order)
-        return self._epoch_order[1]
+    def _numbers(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The store indices that stand at these places of an epoch."""
+        if self.settings.is_shuffled:
+            places = shuffled(places, self.samples_per_epoch, self.settings.seed, 0, epoch)
+        ends = np.cumsum(self._counts)
+        of_source = np.searchsorted(ends, places, side="right")
+        numbers = np.empty(len(places), np.int64)
+        for source in np.unique(of_source).tolist():
+            mine = of_source == source
+            within = places[mine] - (ends[source] - self._counts[source])
+            numbers[mine] = self._borders[source] + self._streamed(source, epoch * self._counts[source] + within)
+        return numbers
 
-    def _take(self, source: int, epoch: int) -> np.ndarray:
-        """The rows of `source` that `epoch` shows: the next ones of its endless stream of permutations."""
-        rows, count = self._sources[source], self._counts[source]
-        first = epoch * count
-        rounds = range(first // len(rows), (first + count - 1) // len(rows) + 1)
-        stream = np.concatenate([self._round(rows, source, number) for number in rounds])
-        offset = first - rounds.start * len(rows)
-        return stream[offset : offset + count]
-
-    def _round(self, rows: np.ndarray, source: int, number: int) -> np.ndarray:
+    def _streamed(self, source: int, places: np.ndarray) -> np.ndarray:
+        """The rows of `source` at these places of its endless stream of permutations."""
+        size = int(self._borders[source + 1] - self._borders[source])
+        rounds, rows = np.divmod(places, size)
         if not self.settings.is_shuffled:
             return rows
-        return rows[permutation(len(rows), self.settings.seed, source + 1, number)]
-
-
-def permutation(size: int, seed: int, stream: int, number: int) -> np.ndarray:
-    """A permutation of range(size), the same for the same arguments on every machine and numpy version.
-
-    Sorted raw Philox output: numpy promises the bit stream of a generator to stay, not that of `permutation` (NEP 19).
-    """
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    counter = np.array([0, 0, 0, number], dtype=np.uint64)
-    bits = np.random.Philox(key=key, counter=counter).random_raw(size)
-    return np.argsort(bits, kind="stable")
+        for number in np.unique(rounds).tolist():
+            mine = rounds == number
+            rows[mine] = shuffled(rows[mine], size, self.settings.seed, source + 1, number)
+        return rows
 
 
 def validation_packs(store: TokenStore, token_budget: int, is_packed: bool = True) -> Iterator[Pack]:

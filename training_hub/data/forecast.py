@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from training_hub.data.columns import counts
 from training_hub.data.feed import Feed
 from training_hub.data.packing import assign
 from training_hub.data.store import TokenStore
@@ -51,5 +52,7 @@ def num_packs(feed: Feed, lengths: np.ndarray) -> int:
 
 def length_quantiles(store: TokenStore) -> dict[str, int]:
     """Tokens per sample: the smallest length that the named share of samples does not exceed, and the longest."""
-    found = np.quantile(store.lengths, list(QUANTILES.values()), method="inverted_cdf")
-    return {name: int(value) for name, value in zip(QUANTILES, found, strict=True)} | {"max": int(store.lengths.max())}
+    found = sorted(counts(store.lengths).items())
+    upto = np.cumsum([times for _, times in found])
+    places = {name: int(np.searchsorted(upto, share * upto[-1])) for name, share in QUANTILES.items()}
+    return {name: found[place][0] for name, place in places.items()} | {"max": found[-1][0]}

@@ -19,7 +19,7 @@ from training_hub.data.formats import ROW_COLUMNS, FormatSettings, check_setting
 from training_hub.data.lengths import blocks
 from training_hub.data.pipeline import Work, write_samples
 from training_hub.data.rejects import TALLY, examples, refuse_too_many, write_all
-from training_hub.data.selection import num_shared, rows_of, split_validation, without_duplicates
+from training_hub.data.selection import num_duplicates, num_shared, split_validation, without_duplicates
 from training_hub.data.sources import Source, open_object, open_path, open_sources
 from training_hub.data.store import SampleBlock, StoreWriter, TokenStore, content_hash
 from training_hub.data.templates import ChatTemplate
@@ -162,14 +162,13 @@ def prepare(
             write_all(kitchen.made, rejects)
     _refuse_unread_columns(data, everything)
     report = {"rows": 0, **everything.report}
-    table = rows_of(everything)
-    report["duplicates"] = table.num_duplicates
-    train = without_duplicates(everything, table) if data.deduplicate else everything
+    report["duplicates"] = num_duplicates(everything)
+    train = without_duplicates(everything) if data.deduplicate else everything
     validation = aside
     if aside is not None:
         report["validation_rows_also_trained"] = num_shared(train, aside)
     elif data.validation_fraction:
-        train, validation = split_validation(train, rows_of(train), data.validation_fraction, recipe.seed)
+        train, validation = split_validation(train, data.validation_fraction, recipe.seed)
     if data.pretraining:
         train = kitchen.blocks(train)
         validation = kitchen.blocks(validation) if validation is not None else None
@@ -248,11 +247,15 @@ def _counts(store: TokenStore) -> dict[str, int]:
 
 
 def _per_source(sources: Sequence[Source], store: TokenStore) -> list[dict[str, Any]]:
-    samples = np.bincount(store.source_index, minlength=len(sources))
-    tokens = np.bincount(store.source_index, weights=store.lengths, minlength=len(sources))
+    borders = store.source_borders.tolist()
     return [
-        {"name": source.name, "weight": source.weight, "samples": int(samples[number]), "tokens": int(tokens[number])}
-        for number, source in enumerate(sources)
+        {
+            "name": source.name,
+            "weight": source.weight,
+            "samples": end - start,
+            "tokens": int(store.lengths[start:end].sum()),
+        }
+        for source, start, end in zip(sources, borders, borders[1:], strict=False)
     ]
 
 

@@ -1,13 +1,14 @@
 """The token store: all samples of a run, memory-mapped, as columns in one folder.
 
     ids.bin int32 [tokens]      weights.bin float32 [tokens]    offsets.bin int64 [samples + 1]
-    per sample: sources.bin int32, parts.bin int32, lines.bin int64, hashes.bin 2 x uint64 (of the row's content),
-                trained_weight.bin float64, trained_tokens.bin int64
+    per sample: lengths.bin int64, sources.bin int32, parts.bin int32, lines.bin int64,
+                hashes.bin 2 x uint64 (of the row's content), trained_weight.bin float64, trained_tokens.bin int64,
+                begins.bin uint8 (1: the first sample of its row), repeats.bin uint8 (1: an earlier row is equal)
     store.json                  names of the parts, report of what was counted
     manifest.json               size and sha256 of every file
 
 A folder is whole or not there (training_hub.folders). No pickle on any path.
-In memory there are only the columns per sample that are asked for, about 60 bytes each, however long the texts.
+Columns are mapped, not read: memory does not grow with the samples. A part of a store holds 8 bytes for each of its own.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from training_hub.data.rows import mark_rows
 from training_hub.errors import DataError
 from training_hub.folders import manifest, write_json
 from training_hub.types import Origin, Sample
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 FACTS = "store.json"
 
 TOKEN_COLUMNS: Mapping[str, np.dtype[Any]] = {"ids": np.dtype("<i4"), "weights": np.dtype("<f4")}
 SAMPLE_COLUMNS: Mapping[str, np.dtype[Any]] = {
+    "lengths": np.dtype("<i8"),
     "sources": np.dtype("<i4"),
     "parts": np.dtype("<i4"),
     "lines": np.dtype("<i8"),
@@ -38,7 +41,10 @@ SAMPLE_COLUMNS: Mapping[str, np.dtype[Any]] = {
     "trained_weight": np.dtype("<f8"),
     "trained_tokens": np.dtype("<i8"),
 }
-COLUMNS = {**TOKEN_COLUMNS, "offsets": np.dtype("<i8"), **SAMPLE_COLUMNS}
+# Known once all samples are: `mark_rows`.
+ROW_MARKS: Mapping[str, np.dtype[Any]] = {"begins": np.dtype("u1"), "repeats": np.dtype("u1")}
+APPENDED = {**TOKEN_COLUMNS, "offsets": np.dtype("<i8"), **SAMPLE_COLUMNS}
+COLUMNS = {**APPENDED, **ROW_MARKS}
 
 # Where a sample came from: name of the file or object, and what is counted in it.
 PartName = tuple[str, str]
@@ -59,7 +65,11 @@ class SampleBlock:
     """Samples as columns, the way they travel between processes and onto disk: `lengths` [n] stands for offsets."""
 
     columns: Mapping[str, np.ndarray]
-    lengths: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, [n] int64."""
+        return self.columns["lengths"]
 
     @staticmethod
     def of(samples: Sequence[Sample], hashes: Sequence[np.ndarray], source: int, parts: Sequence[int]) -> SampleBlock:
@@ -68,6 +78,7 @@ class SampleBlock:
         columns = {
             "ids": [sample.ids for sample in samples],
             "weights": weights,
+            "lengths": [len(weight) for weight in weights],
             "sources": np.full(len(samples), source),
             "parts": parts,
             "lines": [sample.origin.line for sample in samples],
@@ -75,8 +86,7 @@ class SampleBlock:
             "trained_weight": [weight.sum(dtype=np.float64) for weight in weights],
             "trained_tokens": [np.count_nonzero(weight) for weight in weights],
         }
-        packed = {name: _column(name, values) for name, values in columns.items()}
-        return SampleBlock(packed, np.array([len(sample) for sample in samples], np.int64))
+        return SampleBlock({name: _column(name, values) for name, values in columns.items()})
 
 
 def _column(name: str, values: Any) -> np.ndarray:
@@ -95,7 +105,7 @@ class StoreWriter:
     """
 
     def __init__(self, folder: Path):
-        self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 18) for name in COLUMNS}
+        self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 18) for name in APPENDED}
         self.folder = folder
         self._tokens = 0
         self._write("offsets", np.zeros(1, "<i8"))
@@ -121,6 +131,12 @@ class StoreWriter:
         """Close the files and note the names of the parts; `report` comes back as `TokenStore.report`."""
         for stream in self._files.values():
             stream.close()
+        columns = {name: _mapped(self.folder / f"{name}.bin", COLUMNS[name]) for name in ("lines", "parts", "hashes")}
+        for name in ROW_MARKS:
+            with (self.folder / f"{name}.bin").open("wb") as stream:
+                stream.truncate(len(columns["lines"]))
+        marks = [_mapped(self.folder / f"{name}.bin", dtype, mode="r+") for name, dtype in ROW_MARKS.items()]
+        mark_rows(columns["lines"], columns["parts"], columns["hashes"], *marks)
         facts = {"version": STORE_VERSION, "parts": [list(part) for part in parts], "report": dict(report)}
         write_json(self.folder / FACTS, facts)
 
@@ -173,12 +189,19 @@ class TokenStore:
         part_of: dict[PartName, int] = {}
         parts = [part_of.setdefault((s.origin.source, s.origin.unit), len(part_of)) for s in samples]
         block = SampleBlock.of(samples, [content_hash([sample]) for sample in samples], 0, parts)
+        return TokenStore.from_block(block, tuple(part_of))
+
+    @staticmethod
+    def from_block(block: SampleBlock, part_names: Sequence[PartName]) -> TokenStore:
+        """A store in memory of the samples of `block`, of one source of weight 1."""
         offsets = np.concatenate([np.zeros(1, "<i8"), np.cumsum(block.lengths, dtype="<i8")])
-        columns = {**block.columns, "offsets": offsets}
+        marks = {name: np.zeros(len(block.lengths), dtype) for name, dtype in ROW_MARKS.items()}
+        columns = {**block.columns, "offsets": offsets, **marks}
+        mark_rows(columns["lines"], columns["parts"], columns["hashes"], marks["begins"], marks["repeats"])
         digest = hashlib.sha256()
         for name in COLUMNS:
             digest.update(columns[name].tobytes())
-        return TokenStore(columns, tuple(part_of), (1.0,), digest.hexdigest())
+        return TokenStore(columns, tuple(part_names), (1.0,), digest.hexdigest())
 
     def subset(self, numbers: np.ndarray) -> TokenStore:
         """A store of these of the samples, by their numbers here."""
@@ -209,15 +232,14 @@ class TokenStore:
         return Origin(name, int(self.columns["lines"][number]), unit)
 
     def column(self, name: str) -> np.ndarray:
-        """One value per sample here: sources, parts, lines, hashes [n, 2], trained_weight or trained_tokens."""
+        """One value per sample here: any of SAMPLE_COLUMNS (hashes [n, 2]) or ROW_MARKS."""
         values = self.columns[name]
         return values if self.selected is None else values[self.selected]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, [n] int64."""
-        lengths = np.diff(self.columns["offsets"])
-        return lengths if self.selected is None else lengths[self.selected]
+        return self.column("lengths")
 
     def largest_id(self) -> int:
         """The largest token id among all samples of the folder; -1 where there is none."""
@@ -238,20 +260,26 @@ class TokenStore:
         """Which entry of `source_weights` each sample belongs to, [n] int32."""
         return self.column("sources")
 
+    @property
+    def source_borders(self) -> np.ndarray:
+        """Samples lie source by source: those of source s are the numbers from borders[s] to borders[s + 1]."""
+        # Of the column's own type: of another, all of the column would be converted.
+        return np.searchsorted(self.source_index, np.arange(len(self.source_weights) + 1, dtype=np.int32))
+
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of everything in the store: equal exactly where samples, order and weights are."""
         digest = hashlib.sha256(f"{self.base_fingerprint} {self.source_weights}".encode())
         if self.selected is not None:
-            digest.update(self.selected.tobytes())
+            digest.update(np.ascontiguousarray(self.selected).data)
         return digest.hexdigest()
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+def _mapped(path: Path, dtype: np.dtype[Any], mode: Literal["r", "r+"] = "r") -> np.ndarray:
     shape: tuple[int, ...] = dtype.shape
     item = dtype.base
     count = path.stat().st_size // item.itemsize
     if not count:  # An empty file cannot be mapped.
         return np.empty((0, *shape), item)
-    mapped = np.memmap(path, item, mode="r", shape=(count // (shape[0] if shape else 1), *shape))
+    mapped = np.memmap(path, item, mode=mode, shape=(count // (shape[0] if shape else 1), *shape))
     return mapped.view(np.ndarray)
