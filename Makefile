@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PINS := -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-base test test-all campaign check audit format package reference clean
+.PHONY: help demo demo-base test test-all campaign bench check audit format package reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,8 +38,18 @@ test: $(VENV)/.installed ## the tests
 test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
 	$(RUN) -m pytest -q
 
-campaign: $(VENV)/.installed ## break runs on purpose, 1,500 times; the table is benchmarks/reliability (half an hour)
+campaign: $(VENV)/.installed ## break runs on purpose, 1,500 times; the table is benchmarks/reliability (14 to 18 minutes)
 	$(RUN) -m tests.campaigns --write benchmarks/reliability
+
+# TRL and accelerate are there to be compared with; nothing else needs them.
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(RUN) -m pip install $(PINS) trl accelerate
+	@touch $@
+
+bench: $(VENV)/.installed-bench ## side by side with TRL and Trainer, and memory; benchmarks/RESULTS.md (about two hours on two cores)
+	$(RUN) benchmarks/compare.py --dtype float32 $(BENCH)
+	$(RUN) benchmarks/compare.py --dtype bfloat16 $(BENCH)
+	$(RUN) benchmarks/memory.py
 
 check: $(VENV)/.installed-dev ## lint, format, types
 	$(RUN) -m ruff check .
@@ -47,11 +57,12 @@ check: $(VENV)/.installed-dev ## lint, format, types
 	$(RUN) -m mypy
 	@$(MAKE) --no-print-directory audit
 
-# pypi.org serves the advisories as well as the packages; a mirror of packages has none.
-ADVISORIES := https://pypi.org/pypi/pip/json
+# pypi.org serves the advisories, by version, as well as the packages; a mirror of packages has none. A package that
+# could not be looked up would pass for one without holes, hence --strict.
+ADVISORIES := https://pypi.org/pypi/jinja2/3.1.6/json
 audit: $(VENV)/.installed-dev ## known security holes in the pinned packages; skipped where nobody can be asked
 	@if $(RUN) -c 'import urllib.request; urllib.request.urlopen("$(ADVISORIES)", timeout=5)' 2>/dev/null; \
-	then $(RUN) -m pip_audit --requirement constraints.txt --no-deps --disable-pip; \
+	then $(RUN) -m pip_audit --strict --requirement constraints.txt --no-deps --disable-pip; \
 	else echo "audit: skipped, $(ADVISORIES) cannot be reached"; fi
 
 format: $(VENV)/.installed-dev ## put the code in the common format

@@ -1,8 +1,14 @@
-"""Ours against TRL: `python benchmarks/compare.py gsm8k-28m` prints one table and appends its rows to results.jsonl.
+"""Ours against others: `python benchmarks/compare.py gsm8k-28m` prints one table; without a case, all of them.
 
-Each side trains in a process of its own, the sides in turn (A B A B ...), on the same weights, rows and number format.
-The ratio is that of the medians of the rounds; its spread is the range of the ratios round by round. GSM8K and the
-short rows are read from the folder named by TRAINING_HUB_TEST_DATA; without it made-up rows stand in, and are named so.
+Each side trains in a process of its own, the sides in turn (A B A B ...), on the same weights and rows, with the same
+learning rate, number format and threads. The ratio is that of the medians of the rounds; its spread is the range of
+the ratios round by round. What each process did is appended to results.jsonl, and RESULTS.md is written from it.
+GSM8K and the short rows are read from the folder named by TRAINING_HUB_TEST_DATA; without it made-up rows stand in,
+and are named so. Sides whose package is not installed are left out, and that is said.
+
+Fraction of peak: operations that the tokens need (6 for each weight and token, in the head only for trained tokens,
+and attention between tokens of a sample that see each other), per second, over the best rate of a matrix product
+measured in the same processes with the same number format and threads.
 """
 
 from __future__ import annotations
@@ -16,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +33,17 @@ from materials import gsm8k, instructions, long_chats, made_up, make_model, text
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "numpy")
+RESULTS = "results.jsonl"
+# Large blocks are kept by the process instead of being returned to the system and faulted in again.
+KEPT_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+NEEDS = {"ours": "torch", "trl": "trl", "trl-best": "trl", "transformers": "accelerate"}
+ALLOCATORS: dict[str, dict[str, str]] = {"trl-best": KEPT_BLOCKS}
+"""By side: the environment of its allocator. The best that TRL can do includes what it gains from this."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table: which model on which rows, with what batch and longest sample."""
+    """A table: which model on which rows, with what batch and longest sample."""
 
     size: str
     rows: str
@@ -44,25 +58,61 @@ CASES = {
     "short-rows": Case("28m", "instructions", 64, 1024),
     "long-chats": Case("28m", "long-chats", 8, 2048),
 }
+TINY = Case("tiny", "made-up", 4, 256)
 
 
 def main() -> None:
     options = read_options()
-    case = CASES[options.case]
-    folder = Path(options.folder or tempfile.mkdtemp(prefix="training-hub-bench-"))
+    sides = [side for side in options.sides if find_spec(NEEDS[side])]
+    for side in set(options.sides) - set(sides):
+        print(f"{side} is left out: {NEEDS[side]} is not installed", file=sys.stderr)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="training-hub-bench-") as scratch:
+        for name in options.cases or CASES:
+            made = run_case(name, sides, Path(options.folder or scratch), options)
+            with (output / RESULTS).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(one) + "\n" for one in made)
+            print("\n".join(table(made)))
+    (output / "RESULTS.md").write_text(page(output / RESULTS), encoding="utf-8")
+
+
+def run_case(name: str, sides: Sequence[str], folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record for each side and round, with what is needed to repeat it."""
+    case = TINY if options.tiny else CASES[name]
+    name = "tiny" if options.tiny else name
     folder.mkdir(parents=True, exist_ok=True)
     rows, source = rows_of(case.rows)
     data = write_rows(folder / f"{case.rows}.jsonl", rows)
     model = make_model(folder / case.size, case.size, texts_of(rows))
-    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
+    facts = {
+        "run": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "case": name,
+        "rows": source,
+        "dtype": options.dtype,
+        "steps": options.steps,
+        "batch": case.batch,
+        "max_length": case.max_length,
+        "processor": processor(),
+        "versions": versions(),
+    }
+    made = []
     for number in range(options.rounds):
-        for side in options.sides:
-            made = run_side(side, model, data, folder / f"out-{side}-{number}", case, options)
-            rounds[side].append(made)
-            print(f"round {number + 1}: {side}: {made['tokens_per_second']:,.0f} useful tokens/s", file=sys.stderr)
-    peak = matrix_product_peak(options.dtype, options.threads)
-    print(table(options.case, rounds, peak))
-    keep(options, source, rounds, peak)
+        for side in sides:
+            order = {
+                "model": str(model),
+                "data": str(data),
+                "out": str(folder / f"out-{name}-{side}-{number}-{os.getpid()}"),
+                "steps": options.steps,
+                "batch": case.batch,
+                "max_length": case.max_length,
+                "dtype": options.dtype,
+                "overrides": json.loads(options.overrides) if side == "ours" else {},
+            }
+            one = {**facts, "round": number, **run_side(side, order, folder / "order.json", options.threads)}
+            print(f"{name} round {number + 1}: {side}: {one['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+            made.append(one)
+    return made
 
 
 def rows_of(name: str) -> tuple[list[dict[str, Any]], str]:
@@ -70,88 +120,126 @@ def rows_of(name: str) -> tuple[list[dict[str, Any]], str]:
     test_data = os.environ.get("TRAINING_HUB_TEST_DATA")
     if name == "long-chats":
         return long_chats(), "made up"
-    if not test_data:
+    if name == "made-up" or not test_data:
         return made_up(), "made up"
     return (gsm8k if name == "gsm8k" else instructions)(Path(test_data)), name
 
 
-def run_side(side: str, model: Path, data: Path, out: Path, case: Case, options: Any) -> dict[str, Any]:
-    given = [str(value) for value in (model, data, out, options.steps, case.batch, case.max_length, options.dtype)]
-    command = [sys.executable, str(HERE / "side.py"), side, *given]
+def run_side(side: str, order: dict[str, Any], file: Path, threads: int) -> dict[str, Any]:
+    file.write_text(json.dumps(order), encoding="utf-8")
     environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(options.threads),
+        **{name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")},
+        "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(file.parent / "datasets"),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        **ALLOCATORS.get(side, {}),
     }
+    command = [sys.executable, str(HERE / "side.py"), side, str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def matrix_product_peak(dtype: str, threads: int) -> float:
-    """The most floating-point operations per second, in units of 1e9, that a large matrix product reaches here."""
-    import torch
+def table(made: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The records of one run of one case as a Markdown table."""
+    first, peak = made[0], max(one["peak"] for one in made)
+    by_side: dict[str, list[dict[str, Any]]] = {}
+    for one in made:
+        by_side.setdefault(one["side"], []).append(one)
+    yield f"### {first['case']}, {first['dtype']}"
+    yield ""
+    yield (
+        f"{first['rows']} rows, {first['batch']} samples a step, {first['steps']} steps, "
+        f"{len(by_side['ours'])} rounds, {first['threads']} threads; a matrix product reaches {peak / 1e9:,.0f} "
+        "GFLOP/s."
+    )
+    yield ""
+    yield (
+        "| side | useful tokens/s (range) | trained tokens/s | padded | of peak | memory GiB | loss first, last "
+        "| ours is faster by (range) | allocator |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    ours = [one["tokens_per_second"] for one in by_side["ours"]]
+    for side, rounds in by_side.items():
+        yield _row(side, rounds, ours, peak)
+    yield ""
 
-    torch.set_num_threads(threads)
-    left, right = (torch.randn(2048, 2048, dtype=getattr(torch, dtype)) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best / 1e9
 
-
-def table(case: str, rounds: dict[str, list[dict[str, Any]]], peak: float) -> str:
-    lines = [
-        f"{case}; matrix products reach {peak:,.0f} GFLOP/s here",
-        "| side | useful tokens/s (median, range) | trained tokens/s | padded | peak GiB | loss first, last | ratio |",
-        "|---|---|---|---|---|---|---|",
+def _row(side: str, rounds: Sequence[dict[str, Any]], ours: Sequence[float], peak: float) -> str:
+    rates = [one["tokens_per_second"] for one in rounds]
+    ratios = [mine / theirs for mine, theirs in zip(ours, rates, strict=True)]
+    cells = [
+        side,
+        f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})",
+        f"{statistics.median(one['trained_tokens_per_second'] for one in rounds):,.0f}",
+        f"{rounds[0]['padded_fraction']:.0%}",
+        f"{statistics.median(one['operations_per_second'] for one in rounds) / peak:.1%}",
+        f"{max(one['peak_memory_gib'] for one in rounds):.2f}",
+        f"{rounds[0]['losses'][0]:.4f}, {rounds[0]['losses'][-1]:.4f}",
+        f"{statistics.median(ours) / statistics.median(rates):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        rounds[0]["allocator"],
     ]
-    ours = [made["tokens_per_second"] for made in rounds["ours"]]
-    for side, made in rounds.items():
-        rates = [one["tokens_per_second"] for one in made]
-        ratios = [mine / theirs for mine, theirs in zip(ours, rates, strict=True)]
-        ratio = f"{statistics.median(ours) / statistics.median(rates):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(
-            f"| {side} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
-            f"| {statistics.median(one['trained_tokens_per_second'] for one in made):,.0f} "
-            f"| {made[0]['padded_fraction']:.0%} | {max(one['peak_memory_gib'] for one in made):.2f} "
-            f"| {made[0]['first_loss']:.4f}, {made[0]['last_loss']:.4f} | {ratio} |"
-        )
+    return f"| {' | '.join(cells)} |"
+
+
+def page(results: Path) -> str:
+    """RESULTS.md: the newest run of each case and number format."""
+    newest: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        place = one["case"], one["dtype"]
+        if place not in newest or newest[place][0]["run"] != one["run"]:
+            newest[place] = []
+        newest[place].append(one)
+    lines = ["# Side by side", "", *(__doc__ or "").strip().splitlines()[2:], ""]
+    for made in newest.values():
+        lines += table(made)
+        told = ", ".join(f"{name} {number}" for name, number in made[0]["versions"].items())
+        lines += [f"{made[0]['run']}, {made[0]['processor']}; {told}.", ""]
     return "\n".join(lines)
 
 
-def keep(options: Any, source: str, rounds: dict[str, list[dict[str, Any]]], peak: float) -> None:
-    """Append one line per side and round to results.jsonl, with what is needed to repeat it."""
-    facts = {
-        "case": options.case,
-        "rows": source,
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "steps": options.steps,
-        "peak_gflops": round(peak, 1),
-        "processor": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-    with (HERE / "results.jsonl").open("a", encoding="utf-8") as file:
-        for made in (one for side in rounds.values() for one in side):
-            file.write(json.dumps({**facts, **made}) + "\n")
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """The processor's name and cores, and whether it multiplies bfloat16 in matrix units."""
+    import torch
+
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    units = "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX"
+    return f"{name}, {os.cpu_count()} cores, {units}"
 
 
 def read_options() -> argparse.Namespace:
     reader = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    reader.add_argument("case", choices=CASES)
-    reader.add_argument("--sides", nargs="+", default=["ours", "trl", "trl-best"], choices=["ours", "trl", "trl-best"])
+    reader.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all where none is named")
+    reader.add_argument("--sides", nargs="+", default=list(NEEDS), choices=list(NEEDS))
+    reader.add_argument("--tiny", action="store_true", help="a tiny model: tries the script, measures nothing")
     reader.add_argument("--rounds", type=int, default=3)
     reader.add_argument("--steps", type=int, default=8)
-    reader.add_argument("--threads", type=int, default=2)
+    reader.add_argument("--threads", type=int, default=os.cpu_count())
     reader.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    reader.add_argument("--overrides", default="{}", help="settings of ours by path, as JSON")
     reader.add_argument("--folder", help="where models and runs go; a temporary folder where not given")
-    return reader.parse_args()
+    reader.add_argument("--output", default=str(HERE), help=f"folder of {RESULTS} and RESULTS.md")
+    options = reader.parse_args()
+    unknown = [name for name in options.cases if name not in CASES]
+    if unknown or "ours" not in options.sides:
+        reader.error(f"cases are {', '.join(CASES)}, and sides include ours; got {unknown or options.sides}")
+    return options
 
 
 if __name__ == "__main__":

@@ -25,6 +25,14 @@ MARKED_TEMPLATE = TEMPLATE.replace(
 )
 
 SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 176,
+        "vocab_size": 1024,
+    },
     "28m": {
         "hidden_size": 512,
         "num_hidden_layers": 8,
@@ -55,32 +63,39 @@ SIZES: dict[str, dict[str, Any]] = {
 def make_model(folder: Path, size: str, texts: Iterator[str]) -> Path:
     """A Hugging Face folder with a tied Llama of `size` and a byte-level tokenizer trained on `texts`."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     if (folder / "tokenizer.json").exists():
         return folder
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = min(SIZES[size]["vocab_size"], 8192)
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
-    wrapped.chat_template = TEMPLATE
+    tokenizer = byte_tokenizer(texts, min(SIZES[size]["vocab_size"], 8192))
     config = LlamaConfig(
         **SIZES[size],
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=wrapped.eos_token_id,
-        pad_token_id=wrapped.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-    wrapped.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer(texts: Iterator[str], vocabulary: int = 300) -> Any:
+    """A byte-level tokenizer trained on `texts`, with a chatml template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
+    wrapped.chat_template = TEMPLATE
+    return wrapped
 
 
 def gsm8k(test_data: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from training_hub import errors
 from training_hub.algorithms import ALGORITHMS
 from training_hub.frontends.cli import SHORTCUTS
 from training_hub.frontends.commands import COMMANDS
-from training_hub.frontends.dialects import KEYWORDS
+from training_hub.frontends.dialects import KEYWORDS, KEYWORDS_OF
 from training_hub.recipe import Recipe
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, sections
 
@@ -92,6 +92,9 @@ def _entry(setting: Setting) -> Iterator[str]:
         facts.append("also written " + ", ".join(f"`{name}`" for name in setting.spellings))
     if keywords:
         facts.append("in `sft()` " + ", ".join(f"`{name}`" for name in keywords))
+    own = [one.name for one in KEYWORDS_OF["osft"].values() if one.path == setting.path and one.name not in KEYWORDS]
+    if own:
+        facts.append("in `osft()` " + ", ".join(f"`{name}`" for name in own))
     yield f"### `{setting.path}`\n\n{setting.doc}\n\n*{'; '.join(facts)}*\n"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from training_hub.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from training_hub.backends.torch_engine.adaptations.osft import OsftOptimizer
     from training_hub.errors import (
         BackendError,
         CheckpointError,
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
         RecipeError,
         TrainingError,
     )
-    from training_hub.frontends.functions import sft
+    from training_hub.frontends.functions import osft, sft
     from training_hub.frontends.registry import (
         Algorithm,
         AlgorithmRegistry,
         Backend,
         InstructLabTrainingSFTBackend,
+        MiniTrainerOSFTBackend,
+        OSFTAlgorithm,
         SFTAlgorithm,
         create_algorithm,
     )
@@ -39,12 +42,16 @@ _REGISTRY = "training_hub.frontends.registry"
 
 _HOME_OF = {
     "sft": "training_hub.frontends.functions",
+    "osft": "training_hub.frontends.functions",
+    "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
     "AlgorithmRegistry": _REGISTRY,
     "Algorithm": _REGISTRY,
     "Backend": _REGISTRY,
     "SFTAlgorithm": _REGISTRY,
     "InstructLabTrainingSFTBackend": _REGISTRY,
+    "OSFTAlgorithm": _REGISTRY,
+    "MiniTrainerOSFTBackend": _REGISTRY,
     "Recipe": "training_hub.recipe",
     "StepReport": "training_hub.types",
     "TrainResult": "training_hub.types",
@@ -71,6 +78,9 @@ __all__ = [
     "InstructLabTrainingSFTBackend",
     "Interrupted",
     "LaunchError",
+    "MiniTrainerOSFTBackend",
+    "OSFTAlgorithm",
+    "OsftOptimizer",
     "Recipe",
     "RecipeError",
     "SFTAlgorithm",
@@ -79,6 +89,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "create_algorithm",
+    "osft",
     "sft",
 ]
 

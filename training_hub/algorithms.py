@@ -17,11 +17,12 @@ from training_hub.recipe import Recipe
 
 @dataclass(frozen=True)
 class Contract:
-    """A backend name: which engine runs it, and the defaults (by recipe path) that hold under it."""
+    """A backend name: which engine runs it, the defaults (by recipe path) that hold under it, and what it demands."""
 
     name: str
     engine: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,19 @@ INSTRUCTLAB = Contract(
     },
 )
 
+# training_hub 0.1.0, page "OSFT": what it lists as required; the defaults of mini_trainer 0.9 `TrainingArgs` are ours.
+MINI_TRAINER = Contract(
+    "mini-trainer",
+    engine="torch",
+    defaults={"training.epochs": 1},
+    required=(
+        "training.global_batch_size",
+        "training.max_tokens_per_gpu",
+        "training.max_seq_len",
+        "optimizer.lr",
+    ),
+)
+
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": Algorithm(
         name="sft",
@@ -61,6 +75,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         adaptation="full",
         required=("model.path", "output"),
         contracts=(INSTRUCTLAB, TORCH),
+    ),
+    "osft": Algorithm(
+        name="osft",
+        objective="cross_entropy",
+        adaptation="osft",
+        required=("model.path", "output"),
+        contracts=(MINI_TRAINER, TORCH),
     ),
 }
 

@@ -7,11 +7,12 @@ manifest carries its own sha256, too. What a killed process leaves has a name th
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,35 +121,41 @@ def manifest(folder: Path) -> dict[str, Any]:
     return read
 
 
-def damage(folder: Path) -> list[str]:
-    """What is wrong with `folder`, file by file; [] where every file has the size and sha256 of the manifest."""
+def damage(folder: Path, advance: Callable[[float], None] = lambda count: None) -> list[str]:
+    """What is wrong with `folder`, file by file; [] where every file has the size and sha256 of the manifest.
+
+    advance: told of the bytes read.
+    """
     try:
         files = manifest(folder)["files"]
     except FileNotFoundError:
         return [f"{folder / MANIFEST} is missing"]
     except (OSError, ValueError) as error:
         return [f"{folder / MANIFEST} cannot be read: {error}"]
-    return [line for name, wanted in files.items() if (line := _damage_of(folder / name, wanted))]
+    return [line for name, wanted in files.items() if (line := _damage_of(folder / name, wanted, advance))]
 
 
-def _damage_of(path: Path, wanted: dict[str, Any]) -> str | None:
+def _damage_of(path: Path, wanted: dict[str, Any], advance: Callable[[float], None]) -> str | None:
     try:
         size = path.stat().st_size
         if size != wanted["bytes"]:
             return f"{path} has {size:,} bytes, not {wanted['bytes']:,}"
-        return None if sha256(path) == wanted["sha256"] else f"{path} has changed since it was written (sha256 differs)"
+        if sha256(path, advance) == wanted["sha256"]:
+            return None
+        return f"{path} has changed since it was written (sha256 differs)"
     except FileNotFoundError:
         return f"{path} is missing"
     except (OSError, KeyError, TypeError) as error:
         return f"{path} cannot be checked: {error}"
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+def sha256(path: Path, advance: Callable[[float], None] = lambda count: None) -> str:
+    """The sha256 of a file's bytes, in hexadecimal; `advance` is told of each block's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
 
 
@@ -190,3 +197,28 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def near(path: Path, most: int = 3) -> list[Path]:
+    """What exists under names like those of `path`, which does not: dta/chat finds data/chat.jsonl; [] for nothing."""
+    base = next((parent for parent in path.parents if parent.is_dir()), None)
+    if base is None:
+        return []
+    found = [base]
+    for name in path.relative_to(base).parts:
+        alike = [folder / each for folder in found for each in _alike(folder, name)]
+        if not alike:
+            break
+        found = alike[:most]
+    return [] if found == [base] else found
+
+
+def _alike(folder: Path, name: str) -> list[str]:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError:  # a file, or a folder that may not be read: then there is nothing to propose
+        return []
+    if name in names:
+        return [name]
+    same_stem = [each for each in names if each.partition(".")[0] == name]
+    return [*same_stem, *(each for each in difflib.get_close_matches(name, names, 3, 0.5) if each not in same_stem)]

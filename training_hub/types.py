@@ -151,8 +151,12 @@ class Batch:
 class StepReport:
     """What happened in one optimizer step; all that watchers ever see.
 
-    `loss` is the mean over the trained tokens of the step, in nats. `memory_gib` is the peak so far.
-    `validation_loss` is set on the steps at which the validation set was measured.
+    `loss` is the mean over the trained tokens of the step, in nats. `memory_gib` is the peak so far. `tokens` are those
+    of samples, padding is none; `step_seconds` goes from asking for the batch to the end of the update.
+    `peak_fraction`: operations that the step needed, over those that matrix products could have done in its time at the
+    rate measured at the start; None where none was measured.
+    `validation_loss` is set on the steps at which the validation set was measured. `measures`: what the adaptation
+    measures of its own after the update, by name.
     """
 
     step: int
@@ -172,6 +176,13 @@ class StepReport:
     validation_perplexity: float | None = None
     skipped: bool = False
     time: float = 0.0
+    peak_fraction: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def trained_tokens_per_second(self) -> float:
+        """Only the tokens that have a loss."""
+        return self.trained_tokens / self.step_seconds if self.step_seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from training_hub.frontends.cli import main
 
-RECIPE, DATA, CHECKPOINT = 2, 3, 5
-"""Exit codes: the recipe, the data, or what lies in the output folder is wrong."""
+RECIPE, DATA, CHECKPOINT, DISK = 2, 3, 5, 75
+"""Exit codes: the recipe, the data, what lies in the output folder, or the room there is wrong."""
 
 ONE_STEP = """--training.steps 1 --training.global_batch_size 2 --training.max_seq_len 256 --training.preflight false
 --checkpoint.final false --data.cache false --data.workers 0 --monitoring.console plain""".split()

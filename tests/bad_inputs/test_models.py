@@ -173,7 +173,30 @@ def test_85_a_tokenizer_that_is_a_pointer_is_refused_naming_the_file(desk: Desk,
 
 
 def test_85_a_model_folder_that_is_not_there_is_refused(desk: Desk) -> None:
-    desk.train([GOOD], model=desk.folder / "nothing").refused(DATA, "nothing: there is no such folder")
+    wrong = desk.folder / "modle"
+    (desk.folder / "model").mkdir()
+    outcome = desk.train([GOOD], model=wrong)
+    outcome.refused(RECIPE, f"model.path: there is no folder {wrong}", f"Near it: {desk.folder / 'model'}")
+    assert not (desk.folder / "out").exists()
+
+
+def test_85_a_model_that_is_neither_a_folder_nor_on_the_hub_is_refused_saying_both(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (desk.folder / "models" / "chat").mkdir(parents=True)
+    monkeypatch.chdir(desk.folder)
+    outcome = desk.train([GOOD], model=Path("modles/chat"))
+    near = "modles/chat: there is no such folder here. Near it: models/chat."
+    outcome.refused(RECIPE, near, "Taken as a name on the hub, it cannot be had")
+
+
+def test_85_a_model_in_the_cache_of_the_hub_is_taken_from_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = desk.folder / "hub" / "models--tiny--chat" / "snapshots" / ("0" * 40)
+    shutil.copytree(desk.model, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(desk.folder / "hub"))
+    desk.train([GOOD], model=Path("tiny/chat")).trained()
 
 
 @pytest.mark.parametrize(

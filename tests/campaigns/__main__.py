@@ -26,7 +26,7 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
 )  # fmt: skip
 
-from tests.campaigns import damage, disks, kills, numbers
+from tests.campaigns import damage, disks, kills, numbers, workers
 from tests.campaigns.case import Case, table
 from tests.campaigns.workshop import Workshop
 
@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[Family, int, int]] = {
     "kills_at_random": (kills.kills_at_random, 200, 10),
     "kills_at_every_call": (kills.kills_at_every_call, 350, 5),  # all there are, in two windows
     "signals": (kills.signals, 100, 8),
+    "dead_workers": (workers.dead_workers, 50, 5),
     "corruption": (damage.corruption, 360, 18),
     "wrong_folders": (damage.wrong_folders, 50, 10),
     "shuffled_times": (damage.shuffled_times, 20, 1),

@@ -127,7 +127,7 @@ def _calls(shop: Workshop, first: int, last: int | None) -> int:
 
 
 def signals(shop: Workshop, count: int, random: Random) -> Iterator[Case]:
-    """SIGTERM and SIGINT at random times of a run with validation, every third time twice."""
+    """SIGTERM and SIGINT at random times of a run with validation, every third time twice, 1 us to 0.1 s apart."""
     wanted = "exit 128 + signal (0 while the model is finished), result.json says so, same bits after going on"
     settings: dict[str, Any] = {
         "data": {"validation_fraction": 0.2},
@@ -143,7 +143,7 @@ def signals(shop: Workshop, count: int, random: Random) -> Iterator[Case]:
         recipe = shop.recipe(output, **settings)
         first = random.choice((signal.SIGTERM, signal.SIGINT))
         second = random.choice((signal.SIGTERM, signal.SIGINT)) if number % 3 == 0 else None
-        after, gap = random.uniform(0, whole.seconds), random.uniform(0, 0.05)
+        after, gap = random.uniform(0, whole.seconds), 10 ** random.uniform(-6, -1)
         child = shop.start(recipe)
         child.wait_until_ready()
         time.sleep(after)

@@ -86,11 +86,22 @@ def _rows(shop: Workshop, random: Random, policy: str, heavy: float = 1e38) -> t
 def _rate(shop: Workshop, random: Random, policy: str) -> tuple[Any, ...]:
     rate = 10.0 ** random.randrange(18, 45)  # up to what takes float32 weights to infinity in one step
     sections: dict[str, Any] = {
-        "optimizer": {"name": random.choice(("SGD", "AdamW")), "lr": rate},
+        "optimizer": {"name": "SGD", "lr": rate, "momentum": random.choice((0.0, 0.9))},
         "training": {"max_norm": 0, "on_nonfinite": policy},
         "lr_scheduler": {"name": "constant"},
     }
     return sections, ("not finite",), (6,), f"{sections['optimizer']}"
+
+
+def _endless(shop: Workshop, random: Random) -> tuple[Any, ...]:
+    """Every step of the run is left out."""
+    path = shop.place("rows").with_suffix(".jsonl")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({**row, "weight": 1e38}) + "\n" for row in CONVERSATIONS))
+    most = random.randrange(2, STEPS)
+    training = {"on_nonfinite": "skip", "max_skipped": most}
+    words = (f"step {most}: loss inf, gradient norm nan: not finite. {most} steps in a row",)
+    return {"data": {"path": str(path)}, "training": training}, words, (6,), f"at most {most} in a row"
 
 
 def _scale(shop: Workshop, random: Random, policy: str) -> tuple[Any, ...]:
@@ -112,6 +123,7 @@ POISONS: dict[str, Callable[..., Any]] = {
     "rows, skip": lambda shop, random: _rows(shop, random, "skip"),
     "rate, stop": lambda shop, random: _rate(shop, random, "stop"),
     "rate, skip": lambda shop, random: _rate(shop, random, "skip"),
+    "rows, skip without end": _endless,
     "gradients, stop": lambda shop, random: _scale(shop, random, "stop"),
 }
 

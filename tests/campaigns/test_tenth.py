@@ -12,7 +12,7 @@ import pytest
 from tests.campaigns.case import AS_WANTED, Case
 
 REPOSITORY = Path(__file__).parents[2]
-MINIMUM_CASES = 85
+MINIMUM_CASES = 90
 
 
 @pytest.fixture(scope="module")

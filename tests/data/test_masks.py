@@ -417,3 +417,44 @@ def test_the_quick_way_finds_what_the_careful_one_finds(source, turns):
         assert quick.mark(row) == careful.mark(row)
         compared += bool(quick.mark(row).texts)
     assert compared > 30
+
+
+@pytest.mark.parametrize("source", list(SETTINGS), ids=["chatml", "tools", "thinking", "llama2", "glm", "deepseek"])
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_what_was_learned_from_earlier_rows_changes_nothing(source, turns):
+    draw = random.Random(source)
+    tokenizer = chat_tokenizer(**SETTINGS[source])
+    chosen = template(source, tokenizer)
+    learned = Masker(chosen, tokenizer, unmask=False, turns=turns)
+    careful = Masker(chosen, tokenizer, unmask=False, turns=turns, quick=False)
+    compared = 0
+    for _ in range(120):
+        answers = [
+            Message("assistant", draw.choice(CONTENTS), train=draw.choice([None, None, 0.0]))
+            for _ in range(draw.randint(1, 3))
+        ]
+        chat = [turn for answer in answers for turn in (("user", draw.choice([*CONTENTS, "<|im_end|>"])), answer)]
+        row = talk(*chat, weight=draw.choice([1.0, 0.5]))
+        assert learned.mark(row) == careful.mark(row)
+        compared += bool(careful.mark(row).texts)
+    assert compared > 60
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "{{ m.content | upper if 'x' in m.content else m.content }}",
+        "{{ m.content }}{{ m.content if 'x' in m.content }}",
+        "{{ 'x: ' if 'x' in m.content }}{{ m.content }}",
+        "{{ m.content | replace('x', '') }}",
+    ],
+    ids=["changed", "twice", "prefixed", "cut"],
+)
+def test_a_template_that_treats_some_words_otherwise_is_asked_about_them(odd):
+    tokenizer = chat_tokenizer()
+    chosen = template(CHATML.replace("{{ m.content }}", odd), tokenizer)
+    learned = Masker(chosen, tokenizer, unmask=False, turns="all")
+    careful = Masker(chosen, tokenizer, unmask=False, turns="all", quick=False)
+    texts = ("yes", "no x no", "yes and no", "x")
+    for row in [talk(("user", question), ("assistant", answer)) for question in texts for answer in texts]:
+        assert learned.mark(row) == careful.mark(row)

@@ -31,6 +31,37 @@ def test_best_fit_decreasing_fills_rows_that_first_come_would_not():
     assert assign([4, 5, 6, 5], 10) == [[2, 0], [1, 3]]
 
 
+def one_by_one(lengths: list[int], budget: int) -> list[list[int]]:
+    """Best fit decreasing as it is written in books: each sample into the fullest row that holds it."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [(left, row) for row, left in enumerate(free) if left >= lengths[index]]
+        if not fitting:
+            rows.append([])
+            free.append(budget)
+            fitting = [(budget, len(rows) - 1)]
+        row = min(fitting)[1]
+        rows[row].append(index)
+        free[row] -= lengths[index]
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_placing_equal_lengths_together_gives_the_rows_of_placing_one_by_one(seed):
+    draw = np.random.default_rng(seed)
+    budget = int(draw.integers(5, 100))
+    lengths = draw.integers(1, int(draw.integers(2, budget + 2)), size=int(draw.integers(0, 150))).tolist()
+    assert assign(lengths, budget) == one_by_one(lengths, budget)
+
+
+def test_many_chat_like_lengths_fill_their_rows_to_more_than_995_in_1000():
+    lengths = np.random.default_rng(0).lognormal(5.6, 0.9, size=100_000).clip(4, 4096).astype(int)
+    rows = assign(lengths.tolist(), 8192)
+    assert max(int(lengths[row].sum()) for row in rows) <= 8192
+    assert lengths.sum() / (len(rows) * 8192) > 0.995
+
+
 def test_packing_real_lengths_leaves_less_than_two_percent_empty():
     lengths = np.random.default_rng(0).lognormal(5.5, 0.8, size=2000).clip(1, 4096).astype(int).tolist()
     rows = assign(lengths, 4096)

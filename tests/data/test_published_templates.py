@@ -148,8 +148,13 @@ def test_published_template_reads_what_messages_write_as_text(file):
             assert (findings.AS_TEXT in encoded.notes) == any(token in text for token in tokenizer.special_ids)
 
 
-@pytest.mark.parametrize("file", BASES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_published_template_is_exact_or_refused(file):
+    assert num_exact(file) >= 2
+
+
+def num_exact(file: Path) -> int:
+    """How many of ROWS are trained on exactly; the others are refused, naming row and message, or this fails."""
     accepted = 0
     for name, row in ROWS.items():
         marks = masker_for(file).mark(row)
@@ -169,7 +174,7 @@ def test_published_template_is_exact_or_refused(file):
         if not unrolled.problems:
             assert len(unrolled.texts) == sum(message.role == "assistant" for message in row.messages)
             check_exact(row, unrolled, masker_for(file).closers.stops)
-    assert accepted >= 2
+    return accepted
 
 
 # Where a twin's author trains something else on the same text: what only the twin trains, what only we train, and why.

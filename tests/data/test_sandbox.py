@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from training_hub.data.templates import ChatTemplate
+from training_hub.data.templates import ChatTemplate, TemplateStopped
 from training_hub.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "Hello there"}]
@@ -151,7 +151,8 @@ def test_a_template_without_end_is_stopped(source):
     ChatTemplate("bomb", "{{ messages }}").render(MESSAGES)
     memory, start = peak_mib(), time.thread_time()
     with pytest.raises(
-        DataError, match=r"chat template bomb(, line \d)?: (stopped: .* limit|RecursionError|DataError)"
+        (TemplateStopped, DataError),
+        match=r"chat template bomb(, line \d)?: (stopped: .* limit|RecursionError|DataError)",
     ):
         ChatTemplate("bomb", source).render(MESSAGES)
     # Processor time: other programs on the machine must not make this fail.
@@ -160,7 +161,7 @@ def test_a_template_without_end_is_stopped(source):
 
 
 def test_limits_name_the_template_its_line_and_what_to_do():
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(TemplateStopped) as caught:
         ChatTemplate("mine.jinja", "{% for m in messages %}\n{{ m.content * 200000000 }}{% endfor %}").render(MESSAGES)
     assert str(caught.value) == (
         "chat template mine.jinja, line 2: stopped: it makes more text than the limit of 32,000,000 characters, and 32 "
@@ -180,7 +181,7 @@ def test_a_long_conversation_is_rendered_however_often_its_template_copies_it():
 
 def test_a_bomb_leaves_nothing_behind_for_the_next_rendering():
     for _ in range(3):
-        with pytest.raises(DataError, match="stopped"):
+        with pytest.raises(TemplateStopped, match="stopped"):
             ChatTemplate("bomb", BOMBS[0]).render(MESSAGES)
         assert ChatTemplate("fine", "{{ messages[0].content ~ '!' }}").render(MESSAGES) == "Hello there!"
 

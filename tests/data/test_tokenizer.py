@@ -7,6 +7,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -39,6 +40,24 @@ def test_places_tile_the_text_also_where_the_tokenizer_trims_them(trim_offsets):
     # Each token begins where the one before ends, or shares a character that is several tokens with it.
     assert all(start in (end, end - 1) for start, end in zip(starts[1:], ends[:-1], strict=True))
     assert "".join(TEXT[s:e] for s, e in sorted(set(zip(starts.tolist(), ends.tolist(), strict=True)))) == TEXT
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_tokens_between_two_characters_are_those_that_the_places_of_all_tell(trim_offsets):
+    tokenizer = chat_tokenizer(trim_offsets=trim_offsets)
+    (quick,) = tokenizer.tokenise([TEXT])
+    ids, starts, ends = quick.arrays()
+    assert quick.ids.tolist() == ids.tolist()
+    told = 0
+    for start in range(len(TEXT)):
+        for end in range(start + 1, len(TEXT) + 1):
+            found = quick.between(start, end)
+            if found is None:
+                assert start not in starts or (ends > start)[starts < start].any() or (starts == start).sum() > 1
+                continue
+            assert found == tuple(np.searchsorted(starts, (start, end)))
+            told += 1
+    assert told > 300
 
 
 def test_truncation_and_padding_set_on_the_tokenizer_do_not_cut_rows():

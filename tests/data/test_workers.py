@@ -46,7 +46,10 @@ def test_results_come_in_the_order_of_the_tasks_however_long_each_takes(count: i
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do_and_not_a_hang(count: int) -> None:
-    with pytest.raises(DataError, match=r"exit code -9.*data\.workers: 0"), Workers(die_at_three, count) as workers:
+    with (
+        pytest.raises(DataError, match=r"exit code -9.* with 3 before.*data\.workers: 0"),
+        Workers(die_at_three, count) as workers,
+    ):
         list(workers.map(range(20)))
 
 

@@ -41,9 +41,11 @@ def test_every_setting_and_every_spelling_is_a_flag(capsys: pytest.CaptureFixtur
 def test_every_boolean_has_both_forms():
     for setting in all_settings().values():
         if setting.is_boolean and setting.path not in ("checkpoint.keep_best",):
-            assert value_at(recipe_of([*NEEDED, f"--{setting.path}"]), setting.path) is True
+            is_osft = setting.path.startswith("osft.")
+            given = ["osft", *NEEDED[1:], "--osft.energy=0.5"] if is_osft else NEEDED
+            assert value_at(recipe_of([*given, f"--{setting.path}"]), setting.path) is True
             for words in ([f"--no-{setting.path}"], [f"--{setting.path}", "false"], [f"--{setting.path}=no"]):
-                assert value_at(recipe_of([*NEEDED, *words]), setting.path) is False
+                assert value_at(recipe_of([*given, *words]), setting.path) is False
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,8 @@ def test_algorithms_and_versions_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["version"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("sft: instructlab-training, torch")
-    assert lines[1] == f"training-hub {VERSION}"
+    assert lines[1].startswith("osft: mini-trainer, torch")
+    assert lines[2] == f"training-hub {VERSION}"
     assert any(line.startswith("torch ") for line in lines)
 
 

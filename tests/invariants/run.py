@@ -18,13 +18,15 @@ def recipe(model: Path, data: Path, output: Path, /, **sections: Any) -> Recipe:
     base: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"path": str(data), "cache": False},
-        "training": {"global_batch_size": 8, "max_seq_len": 256, "epochs": 1},
+        "training": {"global_batch_size": 8, "max_seq_len": 256},
         "optimizer": {"lr": 1e-3},
         "monitoring": {"console": "off"},
         "checkpoint": {"minutes": None},
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
+    if not {"epochs", "steps"} & base["training"].keys():
+        base["training"]["epochs"] = 1
     return Recipe.model_validate({**base, "output": str(output)})
 
 

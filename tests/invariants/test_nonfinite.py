@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.invariants.run import final_weights, train
-from training_hub.errors import TrainingError
+from training_hub.errors import Interrupted, TrainingError
 from training_hub.monitoring.jsonl import read_metrics
 
 
@@ -104,3 +106,41 @@ def test_a_learning_rate_that_explodes_is_an_error_and_not_a_model(tiny_model_fo
             training={"max_norm": 0, "epochs": 5},
         )
     assert not (tmp_path / "run" / "final").exists()
+
+
+def endless_skips(path):
+    """Rows of which those of the first two steps, and all from the fourth on, are too heavy."""
+    return rows(path, guilty=(0, 8, *range(24, 64, 8)), count=64, heavy=1e38)
+
+
+def test_skips_without_an_end_stop_the_run_with_step_and_rows(tiny_model_folder, tmp_path):
+    data = endless_skips(tmp_path / "rows.jsonl")
+    training = {"global_batch_size": 8, "on_nonfinite": "skip", "max_skipped": 3}
+    with pytest.raises(TrainingError) as caught:
+        train(tiny_model_folder, data, tmp_path / "run", **{**SETTINGS, "training": training})
+    message = str(caught.value)
+    assert "step 6: loss inf" in message and "3 steps in a row" in message
+    assert "rows.jsonl line 41" in message and "line 42" not in message
+    assert "training.max_skipped: 30" in message and "optimizer.lr: 0.0001" in message
+    assert [row["skipped"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_skips_are_counted_over_a_stop(tiny_model_folder, tmp_path):
+    """Going on after step 5 must count steps 4 and 5, which an earlier process left out."""
+    data = endless_skips(tmp_path / "rows.jsonl")
+    training = {"global_batch_size": 8, "on_nonfinite": "skip", "max_skipped": 3}
+
+    def stop(report) -> None:
+        if report.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(tiny_model_folder, data, tmp_path / "run", [stop], **{**SETTINGS, "training": training})
+    with pytest.raises(TrainingError, match=r"step 6: .*3 steps in a row"):
+        train(tiny_model_folder, data, tmp_path / "run", **{**SETTINGS, "training": training})

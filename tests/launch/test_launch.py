@@ -83,7 +83,7 @@ def test_the_best_of_several_validations_becomes_the_final_model(tiny_model_fold
         chat_file,
         tmp_path / "again",
         data={"validation_fraction": 0.3},
-        training={"steps": 1},
+        training={"epochs": 0.01},
         optimizer={"lr": 1e-9},
     )
     assert again.metrics["validation_loss_before"] == pytest.approx(measured[best], rel=1e-4)

@@ -17,7 +17,8 @@ def steps_said(stream: io.StringIO) -> list[int]:
 
 def test_a_plain_line_has_all_numbers_of_the_step(report):
     assert step_line(report()) == (
-        "step 1/1000  epoch 0.01  loss 3.2450  lr 1.00e-05  grad norm 1.25  12.3k tokens/s  1.50 GiB  1:02:03 left"
+        "step 1/1000  epoch 0.01  loss 3.2450  lr 1.00e-05  grad norm 1.25  12.3k tokens/s (3,103 trained)  1.50 GiB"
+        "  1:02:03 left"
     )
     assert "left" not in step_line(report(step=1000))
     assert "loss nan (skipped)" in step_line(report(loss=math.nan, skipped=True))

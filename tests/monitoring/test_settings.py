@@ -30,20 +30,18 @@ def test_secrets_inside_addresses_and_known_tokens_are_redacted_wherever_they_st
     ]
 
 
-def test_public_settings_are_the_whole_recipe_without_secrets():
-    recipe = Recipe.model_validate(
-        {
-            "output": "out",
-            "model": {"path": "model"},
-            "data": {"template_arguments": {"api_key": CANARY, "tools": [{"token": CANARY}], "thinking": False}},
-            "monitoring": {"mlflow_tracking_uri": f"http://me:{CANARY}@host"},
-        }
-    )
-    shown = public_settings(recipe)
+def test_entries_with_secret_names_are_replaced_at_any_depth():
+    shown = redacted({"data": {"api_key": CANARY, "tools": [{"token": CANARY}], "thinking": False}})
     assert CANARY not in repr(shown)
-    assert shown["data"]["template_arguments"]["thinking"] is False
+    assert shown["data"]["thinking"] is False
+
+
+def test_public_settings_are_the_whole_recipe_but_for_user_names():
     plain = Recipe.model_validate({"output": "out", "model": {"path": "model"}})
     assert public_settings(plain) == plain.model_dump(mode="json")
+    asked = {"mlflow": True, "mlflow_tracking_uri": f"http://{CANARY}@host"}
+    named = Recipe.model_validate({"output": "out", "model": {"path": "model"}, "monitoring": asked})
+    assert CANARY not in repr(public_settings(named))
 
 
 def test_settings_flatten_to_dotted_names():

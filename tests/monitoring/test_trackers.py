@@ -69,7 +69,7 @@ def test_wandb_writes_an_offline_run_without_secrets_and_goes_on_in_it(tmp_path,
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    asked = recipe(wandb=True, wandb_project="tests", mlflow_tracking_uri=f"http://me:{CANARY}@host")
+    asked = recipe(wandb=True, wandb_project="tests")
     train(asked, tmp_path, [report(step=step) for step in (1, 2)])
     first = (tmp_path / "wandb_run_id").read_text()
     train(asked, tmp_path, [report(step=3)], resume_step=2)

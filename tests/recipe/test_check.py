@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from training_hub.errors import RecipeError
+from training_hub.recipe import Recipe
 from training_hub.recipe.check import NEEDS, RIVALS, Names
 from training_hub.recipe.load import build
 from training_hub.recipe.names import all_settings
+from training_hub.recipe.sections import Model, Monitoring
 
 MINIMAL = {"model.path": "m", "output": "o"}
 
@@ -121,6 +125,30 @@ def test_a_contradiction_names_its_settings_and_the_right_way_passes(wrong: dict
     assert len(found) == 1
     assert all(name in found[0] for name in named)
     build({**MINIMAL, **right})
+    Recipe.model_validate(nested({**MINIMAL, **right}))
+    if not named_elsewhere(wrong):
+        with pytest.raises(ValidationError, match=re.escape(found[0])):
+            Recipe.model_validate(nested({**MINIMAL, **wrong}))
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in settings.items():
+        section, _, name = path.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
+
+
+def named_elsewhere(settings: dict[str, Any]) -> bool:
+    """Whether something handed over beside the recipe can put these settings right: validation rows."""
+    return bool({"checkpoint.keep_best", "evaluation.interval"} & set(settings))
+
+
+def test_a_recipe_made_by_hand_is_as_strict_and_repeats_no_password():
+    tracking = Monitoring(mlflow=True, mlflow_tracking_uri="http://me:pa55@host")
+    with pytest.raises(ValidationError, match=r"mlflow_tracking_uri: holds a password") as caught:
+        Recipe(output="o", model=Model(path="m"), monitoring=tracking)
+    assert "pa55" not in str(caught.value)
 
 
 def test_the_texts_that_users_of_training_hub_match():

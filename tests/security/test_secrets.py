@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from training_hub.recipe.load import build
 
 CANARY = "c4n4ry5ecret"
 IN_SURROUNDINGS = {
@@ -72,6 +75,40 @@ def test_a_run_that_fails_keeps_it_too(kind: str, tmp_path: Path, words: Any, ca
     assert places_with_the_canary(tmp_path) == []
 
 
+@pytest.fixture
+def trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, ...]]:
+    """The words that turn each tracker on; what it writes, in its own folders too, lies under tmp_path."""
+    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        folder = tmp_path / name.lower()
+        folder.mkdir()
+        monkeypatch.setenv(name, str(folder))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    # Trackers like to note how a program was called.
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--api-key={CANARY}"])
+    address = f"--monitoring.mlflow_tracking_uri={(tmp_path / 'mlflow').as_uri()}"
+    return {"wandb": ("--monitoring.wandb=true",), "mlflow": ("--monitoring.mlflow=true", address)}
+
+
+# Warnings of the trackers about packages of theirs are not ours to mend.
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize("ending", ["finished", "failed"])
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_is_told_no_secret(
+    tracker: str, ending: str, tmp_path: Path, words: Any, call: Any, trackers: dict[str, tuple[str, ...]]
+):
+    pytest.importorskip(tracker)
+    failing = ("--optimizer.name=SGD", "--optimizer.lr=1e30", "--training.max_norm=0", "--training.steps=5")
+    said = call(*words(*trackers[tracker], *(failing if ending == "failed" else ())))
+    assert (said.code == 0) == (ending == "finished"), said.text
+    assert CANARY not in said.text
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and tracker in str(path)]
+    told = b"".join(str(path).encode() + path.read_bytes() for path in files)
+    assert b"training.global_batch_size" in told or b'"global_batch_size"' in told
+    assert b"train/loss" in told or ending == "failed"
+    assert places_with_the_canary(tmp_path) == []
+
+
 @pytest.mark.parametrize("path", IN_SETTINGS)
 def test_a_password_in_a_setting_is_refused_and_not_repeated(path: str, tmp_path: Path, words: Any, call: Any):
     said = call(*words("--monitoring.mlflow=true", f"--{path}={WITH_PASSWORD}"))
@@ -79,6 +116,31 @@ def test_a_password_in_a_setting_is_refused_and_not_repeated(path: str, tmp_path
     assert path in said.text
     assert CANARY not in said.text
     assert places_with_the_canary(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "address", [f"postgresql://host/db?password={CANARY}", f"s3://b/k?X-Amz-Signature={CANARY}&a=1"]
+)
+def test_a_secret_behind_an_address_is_refused_and_not_repeated(address: str, tmp_path: Path, words: Any, call: Any):
+    said = call(*words("--monitoring.mlflow=true", f"--monitoring.mlflow_tracking_uri={address}"))
+    assert said.code == 2
+    assert CANARY not in said.text
+    assert places_with_the_canary(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["api_key", "HF_TOKEN", "wandb_password", "nested.client_secret"])
+def test_an_entry_that_its_name_calls_a_secret_is_refused(name: str, tmp_path: Path, words: Any, call: Any):
+    *outer, inner = name.split(".")
+    value = f"{{{inner}: {CANARY}}}" if outer else CANARY
+    said = call(*words(f"--data.template_arguments.{outer[0] if outer else inner}={value}"))
+    assert said.code == 2
+    assert name in said.text
+    assert CANARY not in said.text
+    assert places_with_the_canary(tmp_path) == []
+
+
+def test_a_special_token_for_the_template_is_no_secret():
+    assert build({"model.path": "m", "output": "o", "data.template_arguments.bos_token": "<s>"})
 
 
 @pytest.mark.parametrize("path", ["model.revision", "monitoring.wandb_run_name", "monitoring.wandb_project"])

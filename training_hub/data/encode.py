@@ -9,8 +9,8 @@ import numpy as np
 
 from training_hub.data.chat import half_character
 from training_hub.data.masks import Masker, Span
-from training_hub.data.templates import ChatTemplate, no_template
-from training_hub.data.tokenizer import ChatTokenizer, Encoding
+from training_hub.data.templates import ChatTemplate, TemplateStopped, no_template
+from training_hub.data.tokenizer import ChatTokenizer, Encoding, Tokenised
 from training_hub.errors import DataError
 from training_hub.types import Conversation, Row, Sample, Text, Tokens
 
@@ -52,11 +52,14 @@ class Encoder:
         self._special[list(tokenizer.special_ids.values())] = True
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """One result per row, in order. All texts of a call go through the tokenizer together."""
+        """One result per row, in order. All texts of a call go through the tokenizer together.
+
+        Raises DataError, which no row of the next call should be tried after, where the chat template is stopped.
+        """
         pieces: list[_Piece] = []
         results = [self._begin(index, row, pieces) for index, row in enumerate(rows)]
         usual = [piece for piece in pieces if not piece.literal]
-        encodings = iter(self.tokenizer.encode_batch([piece.text for piece in usual]) if usual else [])
+        encodings = iter(self.tokenizer.tokenise([piece.text for piece in usual]) if usual else [])
         for piece in pieces:
             row, before = rows[piece.row], results[piece.row]
             try:
@@ -82,22 +85,24 @@ class Encoder:
             return Encoded(problems=problems)
         if self.masker is None:
             return Encoded(problems=(no_template(str(row.origin)),))
-        marks = self.masker.mark(row)
+        try:
+            marks = self.masker.mark(row)
+        except TemplateStopped as error:
+            raise DataError(f"{row.origin}: {error} The rows behind it were not tried.") from error
         literal = marks.literal or ((),) * len(marks.texts)
         pieces.extend(
             _Piece(index, text, spans, places) for (text, spans), places in zip(marks.texts, literal, strict=True)
         )
         return Encoded(problems=marks.problems, notes=marks.notes)
 
-    def _finish(self, row: Row, before: Encoded, piece: _Piece, encoding: Encoding) -> Encoded:
+    def _finish(self, row: Row, before: Encoded, piece: _Piece, encoding: Tokenised | Encoding) -> Encoded:
         if before.problems:
             return before
-        weights, joined, lost = weigh(encoding, piece.spans, self._special)
+        ids, weights, joined, lost = weigh(encoding, piece.spans, self._special)
         if lost and isinstance(row, Conversation):
             return Encoded(
                 problems=tuple(f"{row.origin}: message {s.message}: no token lies in its text." for s in lost)
             )
-        ids = encoding[0]
         if isinstance(row, Text):
             ids, weights = self._closed(row, ids, weights)
         if len(weights):
@@ -135,27 +140,43 @@ class Encoder:
         return Encoded((Sample(np.asarray(row.ids, np.int32), weights, row.origin),))
 
 
-def weigh(encoding: Encoding, spans: Iterable[Span], special: np.ndarray) -> tuple[np.ndarray, bool, list[Span]]:
-    """(weights [T] float32, whether a token joins text before a span with the span, spans without any token).
+def weigh(
+    encoding: Tokenised | Encoding, spans: Iterable[Span], special: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, bool, list[Span]]:
+    """(ids [T], weights [T] float32, whether a token joins text before a span with it, spans without any token).
 
     A token is trained if it begins in a span, or is text that begins before and reaches into it: at "ASSISTANT: " many
     tokenizers make " Yes" one token, and leaving it out would leave out the answer. Special tokens never count by
     reaching: one that swallows the white space behind it (Phi's <|assistant|>) still belongs to the header.
     """
-    ids, starts, ends = encoding
+    ids = encoding.ids if isinstance(encoding, Tokenised) else encoding[0]
     weights = np.zeros(len(ids), np.float32)
     joined, lost = False, []
     for span in spans:
         if span.end <= span.start:
             continue
-        first, last = np.searchsorted(starts, (span.start, span.end))
-        while first > 0 and ends[first - 1] > span.start and not special[ids[first - 1]]:
-            first -= 1
-            joined = joined or weights[first] < span.weight
+        first, begins, last = _tokens_of(encoding, span, special)
+        if first < begins:
+            joined = joined or bool((weights[first:begins] < span.weight).any())
         weights[first:last] = np.maximum(weights[first:last], span.weight)
         if first >= last:
             lost.append(span)
-    return weights, joined, lost
+    return ids, weights, joined, lost
+
+
+def _tokens_of(encoding: Tokenised | Encoding, span: Span, special: np.ndarray) -> tuple[int, int, int]:
+    """(first, first that begins in the span, behind the last) of the tokens that the span trains."""
+    if isinstance(encoding, Tokenised):
+        within = encoding.between(span.start, span.end)
+        if within is not None:
+            return within[0], *within
+        encoding = encoding.arrays()
+    ids, starts, ends = encoding
+    begins, last = (int(place) for place in np.searchsorted(starts, (span.start, span.end)))
+    first = begins
+    while first > 0 and ends[first - 1] > span.start and not special[ids[first - 1]]:
+        first -= 1
+    return first, begins, last
 
 
 def _segments(row: Text) -> tuple[str, tuple[Span, ...]]:

@@ -5,7 +5,6 @@ The extension only decides where the bytes do not: a Parquet file called `.jsonl
 
 from __future__ import annotations
 
-import difflib
 import glob
 import gzip
 import io
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from training_hub.errors import DataError
+from training_hub.folders import near
 
 KIND_OF_EXTENSION = {
     ".jsonl": "jsonl",
@@ -32,8 +32,25 @@ WHAT_IS_READ = "jsonl, json, csv, tsv, parquet and txt files, each also as .gz o
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST_ROW_BYTES = 64 << 20
+# What packed bytes may become: rows of text become 3 to 20 times as many, and bombs 1,000 (gzip) and more.
+MOST_TIMES = 250
+UNPACKED_FREELY = 64 << 20
+# zstd makes at most 128 KiB of four bytes, so that a piece of this size never becomes more than 64 MiB.
+PACKED_PIECE = 2 << 10
+# What gzip may have read and not yet unpacked.
+READ_AHEAD = 128 << 10
 # Errors that reading compressed bytes raises when a file is cut short or damaged.
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+class Swollen(EOFError):
+    """Packed bytes become so many that they may have no end."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"unpacks to more than {UNPACKED_FREELY >> 20} MiB and {MOST_TIMES} times its size, as what is made to "
+            "fill a machine does; if it is meant so, unpack it and name the result"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,11 +109,14 @@ def _missing(path: Path, named: str) -> str:
     if path.is_symlink():
         return f"{named} is a symbolic link that leads nowhere, or in a circle (to {path.readlink()})."
     if not parent.is_dir():
-        return f"{named} does not exist (nor does the folder {parent})."
-    names = sorted(entry.name for entry in parent.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = f" Near it: {', '.join(str(parent / name) for name in near)}." if near else ""
-    return f"{named} does not exist.{hint}"
+        return f"{named} does not exist (nor does the folder {parent}).{hint_near(path)}"
+    return f"{named} does not exist.{hint_near(path)}"
+
+
+def hint_near(path: Path) -> str:
+    """A sentence with the nearest names that exist, empty where there are none."""
+    found = near(path)
+    return f" Near it: {', '.join(map(str, found))}." if found else ""
 
 
 def kind_by_name(path: Path) -> str | None:
@@ -119,6 +139,9 @@ def recognise(path: Path, name: str | None = None, longest_row: int = LONGEST_RO
     try:
         with open_bytes(path, compression) as stream:
             head = stream.read(1 << 16)
+            _look_ahead(stream)
+    except Swollen as error:
+        raise DataError(f"{name}: {error}.") from error
     except DAMAGED as error:
         raise DataError(f"{name}: the {compression} data is cut short or damaged ({error}); copy it again.") from error
     _refuse_foreign(head, name)
@@ -209,12 +232,57 @@ def _refuse_single_object(text: bytes, is_longer: bool, name: str) -> None:
 
 
 def open_bytes(path: Path, compression: str | None) -> BinaryIO:
-    """The decompressed bytes of a file. Raises DataError where zstandard is needed and not installed."""
-    if compression == "gzip":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if compression == "zstd":
-        return io.BufferedReader(_ZstandardStream(path), buffer_size=1 << 20)
-    return path.open("rb")
+    """The decompressed bytes of a file; reading raises Swollen where they are far too many.
+
+    Raises DataError where zstandard is needed and not installed.
+    """
+    file = path.open("rb")
+    if compression is None:
+        return file
+    unpacked: Any = gzip.GzipFile(fileobj=file) if compression == "gzip" else _ZstandardStream(file, path)
+    return io.BufferedReader(_Limited(file, unpacked), buffer_size=1 << 20)
+
+
+class _Limited(io.RawIOBase):
+    """The bytes of `unpacked`, which reads `file`; Swollen where they are too many for what was read."""
+
+    def __init__(self, file: BinaryIO, unpacked: Any):
+        self._file = file
+        self._unpacked = unpacked
+        # One read at a time: what stands before the place where a gzip file is cut short is handed out first.
+        self._read = getattr(unpacked, "readinto1", unpacked.readinto)
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._read(buffer)
+        self._count += count
+        if self._count > max(UNPACKED_FREELY, MOST_TIMES * self._file.tell()):
+            raise Swollen
+        return count
+
+    def is_dense(self) -> bool:
+        """Whether more than MOST_TIMES may have come out of what went in so far."""
+        return self._count > MOST_TIMES * max(0, self._file.tell() - READ_AHEAD)
+
+    def close(self) -> None:
+        self._unpacked.close()
+        self._file.close()
+        super().close()
+
+
+def _look_ahead(stream: BinaryIO) -> None:
+    """Unpack until it is an ordinary file or Swollen is raised: rows of a bomb would take minutes to get as far."""
+    raw = getattr(stream, "raw", None)
+    try:
+        while isinstance(raw, _Limited) and raw.is_dense() and stream.read(1 << 20):
+            pass
+    except Swollen:
+        raise
+    except DAMAGED:
+        return  # the reader comes to the same place, and knows which row it is
 
 
 class _ZstandardStream(io.RawIOBase):
@@ -223,15 +291,15 @@ class _ZstandardStream(io.RawIOBase):
     zstandard's own stream reader ends without a word on a cut file (0.25), which would lose rows silently.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, file: BinaryIO, path: Path):
         try:
             import zstandard
         except ImportError as error:
             raise DataError(f"{path}: zstd needs a package: pip install 'training-hub[zstd]'.") from error
         self._package: Any = zstandard
-        self._file = path.open("rb")
+        self._file = file
         self._frame: Any = self._new_frame()
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def _new_frame(self) -> Any:
         return self._package.ZstdDecompressor().decompressobj()
@@ -242,13 +310,13 @@ class _ZstandardStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             compressed = self._frame.unused_data if self._frame.eof else b""
-            compressed = compressed or self._file.read(1 << 17)
+            compressed = compressed or self._file.read(PACKED_PIECE)
             if not compressed:
                 return self._end()
             if self._frame.eof:
                 self._frame = self._new_frame()
             try:
-                self._ready = self._frame.decompress(compressed)
+                self._ready = memoryview(self._frame.decompress(compressed))
             except self._package.ZstdError as error:
                 raise EOFError(str(error)) from error
         count = min(len(buffer), len(self._ready))
@@ -260,7 +328,3 @@ class _ZstandardStream(io.RawIOBase):
         if not self._frame.eof:
             raise EOFError("the last zstd frame is not complete")
         return 0
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

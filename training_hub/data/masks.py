@@ -29,10 +29,11 @@ from training_hub.data.findings import (
     unshown,
     where,
 )
-from training_hub.data.quick import Wanted, place_quickly
+from training_hub.data.quick import Shape, Wanted, learn_shape, place_quickly, plain_words
 from training_hub.data.regions import (
     Closers,
     Habits,
+    Place,
     Stage,
     Turn,
     learn_habits,
@@ -73,7 +74,7 @@ class Marks:
 class Masker:
     """Finds the trained characters of conversations for one template and tokenizer.
 
-    `quick` first tries to place all turns of a row with one more rendering; the result is the same without it.
+    `quick` first tries to place all turns of a row with one more rendering or none; the result is the same without it.
     """
 
     def __init__(
@@ -86,16 +87,50 @@ class Masker:
         special = alternatives([*tokenizer.special_ids, *tokenizer.stop_tokens])
         self.closers = Closers(special, tokenizer.stop_tokens)
         self._habits: dict[tuple[str, bool], Habits | None] = {}
+        self._shapes: dict[tuple[Any, ...], Shape | None] = {}
         self._parts: bool | None = None
 
     def mark(self, row: Conversation) -> Marks:
         """The trained spans of `row`, or its problems, each naming the row and the message."""
+        words = plain_words(row, self.closers.special) if self.quick and self.turns != "unroll" else None
+        if words is not None and (marks := self._by_shape(row, words)):
+            return marks
         problems = content_problems(row)
         if problems:
             return Marks(problems=tuple(problems))
         shown, stand_ins = masked(row, self.closers.special, self.template.source + (self.template.tool_source or ""))
         marks = self._marked(shown)
         return _with_special_tokens(row, marks, stand_ins) if stand_ins else marks
+
+    def _by_shape(self, row: Conversation, words: Sequence[str]) -> Marks | None:
+        """The marks of a row of plain messages in roles seen before; None where its text is not as it was then."""
+        shape = self._shapes.get(_shape_of(row))
+        if shape is None or not all(words[each.index].strip() for each, _, _ in shape.turns):
+            return None
+        messages = [written(message, shape.form) for message in row.messages]
+        try:
+            text = self.template.render(messages, (), False, row.template_arguments)
+        except DataError:
+            return None  # told by the careful way, with the message it comes from
+        places = shape.places(text, words, self.closers)
+        return self._settled(text, [each for each, _, _ in shape.turns], places, shape.notes) if places else None
+
+    def _learn_shape(
+        self, stage: Stage, row: Conversation, wanted: Sequence[Wanted], habits: Habits | None, marks: Marks
+    ) -> None:
+        """Keep what the template put around the words of this row, if that finds the same marks."""
+        key = _shape_of(row)
+        words = plain_words(row, self.closers.special)
+        if words is None or key in self._shapes:
+            return
+        if len(self._shapes) > 4096:  # rows that all differ would fill the memory
+            self._shapes.clear()
+        stops = frozenset((NO_STOP, NO_STOP_ID))
+        notes = tuple(note for note in marks.notes if note not in stops)
+        shape = learn_shape(stage, row, wanted, habits, notes)
+        places = shape.places(stage.full, words, self.closers) if shape else None
+        found = places and self._settled(stage.full, wanted, places, notes)
+        self._shapes[key] = shape if found == marks else None
 
     def _marked(self, row: Conversation) -> Marks:
         wanted = self._wanted(row)
@@ -187,7 +222,9 @@ class Masker:
         found = place_quickly(stage, row, wanted, habits, self.closers) if self.quick else None
         if found is None:
             return self._carefully(stage, row, wanted, habits), True
-        return self._joined(row, text, found), True
+        marks = self._joined(row, text, found)
+        self._learn_shape(stage, row, wanted, habits, marks)
+        return marks, True
 
     def _carefully(self, stage: Stage, row: Conversation, wanted: Sequence[Wanted], habits: Habits | None) -> Marks:
         """Each turn by itself, and every finding checked against what the message says."""
@@ -244,16 +281,28 @@ class Masker:
 
     def _joined(self, row: Conversation, text: str, found: Sequence[tuple[Wanted, Turn]]) -> Marks:
         notes = []
-        spans = []
-        for each, turn in found:
-            place = turn.place
-            spans.append(Span(place.start, place.closed, each.weight, each.index + 1))
-            if each.is_answer and not place.stops:
-                notes.append(NO_STOP if place.closed == place.end else NO_STOP_ID)
+        for _, turn in found:
             notes += [UNSTEADY] * (not turn.steady) + [PROMPT_DIFFERS] * (not turn.prompted)
         if found[-1][0].index < len(row.messages) - 1 and row.messages[-1].role != "assistant":
             notes.append(LAST_UNTRAINED)
+        return self._settled(text, [each for each, _ in found], [turn.place for _, turn in found], notes)
+
+    def _settled(self, text: str, wanted: Sequence[Wanted], places: Sequence[Place], notes: Sequence[str]) -> Marks:
+        """The marks of one text with every wanted message at its place."""
+        notes = list(notes)
+        spans = []
+        for each, place in zip(wanted, places, strict=True):
+            spans.append(Span(place.start, place.closed, each.weight, each.index + 1))
+            if each.is_answer and not place.stops:
+                notes.append(NO_STOP if place.closed == place.end else NO_STOP_ID)
         return Marks(((text, tuple(spans)),), (), _once(notes))
+
+
+def _shape_of(row: Conversation) -> tuple[Any, ...]:
+    """What, besides their words, decides how plain messages are shown and which of them are trained."""
+    given = row.template_arguments
+    arguments = json.dumps(given, sort_keys=True, default=str) if given else ""
+    return arguments, row.unmask, row.weight, *[(message.role, message.train) for message in row.messages]
 
 
 def _with_special_tokens(row: Conversation, marks: Marks, stand_ins: Mapping[str, str]) -> Marks:
@@ -289,4 +338,4 @@ def _order_problems(row: Conversation, found: Sequence[tuple[Wanted, Turn]]) -> 
 
 
 def _once(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(notes)))
+    return tuple(sorted(set(notes))) if notes else ()

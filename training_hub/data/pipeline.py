@@ -23,7 +23,7 @@ from training_hub.data.rejects import PROBLEMS_SHOWN, TALLY, Reject, append, rej
 from training_hub.data.sources import Part, Source
 from training_hub.data.store import PartName, SampleBlock, StoreWriter, content_hash
 from training_hub.data.templates import no_template
-from training_hub.data.workers import Workers, can_fork, num_cores
+from training_hub.data.workers import Workers, can_fork, num_cores, seldom_collected
 from training_hub.errors import DataError
 from training_hub.types import Console, Conversation, Origin, Sample
 
@@ -136,13 +136,15 @@ class Work:
         if isinstance(row, Broken):
             self._refuse(numbered, [row.problem], findings, is_end=row.is_end)
             return None
-        findings.columns |= self.mapped & row.keys()
+        if self.mapped:
+            findings.columns |= self.mapped & row.keys()
         try:
             parsed = parse(row, origin, FORMATS[format_name], self.settings)
         except DataError as error:
             self._refuse(numbered, error.problems, findings)
             return None
-        findings.facts |= dict.fromkeys(parsed.notes)
+        if parsed.notes:
+            findings.facts |= dict.fromkeys(parsed.notes)
         return parsed.row
 
     def _refuse(
@@ -156,14 +158,16 @@ class Work:
             findings.add_problems(problems)
 
     def _keep(self, numbered: NumberedRow, encoded: Encoded, findings: Findings) -> list[Sample]:
-        problems = [*encoded.problems, *self._untrainable(numbered[0], encoded)]
+        problems = encoded.problems or self._untrainable(numbered[0], encoded)
         if problems:
             self._refuse(numbered, problems, findings)
             return []
-        findings.notes.update(encoded.notes)
+        if encoded.notes:
+            findings.notes.update(encoded.notes)
         if self.longest is None:
             return list(encoded.samples)
-        findings.lengths.update(len(sample) for sample in encoded.samples)
+        for sample in encoded.samples:
+            findings.lengths[len(sample)] += 1
         if self.policy == "error":
             findings.add_problems(self._too_long(sample) for sample in encoded.samples if len(sample) > self.longest)
         return fit(encoded.samples, self.longest, self.policy, findings.tally)
@@ -172,7 +176,8 @@ class Work:
         """What speaks against the weights of a row's samples."""
         if self.longest is None:
             return [_unevenly_trained(sample) for sample in encoded.samples if (sample.weights[1:] != 1.0).any()]
-        if all(sample.weights.any() for sample in encoded.samples):
+        # count_nonzero takes a quarter of the time of any(), and this is asked of every row.
+        if all(np.count_nonzero(sample.weights) for sample in encoded.samples):
             return []
         return [f"{origin}: nothing to train on: no token of it has a weight. Leave the row out."]
 
@@ -220,7 +225,8 @@ def write_samples(
     count, tasks = _with_workers(read_tasks(sources, work, console, max_rows, findings.tally), workers)
     total, unit, size = _measure(parts, max_rows)
     with (
-        Workers(work, count) if count else nullcontext() as pool,
+        seldom_collected(),
+        Workers(work, count, _rows_of) if count else nullcontext() as pool,
         console.progress("tokenising", total=total, unit=unit) as advance,
     ):
         seen: list[float] = []
@@ -262,6 +268,11 @@ def _with_workers(tasks: Iterator[Task], asked: int | None) -> tuple[int, Iterat
         return (asked or 0) if can_fork() else 0, tasks
     first = list(islice(tasks, CHUNKS_WORTH_WORKERS))
     return num_cores() if len(first) == CHUNKS_WORTH_WORKERS else 0, chain(first, tasks)
+
+
+def _rows_of(task: Task) -> str:
+    first, last = task.rows[0][0], task.rows[-1][0]
+    return f"{first} to {last.line}"
 
 
 def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:

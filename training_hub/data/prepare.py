@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from training_hub.data.cache import cache_folder, kept, key_of
+from training_hub.data.cache import Cache, cache_folder, kept, key_of
 from training_hub.data.encode import Encoder
 from training_hub.data.formats import ROW_COLUMNS, FormatSettings, check_settings
 from training_hub.data.lengths import blocks
@@ -59,7 +59,7 @@ class Kitchen:
             self.console.say(f"data: {note}")
         weights = [source.weight for source in sources]
         key = self._key(sources, max_rows) if self.recipe.data.cache else None
-        store = kept(self._root, key, lambda folder: self._write(sources, max_rows, folder), weights, self.console)
+        store = kept(self._cache, key, lambda folder: self._write(sources, max_rows, folder), weights, self.console)
         self.made.append(store)
         if not self.leaves_out_problems:
             refuse_too_many(store, self.recipe.data.max_bad_share)
@@ -71,7 +71,7 @@ class Kitchen:
         size = data.block_size or self.recipe.training.max_seq_len
         key = key_of({"documents": documents.fingerprint, "block_size": size})
         return kept(
-            self._root,
+            self._cache,
             key,
             lambda folder: write_blocks(documents, folder, size, self.console),
             documents.source_weights,
@@ -79,15 +79,16 @@ class Kitchen:
         )
 
     @property
-    def _root(self) -> Path | None:
-        return cache_folder(self.recipe.data.cache_dir) if self.recipe.data.cache else None
+    def _cache(self) -> Cache | None:
+        data = self.recipe.data
+        return Cache(cache_folder(data.cache_dir), data.cache_size * 1e9) if data.cache else None
 
     def _key(self, sources: Sequence[Source], max_rows: int | None) -> str | None:
         """The key of these sources' samples; None where one can be read only once, or is not taken whole."""
         if self.leaves_out_problems:
             return None
         parts = [
-            [number, source.format, part.name, part.fingerprint()]
+            [number, source.format, part.name, part.fingerprint(self.console)]
             for number, source in enumerate(sources)
             for part in source.parts
         ]

@@ -1,15 +1,19 @@
-"""The quick way to place all trained turns of a row: one more rendering instead of several for each turn.
+"""The quick ways to place all trained turns of a row, instead of several renderings for each turn.
 
-It settles plain text and tool calls, and hands everything else back. Where it settles a row, the careful way of
-regions.py finds the same.
+`place_quickly` takes one rendering more than the text itself. It settles plain text and tool calls, and hands
+everything else back. A `Shape`, learned from a row it settled, takes none more for rows of plain text in the same
+roles: their text is compared with what the template puts around any words. What is settled in either way, the careful
+way of regions.py finds the same.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from training_hub.data.chat import Form, half_character
 from training_hub.data.findings import turn_problems
 from training_hub.data.regions import Closers, Habits, Place, Stage, Turn, close_other
 from training_hub.types import Conversation, Message
@@ -102,7 +106,8 @@ def _is_steady(stage: Stage, row: Conversation, each: Wanted, place: Place, habi
     if not each.is_answer or each.index == len(row.messages) - 1:
         return True
     with_calls = any(message.tool_calls for message in row.messages)
-    if not with_calls and (habits.steady or _is_between_questions(row, each.index)):
+    # Habits are of answers; a conversation that begins with one may be shown in another way.
+    if not with_calls and each.index and (habits.steady or _is_between_questions(row, each.index)):
         return habits.steady
     alone = stage.upto(each.index + 1)
     if alone is None or not alone.startswith(stage.full[: place.end]):
@@ -119,13 +124,10 @@ def _simple_place(
         return None
     if message.role != "assistant":
         return Place(shown, shown, end, *close_other(text, end, tail, closers))
-    if before.endswith(habits.header + habits.opening):
-        start = shown - len(habits.opening)
-    elif habits.header and before.endswith(habits.header):
-        start = shown
-    else:
+    lead = _lead(before, habits)
+    if lead is None:
         return None
-    return Place(start, shown, end, *closers.behind(text, end, tail))
+    return Place(shown - lead, shown, end, *closers.behind(text, end, tail))
 
 
 def _is_simple(message: Message) -> bool:
@@ -147,3 +149,85 @@ def _end_of_content(text: str, content: str, shown: int, behind: str) -> int | N
         if text.startswith(candidate, shown) and text.startswith(behind, end):
             return end
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a template puts around the words of plain messages in certain roles.
+
+    pieces: the text before, between and behind the messages' words. turns: (wanted message, how much of the piece
+    before its words is trained as well, what follows it where it is the last). notes: what holds for every such row.
+    """
+
+    form: Form
+    pieces: tuple[str, ...]
+    turns: tuple[tuple[Wanted, int, str], ...]
+    notes: tuple[str, ...]
+
+    def places(self, text: str, words: Sequence[str], closers: Closers) -> list[Place] | None:
+        """Where the wanted messages lie in `text`; None unless it is exactly these words between the pieces."""
+        starts, ends, at = [], [], len(self.pieces[0])
+        if not text.startswith(self.pieces[0]):
+            return None
+        for said, behind in zip(words, self.pieces[1:], strict=True):
+            end = _end_of_content(text, said, at, behind)
+            if end is None:
+                return None
+            starts.append(at)
+            ends.append(end)
+            at = end + len(behind)
+        if at != len(text):
+            return None
+        found = []
+        for each, lead, tail in self.turns:
+            shown, end = starts[each.index], ends[each.index]
+            closed = closers.behind(text, end, tail) if each.is_answer else close_other(text, end, tail, closers)
+            found.append(Place(shown - lead, shown, end, *closed))
+        return found
+
+
+def plain_words(row: Conversation, special: re.Pattern[str] | None) -> list[str] | None:
+    """The text of each message; None where a row says more to a template than that, or writes a special token."""
+    words = [message.content for message in row.messages if type(message.content) is str]
+    if row.tools or len(words) < len(row.messages) or not all(map(_is_plain, row.messages)):
+        return None
+    together = "\n".join(words)
+    if half_character(together) or (special and special.search(together)):
+        return None
+    return words
+
+
+def _is_plain(message: Message) -> bool:
+    bare = not (message.tool_calls or message.reasoning_content or message.name or message.tool_call_id)
+    return bare and _is_simple(message)
+
+
+def learn_shape(
+    stage: Stage, row: Conversation, wanted: Sequence[Wanted], habits: Habits | None, notes: tuple[str, ...]
+) -> Shape | None:
+    """The shape of rows like this one, which has only plain messages; None where more than words decides its text."""
+    everything = range(len(row.messages))
+    swapped = stage.with_sentinels(everything, len(row.messages))
+    if swapped is None or habits is None:
+        return None
+    pieces = swapped.split(stage.sentinel)
+    turns = []
+    for each in wanted:
+        index, tail = each.index, habits.tails.get(row.messages[each.index].role)
+        if tail is None or not (each.index == 0 or not each.is_answer or row.messages[index - 1].role == "user"):
+            return None
+        is_last = not each.is_answer or index == len(row.messages) - 1
+        if not (is_last or habits.steady or _is_between_questions(row, index)):
+            return None
+        lead = _lead(pieces[index], habits) if each.is_answer else 0
+        if lead is None:
+            return None
+        turns.append((each, lead, tail))
+    return Shape(stage.form, tuple(pieces), tuple(turns), notes)
+
+
+def _lead(before: str, habits: Habits) -> int | None:
+    """How much of the text before an answer's words is trained; None where no header of an answer ends it."""
+    if before.endswith(habits.header + habits.opening):
+        return len(habits.opening)
+    return 0 if habits.header and before.endswith(habits.header) else None

@@ -11,6 +11,7 @@ import codecs
 import csv
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -19,7 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from training_hub.data.files import BYTE_ORDER_MARK, DAMAGED, DataFile, open_bytes
+from training_hub.data.files import BYTE_ORDER_MARK, DAMAGED, DataFile, Swollen, open_bytes
+from training_hub.data.parquet import parquet_rows, without_null_fields
 from training_hub.types import Origin
 
 BLOCK_BYTES = 1 << 20
@@ -39,6 +41,7 @@ class Broken:
     is_end: bool = False
 
 
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 RawRow = dict[str, Any] | bytes | Broken
 Reader = Callable[[DataFile, "Counter[str]"], Iterator[tuple[int, RawRow]]]
 
@@ -164,6 +167,8 @@ def _too_long(place: str, file: DataFile) -> str:
 
 
 def _damaged(file: DataFile, where: str, error: Exception) -> str:
+    if isinstance(error, Swollen):
+        return f"{file.name}: {error}."
     return f"{file.name}: the {file.compression} data is cut short or damaged {where} ({error}); copy it again."
 
 
@@ -256,8 +261,7 @@ class _ArrayText:
 
     def _peek(self) -> str:
         while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
-                self._at += 1
+            self._at = WHITE_SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._fill():
@@ -364,17 +368,17 @@ def _csv_rows(rows: Any, header: list[str], file: DataFile, tally: Counter[str])
 
 
 def read_parquet(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow]]:
-    """Rows of a Parquet file, numbered from 1, a thousand at a time; null fields of nested structs are left out."""
+    """Rows of a Parquet file, numbered from 1; null fields of nested structs are left out."""
     import pyarrow
-    from pyarrow import parquet
 
     row = 0
     try:
-        with _seekable(file) as stream, parquet.ParquetFile(stream) as opened:
-            for batch in opened.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    row += 1
-                    yield row, without_null_fields(value, tally)
+        with _seekable(file) as stream:
+            for value in parquet_rows(stream, file.path.stat().st_size):
+                row += 1
+                yield row, without_null_fields(value, tally)
+    except Swollen as error:
+        yield row + 1, Broken(_damaged(file, "", error), is_end=True)
     except (pyarrow.ArrowException, OSError, *DAMAGED) as error:
         damaged = f"{file.name}: the Parquet data is damaged after row {row} ({error}); copy it again."
         yield row + 1, Broken(damaged, is_end=True)
@@ -392,25 +396,6 @@ def _seekable(file: DataFile) -> Iterator[Any]:
             shutil.copyfileobj(stream, unpacked)
         unpacked.seek(0)
         yield unpacked
-
-
-def without_null_fields(row: Mapping[str, Any], tally: Counter[str]) -> dict[str, Any]:
-    """The row without null fields in nested structs.
-
-    Arrow gives every struct of a column the same fields, so a tool call would otherwise carry the argument names of
-    all other tools, each with null. What was null and what absent cannot be told apart; tally["null_fields"] counts.
-    """
-    return {key: _pruned(value, tally) for key, value in row.items()}
-
-
-def _pruned(value: Any, tally: Counter[str]) -> Any:
-    if isinstance(value, dict):
-        kept = {key: _pruned(inner, tally) for key, inner in value.items() if inner is not None}
-        tally["null_fields"] += len(value) - len(kept)
-        return kept
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_pruned(inner, tally) for inner in value]
-    return value
 
 
 def read_text(file: DataFile, tally: Counter[str]) -> Iterator[tuple[int, RawRow]]:

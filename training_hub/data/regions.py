@@ -63,6 +63,9 @@ class Closers:
         `tail` is what the template puts behind a turn when it is the last. A special token directly behind the content
         counts if the model stops at it or if it stands there in `tail` too; otherwise it opens the next turn.
         """
+        directly = self.special_at(text, end)
+        if directly and directly.group() in self.stops:
+            return directly.end(), True
         tail = common_prefix(tail, text[end:])
         sure = self.snap(text, end + len(tail))
         at = end

@@ -35,7 +35,7 @@ def _round_keys(seed: int, stream: int, number: int) -> np.ndarray:
 
 def _crossed(values: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
     """A permutation of range(side * side)."""
-    left, right = values // side, values % side
+    left, right = np.divmod(values, side)
     for key in keys:
         left, right = right, (left + mixed(right ^ key) % side) % side
     return left * side + right

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training_hub.data.files import LONGEST_ROW_BYTES, DataFile, find_files, kind_by_name, recognise
-from training_hub.data.readers import READERS, Broken, RawRow, without_null_fields
+from training_hub.data.files import LONGEST_ROW_BYTES, DataFile, find_files, hint_near, kind_by_name, recognise
+from training_hub.data.parquet import without_null_fields
+from training_hub.data.readers import READERS, Broken, RawRow
 from training_hub.errors import DataError, RecipeError
 from training_hub.folders import sha256
 from training_hub.recipe.sections import Data, DataSource
-from training_hub.types import Origin
+from training_hub.types import Console, Origin
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?(\[\w+\])?")
 
@@ -31,14 +32,15 @@ Rows = Iterator[tuple[Origin, RawRow]]
 class Part:
     """One stream of a source: a file, or an object handed over.
 
-    `rows(tally)` opens it anew; `fingerprint()` is a hash of its contents, None where it can be read only once.
+    `rows(tally)` opens it anew; `fingerprint(console)` is a hash of its contents, shown as slow work, and None where it
+    can be read only once.
     `num_rows` is None where it is not known; `num_bytes` is the size of an uncompressed file of JSON lines; `unit` is
     what is counted. `changed()` is the problem line of a file that is no longer what it was when it was opened.
     """
 
     name: str
     rows: Callable[[Counter[str]], Rows]
-    fingerprint: Callable[[], str | None]
+    fingerprint: Callable[[Console], str | None]
     num_rows: int | None = None
     num_bytes: int | None = None
     unit: str = "row"
@@ -132,7 +134,14 @@ def _file_part(file: DataFile) -> Part:
             return None
         return f"{file.name}: the file changed while it was read. Wait until it is written, and run again."
 
-    return Part(file.name, rows, lambda: sha256(file.path), _rows_of_parquet(file), num_bytes, unit, changed)
+    return Part(
+        file.name, rows, lambda console: _sum_of(file, console), _rows_of_parquet(file), num_bytes, unit, changed
+    )
+
+
+def _sum_of(file: DataFile, console: Console) -> str:
+    with console.progress(f"recognising {file.name}", file.path.stat().st_size / 1e6, "MB") as advance:
+        return sha256(file.path, lambda count: advance(count / 1e6))
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -169,7 +178,7 @@ def _from_hub(named: str, split: str) -> Source:
     try:
         package = _datasets_package()
     except DataError as error:
-        raise DataError(f"{named} does not exist here; to look for it on the hub, {error}") from error
+        raise DataError(f"{_not_here(named)} To look for it on the hub, {error}") from error
     if named.endswith("]"):
         named, _, split = named.removesuffix("]").partition("[")
     name, _, configuration = named.partition(":")
@@ -178,10 +187,14 @@ def _from_hub(named: str, split: str) -> Source:
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{named} does not exist here, and the hub gives no split {split!r} of it: {first_line} "
-            "(a configuration and a split are named as org/name:configuration[split])"
+            f"{_not_here(name)} Taken as the name of a data set on the hub, it has no split {split!r} that can be "
+            f"had: {first_line} (a configuration and a split are named as org/name:configuration[split])"
         ) from error
     return _one_part(_dataset_part(loaded, f"{named}[{split}]"))
+
+
+def _not_here(named: str) -> str:
+    return f"{named}: there is no such file or folder here.{hint_near(Path(named))}"
 
 
 def _saved_dataset(path: Path, named: str, split: str) -> Source:
@@ -211,7 +224,7 @@ def open_object(rows: Any, name: str = "rows", split: str = "train") -> Source:
             return Source(name, tuple(part for source in opened for part in source.parts), notes=notes)
         return _one_part(_repeatable_part(lambda: rows, len(rows), name))
     if isinstance(rows, Iterable):
-        return _one_part(Part(name, lambda tally: _numbered(rows, name), lambda: None))
+        return _one_part(Part(name, lambda tally: _numbered(rows, name), lambda console: None))
     raise DataError(
         f"{name}: {type(rows).__name__} cannot be read; hand over a DataFrame, a `datasets` object or a list."
     )
@@ -232,7 +245,7 @@ def _chosen_split(rows: Any, name: str, split: str) -> Any:
 def _dataset_part(dataset: Any, name: str) -> Part:
     if hasattr(dataset, "__len__"):
         return _repeatable_part(lambda: dataset, len(dataset), name, is_arrow=True)
-    return Part(name, lambda tally: _numbered(dataset, name, tally), lambda: None)
+    return Part(name, lambda tally: _numbered(dataset, name, tally), lambda console: None)
 
 
 def _table_rows(table: Any) -> Iterator[dict[str, Any]]:
@@ -244,7 +257,11 @@ def _repeatable_part(again: Callable[[], Iterable[Any]], num_rows: int, name: st
     def rows(tally: Counter[str]) -> Rows:
         return _numbered(again(), name, tally if is_arrow else None)
 
-    return Part(name, rows, lambda: _hash_of_rows(again()), num_rows)
+    def fingerprint(console: Console) -> str:
+        with console.progress(f"recognising {name}", num_rows) as advance:
+            return _hash_of_rows(again(), advance)
+
+    return Part(name, rows, fingerprint, num_rows)
 
 
 def _frame_part(frame: Any, name: str) -> Part:
@@ -288,9 +305,10 @@ def _numbered(rows: Iterable[Any], name: str, arrow_tally: Counter[str] | None =
             yield origin, plain(row)
 
 
-def _hash_of_rows(rows: Iterable[Any]) -> str:
+def _hash_of_rows(rows: Iterable[Any], advance: Callable[[float], None]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(plain(row), default=repr).encode())
         digest.update(b"\n")
+        advance(1)
     return digest.hexdigest()

@@ -8,7 +8,7 @@
     manifest.json               size and sha256 of every file
 
 A folder is whole or not there (training_hub.folders). No pickle on any path.
-Columns are mapped, not read: memory does not grow with the samples. A part of a store holds 8 bytes for each of its own.
+Columns are mapped, not read: memory does not grow with the samples. A part of a store holds 8 bytes for each sample.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from training_hub.data.budget import Overrun
 from training_hub.data.sandbox import compile_template, refusal
 from training_hub.data.tokenizer import ChatTokenizer
-from training_hub.errors import DataError
+from training_hub.errors import DataError, HubError
 
 if TYPE_CHECKING:
     import jinja2
@@ -29,6 +29,12 @@ NAMED = ("chatml", "zephyr", "llama", "alpaca", "vicuna", "mistral")
 # miss, and a resumed run would not be the interrupted one. template_arguments: {strftime_now: 2026-05-01} sets another.
 DAY = "2025-01-01"
 LONGEST_MESSAGE = 2000
+
+
+class TemplateStopped(HubError, ValueError):
+    """A template went beyond the limits of a rendering. Not one row's DataError: the next would cost as much again."""
+
+    exit_code = DataError.exit_code
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class ChatTemplate:
         """The text of a conversation, equal to `apply_chat_template(tokenize=False)` of transformers 5.23.
 
         Keys whose value is None are left out and reasoning is also given as `thinking`, as there; `arguments` win over
-        special tokens. Raises DataError with the template's own message, or its line, where it refuses or fails.
+        special tokens. Raises DataError with the template's own message, or its line, where it refuses or fails, and
+        TemplateStopped where it works or grows beyond the limits.
         """
         source = self.tool_source if tools and self.tool_source is not None else self.source
         arguments = arguments or {}
@@ -168,6 +175,8 @@ def _run(name: str, source: str, variables: Mapping[str, Any]) -> str:
     compiled.environment.budget.begin(variables["messages"])  # type: ignore[attr-defined]
     try:
         return compiled.render(variables)
+    except Overrun as error:
+        raise TemplateStopped(_failure(name, error)) from error
     except (
         Exception
     ) as error:  # a template is foreign code and can raise anything; every failure becomes one of the row

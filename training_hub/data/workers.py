@@ -5,10 +5,12 @@ Workers are forked, so that tokenizer and template reach them without being pick
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -35,12 +37,14 @@ class Workers(Generic[Task, Result]):
     """`with Workers(work, 4) as workers: for result in workers.map(tasks)`: results in the order of the tasks.
 
     Task k goes to worker k modulo n and its result is read from there, so order costs nothing. An exception that
-    `work` raises is raised in the caller; a worker that dies is a DataError.
+    `work` raises is raised in the caller; a worker that dies is a DataError that says what it had before it, as
+    `name` puts the task.
     """
 
-    def __init__(self, work: Callable[[Task], Result], count: int):
+    def __init__(self, work: Callable[[Task], Result], count: int, name: Callable[[Task], str] = str):
         context = multiprocessing.get_context("fork")
         self._count = count
+        self._name = name
         # A queue sends from a thread of its own: a parent that sent directly could wait for a worker that waits for it.
         self._tasks: list[Any] = [context.Queue() for _ in range(count)]
         self._results: list[Connection] = []
@@ -71,24 +75,26 @@ class Workers(Generic[Task, Result]):
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
         """The result of each task, in order; at most two tasks per worker are under way."""
-        sent = received = 0
-        for task in tasks:
+        received = 0
+        under_way: deque[Task] = deque()
+        for sent, task in enumerate(tasks):
             self._tasks[sent % self._count].put(task)
-            sent += 1
-            if sent - received >= CHUNKS_PER_WORKER * self._count:
-                yield self._receive(received % self._count)
+            under_way.append(task)
+            if len(under_way) >= CHUNKS_PER_WORKER * self._count:
+                yield self._receive(received % self._count, under_way.popleft())
                 received += 1
-        for number in range(received, sent):
-            yield self._receive(number % self._count)
+        for number, task in enumerate(under_way, received):
+            yield self._receive(number % self._count, task)
 
-    def _receive(self, worker: int) -> Result:
+    def _receive(self, worker: int, task: Task) -> Result:
         try:
             result, error = self._results[worker].recv()
         except EOFError as ended:
             self._processes[worker].join(timeout=5)
             code = self._processes[worker].exitcode
             raise DataError(
-                f"a process that tokenises died (exit code {code}; -9 is often a lack of memory). Try data.workers: 0."
+                f"a process that tokenises died (exit code {code}; -9 is often a lack of memory) with "
+                f"{self._name(task)} before it. Look at these rows for one that is very long; or try data.workers: 0."
             ) from ended
         if error is not None:
             raise error
@@ -99,6 +105,7 @@ def _serve(work: Callable[[Any], Any], tasks: Any, results: Connection, parent: 
     # Ctrl-C reaches the whole process group; the parent answers it and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # what was inherited stays
     while True:
         try:
             task = tasks.get(timeout=2.0)
@@ -112,6 +119,17 @@ def _serve(work: Callable[[Any], Any], tasks: Any, results: Connection, parent: 
             return
         except Exception as error:  # Whatever it is: it is raised again where the result is read.
             results.send((None, error))
+
+
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Look for cycles a hundred times less often: a chunk makes many small records, and hardly any cycle among them."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import entry_points
@@ -17,11 +18,11 @@ from typing import Any
 from training_hub.algorithms import find_algorithm
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
-from training_hub.recipe.check import RIVALS
+from training_hub.recipe.check import RIVALS, Names
 from training_hub.recipe.load import Layer, build, layer_of, merge
 from training_hub.recipe.names import all_settings, nearest, nearest_setting, plain_type
 from training_hub.recipe.sections import DataSource
-from training_hub.recipe.translate import shown
+from training_hub.recipe.translate import missing, shown
 
 Settings = list[tuple[str, Any]]
 
@@ -81,13 +82,19 @@ def recipe_from(layer: Layer, *, algorithm: str, backend: str, live: Collection[
     layer = merge(Layer({"algorithm": algorithm, "backend": backend}), layer)
     entry = find_algorithm(str(layer.values["algorithm"]))
     contract = entry.contract(layer.values["backend"])
+    demanded = [path for path in (contract.required if contract else ()) if layer.values.get(path) is None]
     defaults = _defaults_beside(layer, contract.defaults if contract else {})
     problems = [] if contract else _unless_installed(layer.values["backend"], [c.name for c in entry.contracts])
     merged = merge(Layer(defaults), layer)
     return build(
         merged.values,
         spelled=merged.spelled,
-        problems=[*merged.problems, *problems, *_beside_live(layer, live)],
+        problems=[
+            *merged.problems,
+            *problems,
+            *_beside_live(layer, live),
+            *(missing(path, Names(merged.spelled)) for path in demanded),
+        ],
         required=(*entry.required, "data.path"),
         live=live,
     )
@@ -99,6 +106,7 @@ def request_from(keywords: Mapping[str, Any], function: str = "sft") -> Request:
     Unknown keywords and values that cannot be read are problems of the layer, told with all others by `recipe_from`.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
+    known = KEYWORDS_OF.get(function, KEYWORDS)
     rows, validation_rows = (
         given.pop(name) if is_live(given.get(name)) else None for name in ("data_path", "validation_data_path")
     )
@@ -108,12 +116,12 @@ def request_from(keywords: Mapping[str, Any], function: str = "sft") -> Request:
             kind = type(given.pop(name)).__name__
             problems.append(f"{name}: found a {kind}; allowed: a path, a list of paths, or rows. Hand over one split.")
     extra = layer_of(given.pop("overrides", None), "overrides")
-    problems += [unknown_keyword(name, function) for name in given if name not in KEYWORDS]
-    layer = _layer([KEYWORDS[name] for name in given if name in KEYWORDS], given)
+    problems += [unknown_keyword(name, function) for name in given if name not in known]
+    layer = _layer([known[name] for name in given if name in known], given)
     twice = [path for path in extra.values if path in layer.values]
     problems += [f"{path}: given twice, as {layer.spelled[path]} and in overrides. Keep one." for path in twice]
     layer = merge(layer, extra)
-    own_names = {keyword.path: keyword.name for keyword in reversed(_TABLE) if keyword.path not in extra.values}
+    own_names = {one.path: one.name for one in reversed([*known.values()]) if one.path not in extra.values}
     spelled = {**own_names, **layer.spelled}
     return Request(Layer(layer.values, spelled, (*problems, *layer.problems)), rows, validation_rows, watchers)
 
@@ -129,7 +137,7 @@ def is_live(value: Any) -> bool:
 
 def unknown_keyword(name: str, function: str) -> str:
     """The line for a keyword that nobody knows: the nearest one, or the setting that has this name."""
-    near = nearest(name, KEYWORDS)
+    near = nearest(name, KEYWORDS_OF.get(function, KEYWORDS))
     if near:
         return f"{function}() has no parameter '{name}'. Did you mean {near}?"
     setting = nearest_setting(name)
@@ -206,7 +214,16 @@ def _schedule_arguments(value: Any) -> Settings:
             f"lr_scheduler_kwargs: found {', '.join(shown(key) for key in wrong)}; allowed: a dictionary with some of "
             f"{', '.join(known)}. Write lr_scheduler_kwargs={{'min_lr': 1e-7}}"
         )
-    return [(f"lr_scheduler.{key}", one) for key, one in value.items()]
+    # The page of `osft` says dict[str, str], so that here a number may come as text.
+    return [(f"lr_scheduler.{key}", _number_in(one)) for key, one in value.items()]
+
+
+def _number_in(value: Any) -> Any:
+    for kind in (int, float):
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def _processes(value: Any) -> Settings:
@@ -342,5 +359,34 @@ _TABLE = (
     Keyword("mlflow_run_name", f"{_MLFLOW}run_name", _switches_on("mlflow", f"{_MLFLOW}run_name")),
 )
 
+_OSFT = (
+    Keyword("unfreeze_rank_ratio", "osft.unfreeze_rank_ratio"),
+    Keyword("target_patterns", "osft.targets"),
+    Keyword(
+        "osft_memory_efficient_init",
+        "",
+        _flag("osft_memory_efficient_init", []),
+        doc="Accepted either way: weights are always decomposed one at a time, beside a model that is loaded once.",
+        kind=bool,
+    ),
+)
+
 KEYWORDS: Mapping[str, Keyword] = MappingProxyType({keyword.name: keyword for keyword in _TABLE})
-REQUIRED_KEYWORDS = ("model_path", "data_path", "ckpt_output_dir")
+KEYWORDS_OF: Mapping[str, Mapping[str, Keyword]] = MappingProxyType(
+    {"sft": KEYWORDS, "osft": MappingProxyType({**KEYWORDS, **{keyword.name: keyword for keyword in _OSFT}})}
+)
+REQUIRED_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "sft": ("model_path", "data_path", "ckpt_output_dir"),
+        "osft": (
+            "model_path",
+            "data_path",
+            "unfreeze_rank_ratio",
+            "effective_batch_size",
+            "max_tokens_per_gpu",
+            "max_seq_len",
+            "learning_rate",
+            "ckpt_output_dir",
+        ),
+    }
+)

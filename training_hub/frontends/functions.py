@@ -125,3 +125,95 @@ def sft(
     given = {**locals()}  # every parameter by its name; nothing else is defined yet
     keywords = {**given.pop("kwargs"), **given}
     return create_algorithm("sft", keywords.pop("backend")).train(**keywords)
+
+
+def osft(
+    model_path: str | os.PathLike[str],
+    data_path: Any,
+    unfreeze_rank_ratio: float | None = None,
+    effective_batch_size: int | None = None,
+    max_tokens_per_gpu: int | None = None,
+    max_seq_len: int | None = None,
+    learning_rate: float | None = None,
+    ckpt_output_dir: str | os.PathLike[str] | None = None,
+    data_output_dir: str | None = None,
+    backend: str = "mini-trainer",
+    target_patterns: Sequence[str] | None = None,
+    seed: int | None = None,
+    use_liger: bool | None = None,
+    use_processed_dataset: bool | None = None,
+    unmask_messages: bool | None = None,
+    is_pretraining: bool | None = None,
+    block_size: int | None = None,
+    document_column_name: str | None = None,
+    lr_scheduler: str | None = None,
+    warmup_steps: int | None = None,
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None,
+    beta1: float | None = None,
+    beta2: float | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    checkpoint_at_epoch: bool | None = None,
+    save_final_checkpoint: bool | None = None,
+    num_epochs: float | None = None,
+    nproc_per_node: int | str | None = None,
+    nnodes: int | None = None,
+    node_rank: int | None = None,
+    rdzv_id: int | str | None = None,
+    rdzv_endpoint: str | None = None,
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    wandb_project: str | None = None,
+    wandb_entity: str | None = None,
+    wandb_run_name: str | None = None,
+    tensorboard_log_dir: str | None = None,
+    mlflow_tracking_uri: str | None = None,
+    mlflow_experiment_name: str | None = None,
+    mlflow_run_name: str | None = None,
+    trust_remote_code: bool | None = None,
+    *,
+    batch_size: int | None = None,
+    osft_memory_efficient_init: bool | None = None,
+    max_steps: int | None = None,
+    max_grad_norm: float | None = None,
+    chat_template: str | None = None,
+    validation_data_path: Any = None,
+    validation_split: float | None = None,
+    validation_frequency: int | None = None,
+    validate_at_epoch: bool | None = None,
+    save_best_val_loss: bool | None = None,
+    save_samples: int | None = None,
+    save_dtype: str | None = None,
+    callbacks: Sequence[Callable[[StepReport], None]] | Callable[[StepReport], None] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> TrainResult:
+    """Fine-tune a model while the largest singular directions of its weights stay as they are: orthogonal subspace
+    fine-tuning (Nayak et al. 2025, arXiv:2504.07097), for learning new tasks without forgetting old ones.
+
+    A parameter that is None is not given. What is required may also be given by its other name. An unknown parameter, a
+    value that is not allowed, a missing one and settings that contradict each other are a RecipeError (a ValueError)
+    that lists all of them, raised before anything is loaded.
+
+    Required:
+        model_path, data_path, ckpt_output_dir: as in `sft`.
+        unfreeze_rank_ratio: share of each matrix's singular directions that may move, from 0 (the matrices are frozen)
+            to 1 (they train in full); 0.1 to 0.5 is usual.
+        effective_batch_size (also batch_size): samples per optimizer step over all devices.
+        max_tokens_per_gpu: tokens at once on a device; bounds memory, never changes the result.
+        max_seq_len: longest sample in tokens. learning_rate: at its peak.
+    What is protected:
+        target_patterns: parts of the names of weights; without it all linear layers inside the blocks, and experts.
+            Everything else trains in full; overrides={"osft.others": "freeze"} leaves it as it is.
+        osft_memory_efficient_init: accepted either way; weights are always decomposed one at a time.
+    Data, optimizer, schedule, checkpoints, processes, watching:
+        as in `sft`. beta1, beta2, eps and weight_decay reach the factors as they reach all other weights.
+    Other:
+        overrides: any setting of the recipe by its path, {"osft.form": "core"}.
+        **kwargs: any other parameter of `sft`, or those of a backend of your own.
+
+    Returns a TrainResult; its history has `osft_leak` and `osft_drift` of every step.
+    """
+    given = {**locals()}  # every parameter by its name; nothing else is defined yet
+    keywords = {**given.pop("kwargs"), **given}
+    return create_algorithm("osft", keywords.pop("backend")).train(**keywords)

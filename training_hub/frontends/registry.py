@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from training_hub.algorithms import ALGORITHMS
 from training_hub.errors import RecipeError
-from training_hub.frontends.dialects import KEYWORDS, REQUIRED_KEYWORDS, recipe_from, request_from
+from training_hub.frontends.dialects import KEYWORDS_OF, REQUIRED_OF, recipe_from, request_from
 
 
 class Backend(ABC):
@@ -80,31 +80,60 @@ class TorchSFTBackend(ContractBackend):
     contract = "torch"
 
 
-class SFTAlgorithm(Algorithm):
-    """Supervised fine-tuning: all weights learn from the cross-entropy of the trained tokens."""
+class MiniTrainerOSFTBackend(ContractBackend):
+    """OSFT with the parameters and defaults of mini-trainer, run by our engine."""
 
-    backends = MappingProxyType({"instructlab-training": InstructLabTrainingSFTBackend, "torch": TorchSFTBackend})
+    algorithm = "osft"
+    contract = "mini-trainer"
+
+
+class TorchOSFTBackend(ContractBackend):
+    """OSFT with the recipe's own defaults, run by our engine."""
+
+    algorithm = "osft"
+    contract = "torch"
+
+
+class ContractAlgorithm(Algorithm):
+    """An algorithm whose keywords stand in the tables of `dialects`; subclasses name the function."""
+
+    function: ClassVar[str]
 
     def train(self, **keywords: Any) -> Any:
-        """Fine-tune; takes the keywords of `sft()` but for `backend`, and returns what the backend returns."""
+        """Train; takes the keywords of the function but for `backend`, and returns what the backend returns."""
         given = {name: value for name, value in keywords.items() if value is not None}
         return self.backend.execute_training({**self.keywords, **given})
 
     def get_required_params(self) -> dict[str, type]:
-        return {name: KEYWORDS[name].type() for name in REQUIRED_KEYWORDS}
+        return {name: KEYWORDS_OF[self.function][name].type() for name in REQUIRED_OF[self.function]}
 
     def get_optional_params(self) -> dict[str, type]:
-        return {name: keyword.type() for name, keyword in KEYWORDS.items() if name not in REQUIRED_KEYWORDS} | {
+        known, required = KEYWORDS_OF[self.function], REQUIRED_OF[self.function]
+        return {name: keyword.type() for name, keyword in known.items() if name not in required} | {
             "callbacks": list,
             "overrides": dict,
         }
+
+
+class SFTAlgorithm(ContractAlgorithm):
+    """Supervised fine-tuning: all weights learn from the cross-entropy of the trained tokens."""
+
+    function = "sft"
+    backends = MappingProxyType({"instructlab-training": InstructLabTrainingSFTBackend, "torch": TorchSFTBackend})
+
+
+class OSFTAlgorithm(ContractAlgorithm):
+    """Orthogonal subspace fine-tuning: the largest singular directions of each weight are protected."""
+
+    function = "osft"
+    backends = MappingProxyType({"mini-trainer": MiniTrainerOSFTBackend, "torch": TorchOSFTBackend})
 
 
 class AlgorithmRegistry:
     """Every algorithm and backend by name. What is registered holds for this process."""
 
     # The one place of the package that changes at run time: registering is what this class is for.
-    _algorithms: ClassVar[dict[str, type[Algorithm]]] = {"sft": SFTAlgorithm}
+    _algorithms: ClassVar[dict[str, type[Algorithm]]] = {"sft": SFTAlgorithm, "osft": OSFTAlgorithm}
     _backends: ClassVar[dict[str, dict[str, type[Backend]]]] = {}
 
     @classmethod

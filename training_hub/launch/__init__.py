@@ -37,11 +37,12 @@ def run(recipe: Recipe, given: Given | None = None) -> TrainResult:
     An unfinished run of the same recipe in the output folder goes on; a finished one is returned as it is. Raises
     RecipeError listing every objection, before anything is loaded.
     """
-    with stoppable() as stop:
-        try:
+    stop = Stop()
+    try:
+        with stoppable(stop):
             return _start(recipe, given or Given(), stop)
-        except KeyboardInterrupt as error:
-            raise interruption(stop.number, RunFolder(Path(recipe.output)).newest_checkpoint()) from error
+    except KeyboardInterrupt as error:
+        raise interruption(stop.number, RunFolder(Path(recipe.output)).newest_checkpoint()) from error
 
 
 def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
@@ -66,23 +67,34 @@ def _run(recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, conso
             console.say(f"output: {folder.path} holds this run, finished; to run it again: checkpoint.resume: restart")
             return earlier
         try:
-            with out_of_room_explained(folder):
-                write_recipe(folder, recipe)
-                write_json(folder.result, {"status": RUNNING, "process": os.getpid(), "host": socket.gethostname()})
-                result = engine.train(recipe, given)
-                stop.is_over = True
-                write_json(folder.result, as_json(result))
-        except KeyboardInterrupt:
+            result = _train(recipe, given, engine, folder, console, stop)
+        except KeyboardInterrupt:  # raised in the engine, or while an error of the engine was being written down
+            stop.is_over = True
             record(folder, failure(interruption(stop.number, folder.newest_checkpoint())), console)
-            raise
-        except Exception as error:
-            record(folder, failure(error), console)
             raise
         try:
             write_report(folder.path, result.history, {"settings": public_settings(recipe), **as_json(result)})
         except OSError as error:  # the model is there and whole: a missing page must not make the run a failed one
             console.say(f"report: {folder.path} got no report.html: {error}")
         return result
+
+
+def _train(
+    recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, console: Console, stop: Stop
+) -> TrainResult:
+    """Run the engine, and write down in result.json how that ended; KeyboardInterrupt is the caller's to write down."""
+    try:
+        with out_of_room_explained(folder):
+            write_recipe(folder, recipe)
+            write_json(folder.result, {"status": RUNNING, "process": os.getpid(), "host": socket.gethostname()})
+            result = engine.train(recipe, given)
+            stop.is_over = True  # what is left takes milliseconds
+            write_json(folder.result, as_json(result))
+            return result
+    except Exception as error:
+        stop.is_over = True
+        record(folder, failure(error), console)
+        raise
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from training_hub.errors import Interrupted
 
@@ -15,36 +15,48 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """What a signal does in a run while its engine does not listen: it raises KeyboardInterrupt, once, until `is_over`.
+    """What a signal does in a run while its engine does not listen: it raises KeyboardInterrupt, until `is_over`.
 
-    KeyboardInterrupt, since libraries let it pass where they catch Exception. An engine that has a better place to stop
-    puts its own handlers over these, and these back when it has heard once.
+    KeyboardInterrupt, since libraries let it pass where they catch Exception. While one is on its way out no other is
+    raised, so that what it passes can clean up; one that was lost on the way (Python drops what is raised in `__del__`)
+    does not make the run deaf to the next signal. An engine that has a better place to stop puts its own handlers over
+    these, and these back when it has heard once.
     """
 
     def __init__(self) -> None:
         self.number: int = signal.SIGINT
         self.is_over = False
+        self._raised: BaseException | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_over:  # the model is written, or the run is on its way out: what is left takes milliseconds
+        if self.is_over or self._is_on_its_way():
             return
-        self.number, self.is_over = number, True
-        raise KeyboardInterrupt
+        self.number, self._raised = number, KeyboardInterrupt()
+        raise self._raised
+
+    def _is_on_its_way(self) -> bool:
+        """Whether what a signal broke into is handling what was raised here, or an error that it led to."""
+        error = sys.exc_info()[1]
+        while error is not None and error is not self._raised:
+            error = error.__context__
+        return error is not None
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Within the block SIGTERM and SIGINT end the run as Interrupted, with every file whole or not there.
+def stoppable(stop: Stop) -> Iterator[None]:
+    """Within the block SIGTERM and SIGINT do what `stop` says; afterwards, what they did before.
 
     Signals reach the main thread only: elsewhere this does nothing.
     """
-    stop = Stop()
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop.note) for number in WATCHED}
+    is_main = threading.current_thread() is threading.main_thread()
+    # None: a handler that Python did not set and could not set again.
+    before = {number: handler for number in WATCHED if is_main and (handler := signal.getsignal(number)) is not None}
     try:
-        yield stop
+        for number in before:
+            signal.signal(number, stop.note)
+        yield
     finally:
+        stop.is_over = True
         for number, handler in before.items():
             signal.signal(number, handler)
 

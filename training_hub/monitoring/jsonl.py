@@ -29,10 +29,14 @@ def metrics_row(report: StepReport) -> dict[str, Any]:
             "trained_tokens": report.trained_tokens,
             "samples": report.samples,
             "tokens_per_second": report.tokens_per_second,
+            "trained_tokens_per_second": report.trained_tokens_per_second,
             "step_seconds": report.step_seconds,
             "memory_gib": report.memory_gib,
             "skipped": report.skipped,
         }
+    if report.peak_fraction is not None:
+        row["peak_fraction"] = report.peak_fraction
+    row |= report.measures
     if report.validation_loss is not None:
         row |= {"validation_loss": report.validation_loss, "validation_perplexity": report.validation_perplexity}
     row["time"] = report.time

@@ -21,12 +21,18 @@ def step_line(report: StepReport) -> str:
         f"loss {report.loss:.4f}" + (" (skipped)" if report.skipped else ""),
         f"lr {report.learning_rate:.2e}",
         f"grad norm {report.grad_norm:.3g}",
-        f"{rate(report.tokens_per_second)} tokens/s",
+        _speed(report),
         f"{report.memory_gib:.2f} GiB",
     ]
     if report.step < report.total_steps:
         parts.append(f"{duration(report.seconds_left)} left")
     return "  ".join(parts)
+
+
+def _speed(report: StepReport) -> str:
+    """'12.3k tokens/s (3.10k trained), 31 % of peak'."""
+    line = f"{rate(report.tokens_per_second)} tokens/s ({rate(report.trained_tokens_per_second)} trained)"
+    return line if report.peak_fraction is None else f"{line}, {report.peak_fraction:.0%} of peak"
 
 
 def titan_line(report: StepReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +15,7 @@ from training_hub.monitoring.settings import flattened, redacted
 from training_hub.monitoring.words import printable
 
 FILE_NAME = "report.html"
+PROFILE = "profile.json"
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1c1e21; --quiet: #646b73;
@@ -54,7 +56,7 @@ td { font-variant-numeric: tabular-nums; white-space: pre-wrap; }
 CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", (("loss", "training"), ("validation_loss", "validation"))),
     ("Learning rate", (("learning_rate", "learning rate"),)),
-    ("Tokens per second", (("tokens_per_second", "tokens per second"),)),
+    ("Tokens per second", (("tokens_per_second", "useful"), ("trained_tokens_per_second", "trained"))),
     ("Gradient norm", (("grad_norm", "gradient norm"),)),
 )
 """Title of each chart, and its lines: key in metrics.jsonl, and name."""
@@ -64,8 +66,12 @@ HEADLINES = (
     ("validation_loss", "validation loss"),
     ("validation_perplexity", "validation perplexity"),
     ("tokens_per_second", "tokens per second"),
+    ("trained_tokens_per_second", "trained per second"),
+    ("peak_fraction", "share of measured peak"),
     ("grad_norm", "gradient norm"),
     ("memory_gib", "memory (GiB)"),
+    ("osft_leak", "largest leak"),
+    ("osft_drift", "drift"),
 )
 
 
@@ -77,8 +83,16 @@ def write_report(run_folder: Path, history: Sequence[Mapping[str, Any]], result_
     what looks like a secret is left out. The file is whole or not there.
     """
     path = run_folder / FILE_NAME
-    write_text(path, report_page(run_folder.resolve().name, history, redacted(result_facts)))
+    facts = {**redacted(result_facts), **_profile(run_folder / PROFILE)}
+    write_text(path, report_page(run_folder.resolve().name, history, facts))
     return path
+
+
+def _profile(file: Path) -> dict[str, Any]:
+    """Where the time of a step went, if the run was asked to find out."""
+    if not file.is_file():
+        return {}
+    return {"seconds of a step": json.loads(file.read_text(encoding="utf-8"))["seconds"]}
 
 
 def report_page(title: str, history: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:

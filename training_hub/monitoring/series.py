@@ -16,9 +16,13 @@ def series(report: StepReport) -> dict[str, float]:
             "train/epoch": report.epoch,
             "train/trained_tokens": float(report.trained_tokens),
             "speed/tokens_per_second": report.tokens_per_second,
+            "speed/trained_tokens_per_second": report.trained_tokens_per_second,
             "speed/step_seconds": report.step_seconds,
             "speed/memory_gib": report.memory_gib,
         }
+        if report.peak_fraction is not None:
+            numbers["speed/peak_fraction"] = report.peak_fraction
+        numbers |= {f"train/{name}": value for name, value in report.measures.items()}
     if report.validation_loss is not None:
         numbers["validation/loss"] = report.validation_loss
     if report.validation_perplexity is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training_hub.recipe import Recipe
+from training_hub.recipe.secrets import SECRET_PARAMETER
 
 REDACTED = "[redacted]"
 
@@ -16,11 +17,8 @@ _SECRET_WORDS = frozenset(
         *("passwd", "password", "pwd", "secret", "secrets", "token"),
     )
 )
-# user:password@ in an address, and the values of secret-looking parameters after its question mark.
+# user:password@ in an address.
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+@")
-_SECRET_PARAMETER = re.compile(
-    r"([?&;][^=&\s]*(?:token|key|secret|password|signature|credential|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE
-)
 # Shapes of tokens of Hugging Face, OpenAI-like services, GitHub and AWS.
 _KNOWN_TOKEN = re.compile(r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})")
 
@@ -39,7 +37,7 @@ def redacted(value: Any) -> Any:
         return [redacted(inner) for inner in value]
     if isinstance(value, str):
         text = _USER_IN_ADDRESS.sub(f"{REDACTED}@", value)
-        return _KNOWN_TOKEN.sub(REDACTED, _SECRET_PARAMETER.sub(rf"\1{REDACTED}", text))
+        return _KNOWN_TOKEN.sub(REDACTED, SECRET_PARAMETER.sub(rf"\1{REDACTED}", text))
     return value
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Mapping
+
+from training_hub.monitoring.words import amount
 
 
 class ThroughputMeter:
@@ -41,6 +44,17 @@ class ThroughputMeter:
             return float("nan")
         mean = sum(taken for _, taken in self._recent) / len(self._recent)
         return mean * max(0, self._total_steps - self._done)
+
+
+def speed_line(metrics: Mapping[str, float]) -> str:
+    """The speed of a whole run in a line, from its final metrics."""
+    useful, trained = (amount(metrics[name]) for name in ("tokens_per_second", "trained_tokens_per_second"))
+    line = f"speed: {useful} useful tokens/s, {trained} trained tokens/s"
+    if "peak_fraction" not in metrics:
+        return line
+    peak = metrics["peak_tflops"]
+    shown = f"{peak:,.3g} TFLOP/s" if peak >= 1 else f"{peak * 1000:.3g} GFLOP/s"
+    return f"{line}; {metrics['peak_fraction']:.1%} of the {shown} that matrix products reached here at the start"
 
 
 def memory_gib() -> float:

@@ -1,16 +1,21 @@
-"""Settings that contradict each other, or that would be accepted and do nothing: found before anything is loaded."""
+"""Settings that contradict each other, or that would be accepted and do nothing: found before anything is loaded.
+
+`contradictions` needs nothing but the settings: every Recipe that exists is free of them, however it was made.
+`unmet` asks what the settings do not hold (live rows, users of this machine), and is asked where a recipe is built.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from training_hub.recipe.names import all_settings
-from training_hub.recipe.recipe import Recipe
 from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
+
+if TYPE_CHECKING:
+    from training_hub.recipe.recipe import Recipe
 
 # Two ways to say one thing. Where the caller names one, a default of the other gives way.
 RIVALS: tuple[tuple[str, str], ...] = (
@@ -18,6 +23,7 @@ RIVALS: tuple[tuple[str, str], ...] = (
     ("lr_scheduler.warmup_steps", "lr_scheduler.warmup_ratio"),
     ("data.validation", "data.validation_fraction"),
     ("processes.rdzv_endpoint", "processes.master_addr"),
+    ("osft.unfreeze_rank_ratio", "osft.energy"),
 )
 
 ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
@@ -28,13 +34,30 @@ HIGH_RATE = 1e-2
 NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "data.block_size": ("data.pretraining", (True,)),
     "data.cache_dir": ("data.cache", (True,)),
+    "data.cache_size": ("data.cache", (True,)),
     "data.max_bad_share": ("data.on_bad_row", ("skip",)),
+    "training.max_skipped": ("training.on_nonfinite", ("skip",)),
     "optimizer.beta1": ("optimizer.name", ADAM),
     "optimizer.beta2": ("optimizer.name", ADAM),
     "optimizer.eps": ("optimizer.name", (*ADAM, "Adagrad", "RMSprop")),
     "optimizer.momentum": ("optimizer.name", ("SGD", "RMSprop")),
+    "optimizer.state": ("optimizer.name", ("AdamW",)),
     "lr_scheduler.min_lr": ("lr_scheduler.name", ("cosine", "linear", "wsd")),
     "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
+    **{
+        f"osft.{name}": ("algorithm", ("osft",))
+        for name in (
+            "unfreeze_rank_ratio",
+            "energy",
+            "targets",
+            "others",
+            "form",
+            "split_fused",
+            "gradients",
+            "carry",
+            "cache",
+        )
+    },
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
     "monitoring.wandb_entity": ("monitoring.wandb", (True,)),
     "monitoring.wandb_run_name": ("monitoring.wandb", (True,)),
@@ -79,23 +102,31 @@ class Contradiction:
     message: str
 
 
-def contradictions(recipe: Recipe, names: Names, live: Collection[str] = ()) -> list[Contradiction]:
-    """All settings of `recipe` that are at odds. `live`: paths that a live object stands in for (`data.validation`)."""
+def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
+    """All settings of `recipe` that are at odds with each other, or that no run could be saved with."""
     checks: tuple[Callable[[Recipe, Names], Iterator[Contradiction]], ...] = (
         _given_both_ways,
         _without_effect,
         _lengths,
         _pretraining,
         _learning_rate,
+        _osft,
         _processes,
     )
     unusable = list(_unusable_texts(recipe, names))
     found = [one for check in checks for one in check(recipe, names)]
-    if "data.validation" not in live:
-        found += _validation(recipe, names)
     # A text that cannot be used is neither compared with anything nor repeated: it may be a password.
     named = {path for one in unusable for path in one.paths}
     return unusable + [one for one in found if not named.intersection(one.paths)]
+
+
+def unmet(recipe: Recipe, names: Names, live: Collection[str] = ()) -> list[Contradiction]:
+    """What `recipe` relies on and is not there: validation rows, a user whose home is named.
+
+    live: paths that a live object stands in for (`data.validation`).
+    """
+    rows = [] if "data.validation" in live else list(_validation(recipe, names))
+    return [*_homes(recipe, names), *rows]
 
 
 def value_at(recipe: Recipe, path: str) -> Any:
@@ -106,9 +137,15 @@ def value_at(recipe: Recipe, path: str) -> Any:
     return value
 
 
+def _is_default(recipe: Recipe, path: str) -> bool:
+    section, _, name = path.rpartition(".")
+    owner = value_at(recipe, section) if section else recipe
+    return bool(getattr(owner, name) == type(owner).model_fields[name].get_default(call_default_factory=True))
+
+
 def _given_both_ways(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     for first, second in RIVALS:
-        if all(value_at(recipe, path) != all_settings()[path].default for path in (first, second)):
+        if not _is_default(recipe, first) and not _is_default(recipe, second):
             yield Contradiction(
                 (first, second),
                 f"{names(first)} and {names(second)}: both are given, and one excludes the other. Leave one out.",
@@ -117,13 +154,12 @@ def _given_both_ways(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 def _without_effect(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     for path, (owner, values) in NEEDS.items():
-        found = value_at(recipe, path)
-        if found == all_settings()[path].default or value_at(recipe, owner) in values:
+        if _is_default(recipe, path) or value_at(recipe, owner) in values:
             continue
         wanted = " or ".join(f"{owner}: {_plainly(value)}" for value in values)
         yield Contradiction(
             (path, owner),
-            f"{names(path)}: {_plainly(found)} would change nothing while {names(owner)} is "
+            f"{names(path)}: {_plainly(value_at(recipe, path))} would change nothing while {names(owner)} is "
             f"{_plainly(value_at(recipe, owner))}; it needs {wanted}. Set that, or leave {path} out.",
         )
 
@@ -165,7 +201,7 @@ def _learning_rate(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names('lr_scheduler.min_lr')}: found {schedule.min_lr}; allowed: at most {names('optimizer.lr')}, "
             f"which is {peak}. Write {names.write('lr_scheduler.min_lr', peak / 10)}.",
         )
-    if peak > 1 and recipe.optimizer.name in ADAM:
+    if peak > 1 and recipe.optimizer.name != "SGD":  # all others scale gradients to about 1
         yield Contradiction(
             ("optimizer.lr",),
             f"{names('optimizer.lr')}: found {peak}; {recipe.optimizer.name} moves every weight by about this much in "
@@ -176,6 +212,24 @@ def _learning_rate(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             ("lr_scheduler.warmup_ratio", "lr_scheduler.decay_ratio"),
             f"{names('lr_scheduler.warmup_ratio')} and {names('lr_scheduler.decay_ratio')}: {schedule.warmup_ratio} + "
             f"{schedule.decay_ratio} is more than the whole run. Lower one, so that their sum is at most 1.",
+        )
+
+
+def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    if recipe.algorithm != "osft":
+        return
+    ratio, energy = "osft.unfreeze_rank_ratio", "osft.energy"
+    if recipe.osft.unfreeze_rank_ratio is None and recipe.osft.energy is None:
+        yield Contradiction(
+            (ratio, energy),
+            f"{names(ratio)}: not given; allowed: a number of at least 0 and at most 1. "
+            f"Write {names.write(ratio, 0.3)}",
+        )
+    if recipe.optimizer.name == "Adafactor":
+        yield Contradiction(
+            ("optimizer.name",),
+            f"{names('optimizer.name')}: Adafactor makes its steps in proportion to a weight, and OSFT trains "
+            f"differences that begin at 0. Write {names.write('optimizer.name', 'AdamW')}",
         )
 
 
@@ -204,7 +258,7 @@ def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 def _unusable_texts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     """Texts that cannot be saved with the run, or must not be."""
     for path, text in texts_in(recipe.model_dump(mode="python")):
-        secret = secret_in(text)
+        secret = secret_in(text, path)
         if secret:
             yield Contradiction(
                 (path,),
@@ -218,7 +272,11 @@ def _unusable_texts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
                 f"{names(path)}: found {ascii(text)[:80]}, which holds a NUL or bytes that are not UTF-8; no file and "
                 "no saved recipe can be called so. Rename it.",
             )
-        elif path in IN_HOME and text.startswith("~") and os.path.expanduser(text) == text:
+
+
+def _homes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for path, text in texts_in(recipe.model_dump(mode="python")):
+        if path in IN_HOME and text.startswith("~") and os.path.expanduser(text) == text and not secret_in(text):
             yield Contradiction(
                 (path,), f"{names(path)}: found {text!r}, but there is no such user. Write the whole path."
             )

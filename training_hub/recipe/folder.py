@@ -33,8 +33,10 @@ FREE_TO_CHANGE = (
     "data.workers",
     "data.cache",
     "data.cache_dir",
+    "data.cache_size",
     "data.max_bad_share",
     "training.on_nonfinite",
+    "training.max_skipped",
     "training.preflight",
 )
 

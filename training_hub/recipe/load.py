@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from training_hub.errors import RecipeError
-from training_hub.recipe.check import Names, contradictions, value_at
+from training_hub.recipe.check import Names, contradictions, unmet, value_at
 from training_hub.recipe.names import (
     REQUIRED,
     Setting,
@@ -27,7 +27,7 @@ from training_hub.recipe.names import (
     resolve,
     sections,
 )
-from training_hub.recipe.recipe import Recipe
+from training_hub.recipe.recipe import TOLD_BY_CALLER, Recipe
 from training_hub.recipe.translate import missing, problems_of, shown, unknown
 from training_hub.recipe.yaml_text import read_yaml, write_yaml
 
@@ -146,7 +146,8 @@ def build(
     absent = [path for path in required if path not in {*bad, *live} and value_at(recipe, path) in (None, "", [])]
     found += [missing(path, names) for path in absent]
     # A contradiction with a setting that is wrong itself may vanish once that is put right.
-    found += [one.message for one in contradictions(recipe, names, live) if not bad.intersection(one.paths)]
+    at_odds = [*contradictions(recipe, names), *unmet(recipe, names, live)]
+    found += [one.message for one in at_odds if not bad.intersection(one.paths)]
     if found:
         raise RecipeError(found)
     return recipe
@@ -201,12 +202,12 @@ def _not_a_setting(name: str, value: Any) -> str:
 def _validate(values: Mapping[str, Any], names: Names) -> tuple[Recipe, list[str], set[str]]:
     """The recipe of `values`, or of those that are right with stand-ins for the rest; problems; wrong paths."""
     try:
-        return Recipe.model_validate(_nest(values)), [], set()
+        return Recipe.model_validate(_nest(values), context=TOLD_BY_CALLER), [], set()
     except ValidationError as error:
         lines, bad = problems_of(error, names)
     rest = {path: value for path, value in values.items() if not any(_is_at_or_in(path, one) for one in bad)}
     stand_ins = {path: "?" for path, setting in all_settings().items() if setting.default is REQUIRED}
-    return Recipe.model_validate(_nest({**stand_ins, **rest})), lines, bad
+    return Recipe.model_validate(_nest({**stand_ins, **rest}), context=TOLD_BY_CALLER), lines, bad
 
 
 def _is_at_or_in(path: str, setting: str) -> bool:

@@ -46,6 +46,7 @@ SPELLINGS: Mapping[str, str] = MappingProxyType(
         "training.max_grad_norm": "training.max_norm",  # Hugging Face
         "optimizer.learning_rate": "optimizer.lr",  # training_hub
         "lr_scheduler.num_warmup_steps": "lr_scheduler.warmup_steps",  # mini-trainer
+        "osft.target_patterns": "osft.targets",  # training_hub
         "monitoring.tensorboard_log_dir": "monitoring.tensorboard",  # training_hub
         "processes.nproc_per_node": "processes.procs",  # torchrun
         "processes.nnodes": "processes.nodes",  # torchrun

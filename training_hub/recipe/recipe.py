@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
 
+from training_hub.recipe.check import Names, contradictions
+from training_hub.recipe.osft import Osft
 from training_hub.recipe.sections import (
     Checkpoint,
     Data,
@@ -18,12 +20,18 @@ from training_hub.recipe.sections import (
     Training,
 )
 
+# Validation context of recipe.load, which tells contradictions itself: with the rest, in the caller's words.
+TOLD_BY_CALLER = object()
+
 
 class Recipe(Section):
-    """One run. Saved as recipe.yaml in the run folder and beside every checkpoint; YAML and back is exact."""
+    """One run. Saved as recipe.yaml in the run folder and beside every checkpoint; YAML and back is exact.
+
+    A recipe that exists is valid: settings at odds with each other are refused here as well as in `recipe.load`.
+    """
 
     algorithm: str = "sft"
-    """What is learned and what may move: sft."""
+    """What is learned and what may move: sft, osft."""
 
     backend: str = "torch"
     """Engine, or the name of a package whose parameters and defaults are to hold."""
@@ -39,7 +47,16 @@ class Recipe(Section):
     training: Training = Field(default_factory=Training)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
+    osft: Osft = Field(default_factory=Osft)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitoring: Monitoring = Field(default_factory=Monitoring)
     processes: Processes = Field(default_factory=Processes)
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self, info: ValidationInfo) -> Recipe:
+        if info.context is not TOLD_BY_CALLER:
+            found = contradictions(self, Names())
+            if found:
+                raise ValueError("\n".join(one.message for one in found))
+        return self

@@ -37,7 +37,12 @@ class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # it may be a password
     )
 
 
@@ -162,6 +167,10 @@ class Data(Section):
     cache_dir: str | None = None
     """Where tokenised data is kept. Default: training_hub in the user's cache folder."""
 
+    cache_size: Positive = 20
+    """Gigabytes (of 10^9 bytes) that kept tokenised data may take. What was not used for longest goes first, never what
+    a running process uses."""
+
 
 class Training(Section):
     """How much is learned from, and in what steps."""
@@ -182,11 +191,19 @@ class Training(Section):
     """Tokens that go through a device at once. Bounds memory and never changes the result. Default: the larger of
     8192 and max_seq_len."""
 
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What layers forget in forward and make again in backward; changes memory and time, never the result.
+    full: all but their input. selective: not the results of matrix products and of torch's attention. auto: as little
+    as the device's free memory allows, by the plan's estimate."""
+
     max_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm over all weights; 0 turns clipping off."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN or infinite loss or gradient does: stop the run naming the rows, or leave the step out."""
+
+    max_skipped: Count = 10
+    """With on_nonfinite: skip, so many steps left out in a row stop the run all the same."""
 
     preflight: bool = True
     """Before the first step, prove on this model and these rows what training relies on: masks, stop token, packing,
@@ -216,6 +233,11 @@ class Optimizer(Section):
 
     momentum: Decay = 0.0
     """Momentum (SGD, RMSprop)."""
+
+    state: Literal["full", "split", "8bit"] = "full"
+    """What AdamW keeps of each bfloat16 weight beside it. full: a float32 master and two float32 moments, 12 bytes.
+    split: 16 bits that make the weight a float32 one, and the moments, 10 bytes; the same steps. 8bit: the moments in
+    one byte each, 4 bytes; nearly the same steps. Float32 weights need no master: 8, 8 and 2 bytes."""
 
 
 class LRScheduler(Section):
@@ -288,6 +310,10 @@ class Monitoring(Section):
 
     log_interval: Count = 1
     """Report every so many steps; metrics.jsonl always has every step."""
+
+    profile: bool = False
+    """Take three steps after the second apart: seconds of matrix products, attention, elementwise work, loss head,
+    optimizer and waiting for data, shown at the end and written to `profile.json`. Slows those three steps."""
 
     tensorboard: bool | str = False
     """Write TensorBoard files to `tensorboard` in the output folder, or to this folder."""

@@ -11,7 +11,15 @@ from training_hub.recipe.check import Names
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, nearest, owner_of
 from training_hub.recipe.sections import DataSource
 
-EXAMPLES = {"model.path": "MODEL_FOLDER", "output": "OUTPUT_FOLDER", "data.path": "FILE.jsonl"}
+EXAMPLES = {
+    "model.path": "MODEL_FOLDER",
+    "output": "OUTPUT_FOLDER",
+    "data.path": "FILE.jsonl",
+    "training.global_batch_size": 16,
+    "training.max_tokens_per_gpu": 8192,
+    "training.max_seq_len": 4096,
+    "optimizer.lr": 1e-5,
+}
 
 
 def problems_of(error: ValidationError, names: Names) -> tuple[list[str], set[str]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,3 +91,18 @@ def test_no_gradient_is_formed_where_none_is_wanted() -> None:
 def test_chunks_hold_about_64_mebibytes_of_logits_on_a_cpu() -> None:
     assert chunk_rows(32_000, "cpu") == 64 * 2**20 // (4 * 32_000)
     assert chunk_rows(10**6, "cpu") == head_module.SMALLEST_CHUNK
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads a process's peak as Linux gives it")
+def test_the_peak_with_a_large_vocabulary_does_not_contain_the_logits() -> None:
+    script = (
+        "import resource, torch; from training_hub.backends.torch_engine.objectives.head import Head;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
+        "weight = torch.zeros(131072, 8, dtype=torch.bfloat16, requires_grad=True);"
+        "hidden = torch.ones(8192, 8, dtype=torch.bfloat16, requires_grad=True);"
+        "run = lambda rows: Head(weight).loss(hidden[:rows], torch.arange(rows), torch.ones(rows)).backward();"
+        "run(16); before = peak(); run(8192); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # The logits of 8,192 tokens are 2 GiB in bfloat16 and 4 in float32.
+    assert int(done.stdout) < 0.75 * 2**30

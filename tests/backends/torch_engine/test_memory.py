@@ -7,6 +7,8 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import FAMILIES, random_pack, tiny_config, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
+from training_hub.backends.torch_engine.fused.build import kernels
+from training_hub.backends.torch_engine.fused.swap import swap
 from training_hub.backends.torch_engine.memory import (
     GIB,
     STATES,
@@ -50,7 +52,10 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: torch.dtype):
     model = tiny_model(family, dtype)
     model.set_attn_implementation(DOCUMENTS)
     pack = random_pack(LENGTHS)
-    predicted = saved_bytes(blank_like(model).to(dtype), pack, is_copied=True)
+    on_kernels = kernels() is not None
+    if on_kernels:
+        swap(model)
+    predicted = saved_bytes(blank_like(tiny_model(family)).to(dtype), pack, is_copied=True, on_kernels=on_kernels)
     # Fused attention also keeps a number per query and head, and pads widths as small as these; found up to 7.6 %.
     assert predicted == pytest.approx(really_saved(model, pack), rel=0.1)
 
@@ -59,9 +64,17 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: torch.dtype):
 def test_every_family_has_an_estimate_or_a_reason(family: str):
     found = estimate(tiny_model(family), Optimizer(), torch.float32, CPU, random_pack(LENGTHS))
     assert (found["activations"] is None) == bool(found["note"])
-    assert found["total"] == pytest.approx(
-        sum(found[name] or 0 for name in ("weights", "masters", "gradients", "optimizer", "activations", "logits"))
-    )
+    always = sum(found[name] for name in ("libraries", "weights", "masters", "optimizer", "gaps"))
+    assert found["total"] == pytest.approx(always + found["gradients"] + (found["activations"] or 0) + found["logits"])
+
+
+def test_gradients_and_activations_of_a_single_pack_are_not_there_at_once():
+    model, pack = tiny_model("llama"), random_pack(LENGTHS)
+    found = estimate(model, Optimizer(), torch.float32, CPU, pack, accumulates=False)
+    always = sum(found[name] for name in ("libraries", "weights", "masters", "optimizer", "gaps"))
+    forward = found["activations"] + found["logits"]
+    assert found["total"] == pytest.approx(always + max(forward, found["gradients"]))
+    assert found["total"] < estimate(model, Optimizer(), torch.float32, CPU, pack)["total"]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

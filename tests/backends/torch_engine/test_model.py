@@ -242,9 +242,11 @@ def test_code_in_the_folder_is_no_problem_once_it_is_trusted(folder: Path) -> No
     assert folder_problems(str(folder), trust_remote_code=True) == []
 
 
-def test_automatic_format_is_bfloat16_only_where_matrix_units_do_it() -> None:
-    has_units = torch.cpu._is_amx_tile_supported()
-    assert choose_dtype("auto", CPU) == (torch.bfloat16 if has_units else torch.float32)
+def test_automatic_format_is_bfloat16_only_where_the_processor_multiplies_it() -> None:
+    file = Path("/proc/cpuinfo")
+    flags = file.read_text(encoding="utf-8").split() if file.exists() else []
+    multiplies = "amx_bf16" in flags or "avx512_bf16" in flags
+    assert choose_dtype("auto", CPU) == (torch.bfloat16 if multiplies else torch.float32)
     assert choose_dtype("float64", CPU) == torch.float64
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
 

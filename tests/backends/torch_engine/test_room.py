@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 
 from tests.invariants.run import recipe, train
-from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.room import BESIDE_TENSORS, Room, disk_errors_explained, room, saves_ahead
 from training_hub.errors import DiskError
 
@@ -20,8 +19,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_files_written(tiny_model_folder
 
     asked = recipe(tiny_model_folder, chat_file, tmp_path / "run", checkpoint={"interval": 4})
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    updater = Updater(Masters(model.named_parameters()), asked.optimizer, 1.0)
-    expected = room(asked, updater.masters, model, torch.float32, saves=2, kept=0)
+    expected = room(asked, model, torch.float32, torch.float32, saves=2, kept=0)
     result = train(tiny_model_folder, chat_file, tmp_path / "run", checkpoint={"interval": 4})
     written = sum(path.stat().st_size for path in result.checkpoints[-1].iterdir())
     assert written <= expected.checkpoint <= written + BESIDE_TENSORS
@@ -37,7 +35,7 @@ def test_one_more_than_are_kept_is_on_disk_at_once(
 ):
     asked = recipe(tiny_model_folder, chat_file, tmp_path / "run", checkpoint={"keep_last": keep_last, "final": False})
     layer = torch.nn.Linear(8, 8)
-    needed = room(asked, Masters(layer.named_parameters()), layer, torch.float32, saves, kept)
+    needed = room(asked, layer, torch.float32, torch.float32, saves, kept)
     assert needed.needed == folders * needed.checkpoint
 
 

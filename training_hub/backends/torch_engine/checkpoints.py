@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -96,18 +97,28 @@ class Checkpoints:
     def load(self, step: int) -> State:
         """The state saved at `step`, on the CPU. Call `newest_valid` first: this does not check sums again."""
         folder = self.folder(step)
+        return State(
+            step=step,
+            weights=load_file(folder / "model.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            facts=self.facts(step),
+        )
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was noted beside the tensors of `step`."""
+        folder = self.folder(step)
         facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         if facts.get("version") != TRAINER_VERSION:
             raise CheckpointError(
                 f"{folder}: written in format {facts.get('version')}, this version reads {TRAINER_VERSION}. "
                 "Use the version that wrote it, or set checkpoint.resume: restart."
             )
-        return State(
-            step=step,
-            weights=load_file(folder / "model.safetensors"),
-            optimizer=load_file(folder / "optimizer.safetensors"),
-            facts=facts,
-        )
+        return facts
+
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights of `step`, without reading one."""
+        with safe_open(self.folder(step) / "model.safetensors", framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def _misnamed(self, step: int) -> list[str]:
         inside = manifest(self.folder(step)).get("step")

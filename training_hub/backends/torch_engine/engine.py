@@ -16,11 +16,12 @@ import torch
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
+from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
+from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.export import export
-from training_hub.backends.torch_engine.loop import Run, dry_step, model_facts, resume, train
+from training_hub.backends.torch_engine.loop import Run, dry_step, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
-from training_hub.backends.torch_engine.memory import estimate
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
     choose_device,
@@ -28,22 +29,27 @@ from training_hub.backends.torch_engine.model import (
     folder_problems,
     load_model,
 )
+from training_hub.backends.torch_engine.model_folder import hub_problem
 from training_hub.backends.torch_engine.objectives import OBJECTIVES
 from training_hub.backends.torch_engine.optim import Masters, Updater
-from training_hub.backends.torch_engine.plan import describe, feed_settings, plan, summary
+from training_hub.backends.torch_engine.plan import describe, feed_settings, memory_of, plan, summary
 from training_hub.backends.torch_engine.preflight import packed_equals_alone
+from training_hub.backends.torch_engine.processor import prepare_processor
+from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
+from training_hub.backends.torch_engine.profile import table as split_table
 from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
-from training_hub.backends.torch_engine.room import free_bytes, room, saves_ahead
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.backends.torch_engine.work import Scale, measured_peak, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed
-from training_hub.errors import DiskError, RecipeError, TrainingError
+from training_hub.errors import RecipeError, TrainingError
 from training_hub.evaluation.metrics import perplexity
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.jsonl import read_metrics
 from training_hub.monitoring.proof_table import as_json, table
+from training_hub.monitoring.throughput import speed_line
 from training_hub.monitoring.watchers import open_watchers
 from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
@@ -63,10 +69,7 @@ class TorchEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
-        found = self._process_problems(recipe)
-        if Path(recipe.model.path).expanduser().exists():
-            found += folder_problems(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        return found
+        return [*self._process_problems(recipe), *self._model_problems(recipe)]
 
     def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
         """The plan of a run of this recipe here, as its plan.json says it, without loading weights.
@@ -77,6 +80,16 @@ class TorchEngine:
         if problems:
             raise RecipeError(problems)
         return plan(recipe, console, measures=measures)
+
+    def _model_problems(self, recipe: Recipe) -> list[str]:
+        chosen = recipe.model
+        if chosen.path.startswith("("):  # not a path: it stands for a model that is handed over
+            return []
+        found = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
+        if found or Path(chosen.path).expanduser().exists():
+            return found
+        problem = hub_problem(chosen.path, chosen.revision)
+        return [problem] if problem else []
 
     def _process_problems(self, recipe: Recipe) -> list[str]:
         found = []
@@ -100,15 +113,31 @@ class TorchEngine:
         began = time.perf_counter()
         materials = load_materials(recipe, given, console, folder.rejects)
         device = choose_device()
+        prepare_processor(device)
         dtype = choose_dtype(recipe.model.dtype, device)
+        step = None
+        if given.model is None:
+            step = starting_step(outline(recipe, materials, device, dtype), console)
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_model(recipe, device, dtype, model=given.model)
         run = assemble(recipe, loaded, materials, device, dtype, console)
-        planned = describe(recipe, materials, run.model, run.feed, device, dtype, loaded.original_dtype)
+        if given.model is not None:  # there were no weights to read, so nothing is asked too late
+            known = Outline(
+                recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, run.adaptation.holdings()
+            )
+            step = starting_step(known, console)
+        planned = describe(
+            recipe, materials, run.model, run.feed, device, dtype, loaded.original_dtype, run.adaptation.holdings()
+        )
+        forget_activations(run, planned["activation_checkpointing"])
         write_json(folder.plan, planned)
         console.say(summary(planned))
-        go_on(run, console)
-        check_room(run, loaded.original_dtype)
+        if step is not None:
+            resume(run, step)
+            console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
+        run.scale = Scale(work_of(run.model), measured_peak(device, dtype))
+        if recipe.monitoring.profile:
+            run.profile = StepProfile(run.step + 1, run.feed.total_steps - run.step, device, folder.path / FILE_NAME)
         with (
             memory_errors_explained(run),
             StopRequest() as stop,
@@ -123,6 +152,8 @@ class TorchEngine:
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)
+            for line in speed_lines(run, folder):
+                console.say(line)
             # Within reach of the stop request: a first signal lets the final model be finished.
             model_path = finish(run, loaded, materials, folder, console) if recipe.checkpoint.final else None
         return self._result(run, folder, planned, model_path, time.perf_counter() - began)
@@ -132,12 +163,15 @@ class TorchEngine:
         console = open_console(recipe.monitoring.console)
         materials = load_materials(recipe, given, console)
         device = choose_device()
+        prepare_processor(device)
         dtype = choose_dtype(recipe.model.dtype, device)
         loaded = load_model(recipe, device, dtype, model=given.model)
         run = assemble(recipe, loaded, materials, device, dtype, console)
+        holdings, free = run.adaptation.holdings(), free_gib(device)
+        how, memory = memory_of(recipe, run.model, run.feed, device, dtype, holdings, free)
+        forget_activations(run, how)
         with memory_errors_explained(run):
             dry_step(run)
-            memory = estimate(run.model, recipe.optimizer, dtype, device, run.feed.largest_pack())
             return preflight(run, loaded, materials, given, memory, RunFolder(Path(recipe.output)), thorough=True)
 
     def _result(
@@ -149,7 +183,7 @@ class TorchEngine:
             output_dir=folder.path,
             model_path=model_path,
             checkpoints=tuple(run.checkpoints.folder(step) for step in run.checkpoints.steps()),
-            metrics=final_metrics(run, history),
+            metrics={**final_metrics(run, history), **plain_numbers(run.adaptation.metrics())},
             history=history,
             plan=plan,
             engine=self.name,
@@ -173,29 +207,35 @@ def assemble(
     algorithm = find_algorithm(recipe.algorithm)
     adaptation = ADAPTATIONS[algorithm.adaptation](recipe)
     model = adaptation.attach(loaded.model)
+    adaptation.begin(console)
     objective, note = OBJECTIVES[algorithm.objective](model)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
     is_packed = recipe.data.packing and can_pack(model, objective, dtype, console)
     store = materials.prepared.train
+    masters = Masters(model.named_parameters(), adaptation, are_split=recipe.optimizer.state != "full")
     return Run(
         recipe=recipe,
         model=model,
         objective=objective,
         adaptation=adaptation,
-        updater=Updater(Masters(model.named_parameters()), recipe.optimizer, recipe.training.max_norm),
+        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm),
         feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
         device=device,
         console=console,
-        facts={
-            "data_fingerprint": store.fingerprint,
-            "tokenizer_fingerprint": materials.tokenizer.fingerprint,
-            "model_config": model_facts(loaded.model),
-            "versions": versions(),
-        },
+        facts={**facts_of(materials, loaded.model), "versions": versions()},
     )
+
+
+def forget_activations(run: Run, how: str) -> None:
+    """Checkpoint the activations of the run's layers. Raises RecipeError where the model has no layers that can."""
+    if not checkpoint_layers(run.model, how) and how != NONE:
+        raise RecipeError(
+            f"training.activation_checkpointing: {how}, but the layers of {type(run.model).__name__} have none in "
+            "transformers. Write none."
+        )
 
 
 def can_pack(model: Any, objective: Any, dtype: torch.dtype, console: Console) -> bool:
@@ -207,27 +247,6 @@ def can_pack(model: Any, objective: Any, dtype: torch.dtype, console: Console) -
         f"model: packed samples would see each other (losses differ by {difference:.1e}), so each sample runs alone"
     )
     return False
-
-
-def go_on(run: Run, console: Console) -> None:
-    """Move the run to the newest whole checkpoint of its folder, if there is one."""
-    step = run.checkpoints.newest_valid(console.say)
-    if step is None:
-        return
-    resume(run, step)
-    console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
-
-
-def check_room(run: Run, original_dtype: torch.dtype) -> None:
-    """Raise DiskError, with the numbers, where the disk cannot hold what the run will surely write."""
-    asked = run.recipe.checkpoint
-    ahead = saves_ahead(asked.interval, run.step, run.feed.total_steps, run.feed.steps_per_epoch, asked.at_epoch)
-    wanted = run.recipe.model.save_dtype
-    dtype = original_dtype if wanted == "auto" else getattr(torch, wanted)
-    needed = room(run.recipe, run.updater.masters, run.model, dtype, ahead, len(run.checkpoints.steps()))
-    problem = needed.objection(Path(run.recipe.output), free_bytes(Path(run.recipe.output)))
-    if problem is not None:
-        raise DiskError(problem)
 
 
 @contextmanager
@@ -303,14 +322,24 @@ def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Pat
     dtype = saved_dtype(run, loaded)
     return export(
         run.model,
-        run.adaptation.export(run.updater.masters.weights, dtype),
+        run.adaptation.export(run.updater.masters.all_exact(), dtype),
         dtype,
         folder,
         materials.tokenizer.hf,
         materials.template.source if materials.template else None,
         stop_ids(materials),
         trust_remote_code=run.recipe.model.trust_remote_code,
+        beside=run.adaptation.beside(),
     )
+
+
+def speed_lines(run: Run, folder: RunFolder) -> Iterator[str]:
+    """How fast the run was, and where the time of its steps went if it was asked to find out."""
+    metrics = final_metrics(run, tuple(read_metrics(folder.metrics)))
+    if metrics:
+        yield speed_line(metrics)
+    if run.profile is not None and run.profile.split is not None:
+        yield from (f"profile: {line}" for line in split_table(run.profile.split))
 
 
 def final_metrics(run: Run, history: tuple[dict[str, Any], ...]) -> dict[str, float]:
@@ -325,8 +354,13 @@ def final_metrics(run: Run, history: tuple[dict[str, Any], ...]) -> dict[str, fl
         "tokens": sum(row["tokens"] for row in history),
         "trained_tokens": sum(row["trained_tokens"] for row in history),
         "tokens_per_second": sum(row["tokens"] for row in history) / max(seconds, 1e-9),
+        "trained_tokens_per_second": sum(row["trained_tokens"] for row in history) / max(seconds, 1e-9),
         "memory_gib": max((row["memory_gib"] for row in history if row["memory_gib"] is not None), default=math.nan),
     }
+    shares = [row["peak_fraction"] * row["step_seconds"] for row in history if "peak_fraction" in row]
+    if run.scale is not None and len(shares) == len(history):
+        metrics["peak_fraction"] = sum(shares) / max(seconds, 1e-9)
+        metrics["peak_tflops"] = run.scale.peak / 1e12
     if run.validation_before is not None:
         metrics["validation_loss_before"] = run.validation_before
     measured = [row["validation_loss"] for row in history if row.get("validation_loss") is not None]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -30,13 +31,15 @@ def export(
     chat_template: str | None,
     stop_ids: Sequence[int],
     trust_remote_code: bool = False,
+    beside: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> float:
     """Write `tensors`, the state dict as an adaptation exports it, into `folder`; atomic.
 
     The folder loads with transformers alone: weights, config, generation config that stops at `stop_ids`, tokenizer and
     the chat template used in training. Before it gets its name it is loaded again: every tensor must be equal to what
-    was meant to be written. Returns the largest difference of logits between the model in memory and the folder, which
-    is 0 where both have the same format. Raises TrainingError where the folder does not hold the model.
+    was meant to be written. `beside`: further safetensors files of the folder, by name. Returns the largest difference
+    of logits between the model in memory and the folder, which is 0 where both have the same format. Raises
+    TrainingError where the folder does not hold the model.
     """
     refuse_nonfinite(tensors)
     if not folder.parent.is_dir():
@@ -51,6 +54,8 @@ def export(
         _set_dtype(aside / "config.json", dtype)
         set_stop_ids(aside / "generation_config.json", stop_ids)
         _save_tokenizer(tokenizer, chat_template, aside)
+        for name, more in (beside or {}).items():
+            save_file({key: tensor.detach().cpu() for key, tensor in more.items()}, aside / name)
         return verify(aside, model, tensors, dtype, trust_remote_code)
 
 

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
 from training_hub.backends.torch_engine.optim import Updater
+from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors, to_device
+from training_hub.backends.torch_engine.waiting import DataWait
+from training_hub.backends.torch_engine.work import Scale
 from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore
-from training_hub.errors import CheckpointError, Interrupted, TrainingError
+from training_hub.errors import Interrupted, TrainingError
 from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
 from training_hub.recipe import Recipe
-from training_hub.recipe.folder import differences
-from training_hub.recipe.load import dump, load_file
+from training_hub.recipe.load import dump
 from training_hub.recipe.schedule import learning_rate
 from training_hub.types import Batch, Console, StepReport
 
@@ -36,7 +39,8 @@ ROWS_NAMED = 20  # in the error about a loss that is not finite
 
 @dataclass
 class Run:
-    """A run in progress: its parts, and the little that changes: the step it has reached and its best validation."""
+    """A run in progress: its parts, and the little that changes: the step it has reached, its best validation (loss and
+    step), and how many steps up to now were left out without a break."""
 
     recipe: Recipe
     model: PreTrainedModel
@@ -50,10 +54,13 @@ class Run:
     console: Console
     facts: dict[str, Any]
     step: int = 0
-    best: tuple[float, int] | None = None  # (validation loss, step)
+    best: tuple[float, int] | None = None
+    skipped_in_row: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
     validation_before: float | None = None
+    scale: Scale | None = None
+    profile: StepProfile | None = None
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
@@ -63,13 +70,19 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
     Interrupted, with the state saved, at the first step boundary after a signal.
     """
     evaluation = run.recipe.evaluation
-    meter = ThroughputMeter(run.feed.total_steps, first_step=run.step)
+    meter, wait = ThroughputMeter(run.feed.total_steps, first_step=run.step), DataWait()
     if run.step == 0 and run.validation is not None and evaluation.at_start:
         run.validation_before = evaluate(run)
         before = run.validation_before
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
     while run.step < run.feed.total_steps:
-        report = take_step(run, run.feed.batch(run.step + 1), meter)
+        with profiled(run):
+            began = time.perf_counter()
+            with record_function(DATA), wait.measured():
+                batch = run.feed.batch(run.step + 1)
+            report = take_step(run, batch, meter, began)
+        if slow := wait.line(report.step, report.step_seconds, run.feed.store):
+            run.console.say(slow)
         run.step = report.step
         if is_evaluation_due(run):
             loss = evaluate(run)
@@ -82,22 +95,35 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
             raise interrupted(run, stop.number)
 
 
-def take_step(run: Run, batch: Batch, meter: ThroughputMeter) -> StepReport:
-    """Forward, backward and update on one batch; the loss is a sum divided once by the batch's trained weight."""
-    began = time.perf_counter()
+def profiled(run: Run) -> AbstractContextManager[Any]:
+    """Where the next step is one to be taken apart, what does it."""
+    return run.profile.step(run.step + 1) if run.profile is not None else nullcontext()
+
+
+def take_step(run: Run, batch: Batch, meter: ThroughputMeter, began: float) -> StepReport:
+    """Forward, backward and update on one batch; the loss is a sum divided once by the batch's trained weight.
+
+    began: when the step began, by time.perf_counter: before its batch was asked for, so that waiting counts.
+    """
     mean = accumulate(run, batch)
-    norm = run.updater.clip()
-    # The only place in a step where the host waits for the device.
+    with record_function(OPTIMIZER):
+        norm = run.updater.clip()
+    # The only place in a step where the host waits for the device, but for what an adaptation measures at its end.
     loss, grad_norm = torch.stack([mean, norm.to(torch.float64)]).tolist()
     rate = learning_rate(run.recipe.lr_scheduler, run.recipe.optimizer.lr, batch.step, run.feed.total_steps)
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if is_finite:
-        run.adaptation.before_step()
-        run.updater.step(rate)
-        run.adaptation.after_step()
+        with record_function(OPTIMIZER):
+            run.adaptation.before_step(rate)
+            run.updater.step(rate)
+            run.adaptation.after_step()
     elif run.recipe.training.on_nonfinite == "stop" or nonfinite_tensors(run.updater.masters.weights):
         raise nonfinite(run, batch, loss, grad_norm)  # no later step would be finite, so there is none to skip to
+    run.skipped_in_row = 0 if is_finite else run.skipped_in_row + 1
+    if run.skipped_in_row >= run.recipe.training.max_skipped:
+        raise nonfinite(run, batch, loss, grad_norm)
     run.updater.masters.drop_gradients()
+    measures = plain_numbers(run.adaptation.metrics())
     seconds = time.perf_counter() - began
     meter.add(batch.num_tokens, seconds)
     return StepReport(
@@ -116,7 +142,17 @@ def take_step(run: Run, batch: Batch, meter: ThroughputMeter) -> StepReport:
         seconds_left=meter.seconds_left,
         skipped=not is_finite,
         time=time.time(),
+        peak_fraction=run.scale.fraction(batch.packs, seconds) if run.scale is not None else None,
+        measures=measures,
     )
+
+
+def plain_numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars of a device as numbers, fetched at once."""
+    if not scalars:
+        return {}
+    values = torch.stack([scalar.to(torch.float64) for scalar in scalars.values()]).tolist()
+    return dict(zip(scalars, values, strict=True))
 
 
 def accumulate(run: Run, batch: Batch) -> Tensor:
@@ -203,8 +239,14 @@ def save(run: Run) -> None:
     if run.saved_step == run.step and run.step > 0:
         return
     best = run.best if run.recipe.checkpoint.keep_best else None
-    facts = {**run.facts, "best": run.best, "validation_before": run.validation_before, "seed": run.recipe.seed}
-    state = State(run.step, dict(run.updater.masters.weights), run.updater.state(), facts)
+    facts = {
+        **run.facts,
+        "best": run.best,
+        "validation_before": run.validation_before,
+        "seed": run.recipe.seed,
+        "skipped_in_row": run.skipped_in_row,
+    }
+    state = State(run.step, run.updater.masters.saved(), run.updater.state(), facts)
     refuse_broken(run, state)
     size = sum(t.numel() * t.element_size() for t in (*state.weights.values(), *state.optimizer.values()))
     with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
@@ -226,62 +268,14 @@ def refuse_broken(run: Run, state: State) -> None:
 
 
 def resume(run: Run, step: int) -> None:
-    """Put the run where checkpoint `step` was taken. Raises CheckpointError, line by line, if it is another run's."""
+    """Put the run where checkpoint `step` was taken; that it is this run's has been seen before."""
     state = run.checkpoints.load(step)
-    changed = [
-        *differences(load_file(run.checkpoints.folder(step) / "recipe.yaml"), run.recipe),
-        *changed_facts(state.facts, run.facts),
-        *changed_shapes(state.weights, run.updater.masters.weights),
-    ]
-    if changed:
-        raise CheckpointError(
-            [
-                *changed,
-                f"{run.checkpoints.folder(step)}: recipe, data, tokenizer or model changed since it was written, so "
-                "the run cannot go on as if unbroken. Restore them, or set checkpoint.resume: restart.",
-            ]
-        )
     run.updater.masters.load(state.weights)
     run.updater.load_state(state.optimizer)
     run.step = run.saved_step = state.step
     run.best = tuple(state.facts["best"]) if state.facts.get("best") else None
     run.validation_before = state.facts.get("validation_before")
-
-
-def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What `before` says otherwise than `now`, of data, tokenizer and model."""
-    lines = [
-        f"{name}: was {before.get(name)!r}, now {now[name]!r}"
-        for name in ("data_fingerprint", "tokenizer_fingerprint")
-        if before.get(name) != now[name]
-    ]
-    # Another version of transformers knows other keys of the same model; those that both know must agree.
-    old, new = before.get("model_config") or {}, now["model_config"]
-    return lines + [
-        f"model config.{key}: was {old[key]!r}, now {new[key]!r}"
-        for key in sorted(old.keys() & new.keys())
-        if old[key] != new[key]
-    ]
-
-
-def changed_shapes(before: dict[str, Tensor], now: dict[str, Tensor]) -> list[str]:
-    """Weights that one of the two lacks, or has in another shape."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (before, now)]
-    return [
-        f"weight {name}: was {shapes[0].get(name, 'not there')}, now {shapes[1].get(name, 'not there')}"
-        for name in sorted(shapes[0].keys() | shapes[1].keys())
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
-
-
-VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
-"""Keys of a model's config that may change without changing what it computes."""
-
-
-def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's config as plain JSON, without what may change."""
-    content = json.loads(json.dumps(model.config.to_dict(), default=str))
-    return {key: value for key, value in content.items() if key not in VOLATILE and not key.startswith("_")}
+    run.skipped_in_row = state.facts.get("skipped_in_row", 0)
 
 
 def newest_saved(run: Run) -> str:
@@ -306,10 +300,15 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
     named = [str(run.feed.store.origin(index)) for index in (guilty or indices)]
     shown = ", ".join(named[:ROWS_NAMED]) + (f" and {len(named) - ROWS_NAMED} more" if len(named) > ROWS_NAMED else "")
     rate = run.recipe.optimizer.lr
+    count, kept = run.skipped_in_row, "Nothing of this step was kept or saved"
+    remedy = "training.on_nonfinite: skip"
+    if count >= run.recipe.training.max_skipped:
+        kept = f"{count} steps in a row are left out now, as many as training.max_skipped allows"
+        remedy = f"training.max_skipped: {10 * count}"
     return TrainingError(
-        f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. Nothing of this step was kept or "
-        f"saved; {newest_saved(run)}. {who.capitalize()}: {shown}. Look at these rows; or write optimizer.lr: "
-        f"{rate / 10:g} (now {rate:g}), or training.on_nonfinite: skip."
+        f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. {kept}; {newest_saved(run)}. "
+        f"{who.capitalize()}: {shown}. Look at these rows; or write optimizer.lr: {rate / 10:g} (now {rate:g}), or "
+        f"{remedy}."
     )
 
 

@@ -1,7 +1,9 @@
 """How much memory a run will take, from the shapes of its model: no weight is loaded and nothing is computed.
 
 What grows with the weights is counted. What forward keeps for backward is found by running the objective on torch's
-"meta" device, where tensors have shapes but no contents, and adding up what autograd saves.
+"meta" device, where tensors have shapes but no contents, and adding up what autograd saves. A step is fullest at the
+end of its forward pass, when all of that is there, or at the end of its backward pass, when all gradients are; the
+larger of the two is the total. `benchmarks/memory.py` holds it against what processes really take.
 """
 
 # T tokens of the pack, Q query heads, D width of a query head, E width of a value head
@@ -11,14 +13,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
+from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, is_kept, num_layers
+from training_hub.backends.torch_engine.fused.build import kernels
+from training_hub.backends.torch_engine.fused.functions import TYPES
+from training_hub.backends.torch_engine.fused.swap import swap
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
+from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 from training_hub.types import Pack
@@ -33,37 +43,75 @@ SHAPES_ONLY = "training_hub_shapes"
 STATES = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "SGD": 0, "RMSprop": 1, "Adagrad": 1}
 WITH_MOMENTUM = ("SGD", "RMSprop")
 
+LIBRARIES = {"cpu": int(0.4 * 2**30)}
+"""Bytes that a process holds with Python, torch, transformers and a tokenizer loaded; a GPU has none of them."""
+
+GAPS = {"cpu": 0.155}
+"""What an allocator loses between blocks, as a share of those that come and go in a step. Measured with glibc 2.36
+(benchmarks/memory.py); a GPU's allocator counts what tensors take."""
+
+COMING_AND_GOING = ("gradients", "activations", "logits")
+
 Estimate = dict[str, Any]
 
 
 def estimate(
-    model: PreTrainedModel, optimizer: Optimizer, dtype: torch.dtype, device: torch.device, largest: Pack
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    dtype: torch.dtype,
+    device: torch.device,
+    largest: Pack,
+    *,
+    accumulates: bool = True,
+    holdings: Holdings = NOTHING,
+    checkpointing: str = NONE,
 ) -> Estimate:
-    """GiB by what takes them, for a step whose largest pack is `largest`; `total` adds them up.
+    """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
+    holdings: what the adaptation holds beside the model; it is counted among weights, gradients and optimizer.
+    accumulates: steps have several packs, so that the gradients of the first are there in the forward pass of the next.
+    checkpointing: how layers forget what they made; one layer's activations are there again in its backward pass.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
-    The total is what the tensors take: not the libraries, nor what an allocator loses between them.
     """
     blank = blank_like(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and n not in holdings.claimed]
+    own = torch.empty(holdings.trained, device="meta")
     is_low = dtype in LOW_PRECISION
     exact = 4 if is_low else dtype.itemsize
+    on_kernels = device.type == "cpu" and dtype in TYPES and kernels() is not None
     parts: Estimate = {
-        "weights": sum(p.numel() for p in model.parameters()) * dtype.itemsize,
-        "masters": sum(p.numel() for p in trained) * 4 if is_low else 0,
-        "gradients": sum(p.numel() for p in trained) * exact,
-        "optimizer": optimizer_numbers(trained, optimizer) * exact,
+        "libraries": LIBRARIES.get(device.type, 0),
+        "weights": sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        + (holdings.trained + holdings.fixed) * exact
+        + (holdings.copied * dtype.itemsize if is_low else 0),
+        "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
+        "gradients": (sum(p.numel() for p in trained) + holdings.gradients) * exact,
+        "optimizer": optimizer_bytes([*trained, own], optimizer, exact),
         "activations": None,
-        "logits": logit_bytes(model, dtype, device, int((largest.weights != 0).sum())),
+        "logits": logit_bytes(model, dtype, device, int((largest.weights != 0).sum()), on_kernels=on_kernels),
     }
     note = ""
     try:
-        parts["activations"] = saved_bytes(blank.to(dtype), largest, is_copied=device.type != "cuda")
+        parts["activations"] = saved_bytes(
+            blank.to(dtype),
+            largest,
+            is_copied=device.type != "cuda",
+            on_kernels=on_kernels,
+            checkpointing=checkpointing,
+        )
     except (RuntimeError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines()
         note = f"activations are not estimated: {type(error).__name__}: {lines[0] if lines else ''}"
+    parts["gaps"] = GAPS.get(device.type, 0.0) * sum(parts[name] or 0 for name in COMING_AND_GOING)
     sizes = {name: value / GIB if value is not None else None for name, value in parts.items()}
-    return {**sizes, "total": sum(value for value in sizes.values() if value is not None), "note": note}
+    return {**sizes, "total": most_at_once(parts, accumulates=accumulates) / GIB, "note": note}
+
+
+def most_at_once(parts: Estimate, *, accumulates: bool) -> float:
+    """Bytes at the fullest moment of a step, from bytes by part."""
+    always = sum(parts[name] for name in ("libraries", "weights", "masters", "optimizer", "gaps"))
+    after_forward = (parts["activations"] or 0) + parts["logits"] + (parts["gradients"] if accumulates else 0)
+    return always + max(after_forward, parts["gradients"])
 
 
 def blank_like(model: PreTrainedModel) -> PreTrainedModel:
@@ -86,6 +134,13 @@ def optimizer_numbers(weights: Iterable[Tensor], settings: Optimizer) -> int:
     return sum(weight.numel() for weight in weights) * each
 
 
+def optimizer_bytes(weights: Iterable[Tensor], settings: Optimizer, width: int) -> int:
+    """What the optimizer keeps for these weights, `width` bytes for each number that is not one byte."""
+    if settings.state == "8bit":
+        return sum(moment_bytes(weight.numel()) for weight in weights)
+    return optimizer_numbers(weights, settings) * width
+
+
 def _factored(shape: tuple[int, ...]) -> int:
     if len(shape) < 2:
         return math.prod(shape)
@@ -93,25 +148,61 @@ def _factored(shape: tuple[int, ...]) -> int:
     return outer * (shape[-2] + shape[-1])
 
 
-def logit_bytes(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, trained: int) -> int:
-    """The most that logits take at once: one chunk in float32, its exponentials, and its gradient in `dtype`."""
+def logit_bytes(
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, trained: int, *, on_kernels: bool
+) -> int:
+    """What the head takes beside its gradient: first a chunk of logits with its part of that, or later copies of it.
+
+    Without kernels of our own a chunk is in float32, with its exponentials and its gradient in `dtype` beside it. The
+    gradient is copied once in the parameter's format, and where the table of embeddings is the same matrix, the table's
+    own dense gradient is there with it.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     exact = torch.promote_types(dtype, torch.float32).itemsize
-    if find_head(model) is None:  # the model's own head, whose logits stay for backward
+    head = find_head(model)
+    if head is None:  # the model's own head, whose logits stay for backward
         return trained * vocabulary * 3 * exact
-    rows = min(trained, chunk_rows(vocabulary, device.type))
-    return rows * vocabulary * (2 * exact + (dtype.itemsize if dtype in LOW_PRECISION else 0))
+    is_low = dtype in LOW_PRECISION
+    each = dtype.itemsize if on_kernels else 2 * exact + (dtype.itemsize if is_low else 0)
+    # float32 is added in place; a product of 16-bit numbers is one of its own, on a CPU rounded before it is widened.
+    product = (exact + (dtype.itemsize if device.type == "cpu" else 0)) if is_low and head.weight.requires_grad else 0
+    table = model.get_input_embeddings()
+    copies = (2 if table is not None and table.weight is head.weight else 1) * head.weight.requires_grad
+    in_chunk = min(trained, chunk_rows(vocabulary, device.type)) * vocabulary * each
+    return max(in_chunk + head.weight.numel() * product, head.weight.numel() * copies * dtype.itemsize)
 
 
-def saved_bytes(blank: PreTrainedModel, largest: Pack, *, is_copied: bool) -> int:
-    """Bytes that forward keeps for backward, for this pack. is_copied: attention gives out a copy of what it keeps."""
+def saved_bytes(
+    blank: PreTrainedModel, largest: Pack, *, is_copied: bool, on_kernels: bool = False, checkpointing: str = NONE
+) -> int:
+    """Bytes that forward keeps for backward, for this pack, and what a layer that forgot makes again.
+
+    is_copied: attention gives out a copy of what it keeps. on_kernels: as our kernels keep it, which is less.
+    """
+    options = {"is_copied": is_copied, "on_kernels": on_kernels}
+    everything = _saved_bytes(blank, largest, NONE, **options)
+    layers = num_layers(blank)
+    if checkpointing == NONE or not layers:
+        return everything
+    kept = _saved_bytes(blank, largest, checkpointing, **options)
+    return kept + (everything - kept) // layers
+
+
+def _saved_bytes(
+    blank: PreTrainedModel, largest: Pack, checkpointing: str, *, is_copied: bool, on_kernels: bool
+) -> int:
     from transformers import AttentionInterface
 
     # Not known to AttentionMaskInterface: then transformers makes no mask, and asks for no contents to make one from.
-    AttentionInterface.register(SHAPES_ONLY, _copied_attention if is_copied else _shapes_attention)
+    attention = _kernel_attention if on_kernels else _copied_attention if is_copied else _shapes_attention
+    AttentionInterface.register(SHAPES_ONLY, attention)
+    if on_kernels:
+        swap(blank)
     blank.set_attn_implementation(SHAPES_ONLY)
     blank.train()
     saved: dict[int, Tensor] = {}
+    # Without kernels of ours attention is an operation of torch, whose result `selective` keeps.
+    checkpoint_layers(blank, checkpointing, lambda: (_Keeping(saved, with_attention=not on_kernels), nullcontext()))
     own = {id_of(parameter) for parameter in blank.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -122,6 +213,21 @@ def saved_bytes(blank: PreTrainedModel, largest: Pack, *, is_copied: bool) -> in
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         CrossEntropy(through_head=find_head(blank) is not None)(blank, to_device(largest, "meta"))
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+class _Keeping(TorchDispatchMode):
+    """Notes what selective checkpointing keeps of a layer; on the meta device attention shows as a new tensor."""
+
+    def __init__(self, saved: dict[int, Tensor], *, with_attention: bool):
+        super().__init__()
+        self._saved, self._with_attention = saved, with_attention
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        made = operation(*arguments, **(options or {}))
+        is_attention = self._with_attention and operation is torch.ops.aten.new_empty.default
+        if is_attention or is_kept(operation):
+            self._saved[id_of(made)] = made
+        return made
 
 
 def id_of(tensor: Tensor) -> int:
@@ -153,3 +259,23 @@ def _copied_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+class _KernelAttention(torch.autograd.Function):
+    """The shapes of our kernel: the result is laid out as it is used, and not kept; a number per query and head is."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, heads, tokens, _ = query.shape
+        ctx.save_for_backward(query, key, value, query.new_empty(rows, heads, tokens, dtype=torch.float32))
+        return query.new_empty(rows, tokens, heads, value.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _kernel_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return _KernelAttention.apply(query, key, value), None

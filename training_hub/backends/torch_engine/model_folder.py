@@ -11,6 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from training_hub.folders import near
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 LFS_MARK = b"version https://git-lfs.github.com/spec"
@@ -45,11 +47,36 @@ def folder_problems(path: str, *, trust_remote_code: bool = False, with_weights:
     if not folder.exists():
         if HUB_NAME.fullmatch(path):
             return []
-        return [f"model.path: there is no folder {path}. Give a folder in Hugging Face format or a name on the hub."]
+        return [
+            f"model.path: there is no folder {path}.{_hint_near(folder)} Give a folder in Hugging Face format or a "
+            "name on the hub."
+        ]
     if not folder.is_dir():
         return [f"model.path: {path} is a file. Give the folder that holds config.json and *.safetensors."]
     lines = [*_config_problems(folder, trust_remote_code), *(_weight_problems(folder) if with_weights else ())]
     return [f"model.path {path}: {line}" for line in lines]
+
+
+def hub_problem(path: str, revision: str | None) -> str | None:
+    """Why `path`, which is no folder here, is no name on the hub either; None where its config can be had.
+
+    Looks into the hub's cache, and asks the hub unless HF_HUB_OFFLINE is set.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(path, "config.json", revision=revision)
+    except OSError as error:
+        return (
+            f"model.path: {path}: there is no such folder here.{_hint_near(Path(path))} Taken as a name on the hub, it "
+            f"cannot be had: {str(error).strip().splitlines()[0]} Write the folder's path, or a name that the hub has."
+        )
+    return None
+
+
+def _hint_near(path: Path) -> str:
+    folders = [place for place in near(path) if place.is_dir()]
+    return f" Near it: {', '.join(map(str, folders))}." if folders else ""
 
 
 def stored_dtype(folder: Path) -> str | None:

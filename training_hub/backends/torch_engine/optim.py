@@ -7,31 +7,57 @@ has 8 bits of mantissa, so without a master a step at learning rate 1e-6 rounds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
+from training_hub.backends.torch_engine.optimizers.split import join, split
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
+
+if TYPE_CHECKING:
+    from training_hub.backends.torch_engine.adaptations import Adaptation
 
 FUSED = frozenset({"AdamW", "Adam", "SGD", "Adagrad"})  # have fused kernels on CPU and CUDA in torch 2.11 and later
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Masters:
-    """The weights the optimizer moves, by name: parameters themselves, or float32 masters of low-precision ones."""
+    """The weights the optimizer moves, by name: parameters themselves, or float32 masters of low-precision ones.
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]):
-        self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
+    are_split: a low-precision parameter stays itself, with a float32 gradient, and `extras` hold the bits that make it
+    a float32 master. An adaptation may claim parameters, which it moves itself, and add weights of its own.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        adaptation: Adaptation | None = None,
+        *,
+        are_split: bool = False,
+    ):
+        self.adaptation = adaptation
+        claimed = adaptation.claimed if adaptation is not None else ()
+        self.parameters = {name: p for name, p in named_parameters if p.requires_grad and name not in claimed}
         self.weights: dict[str, Tensor] = {}
+        self.extras: dict[str, Tensor] = {}
         self._low: list[str] = []
         for name, parameter in self.parameters.items():
             if parameter.dtype not in LOW_PRECISION:
                 self.weights[name] = parameter
                 continue
+            if are_split:
+                parameter.grad_dtype = torch.float32
+                self.weights[name] = parameter
+                self.extras[name] = torch.zeros_like(parameter, dtype=torch.int16)
+                continue
             self.weights[name] = parameter.detach().float()
             self._low.append(name)
             parameter.register_post_accumulate_grad_hook(_move_grad_to(self.weights[name]))
+        self.added = adaptation.weights() if adaptation is not None else {}
+        self.weights |= self.added
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -45,13 +71,40 @@ class Masters:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over `weights` by name, bit for bit, and publish them."""
         for name, weight in self.weights.items():
-            weight.copy_(weights[name])
+            if name in self.extras:
+                rounded, extra = split(weights[name])
+                weight.copy_(rounded)
+                self.extras[name].copy_(extra)
+            else:
+                weight.copy_(weights[name])
         self.publish()
+        if self.adaptation is not None:
+            self.adaptation.load(weights)
+
+    @torch.no_grad()
+    def exact(self, name: str) -> Tensor:
+        """The weight `name` as the optimizer moves it; of a split one a float32 copy."""
+        return join(self.weights[name], self.extras[name]) if name in self.extras else self.weights[name]
+
+    def all_exact(self) -> dict[str, Tensor]:
+        """Every weight as the optimizer moves it; copies of split ones lie on the CPU, where there is room for all."""
+        return {name: self.exact(name).cpu() if name in self.extras else weight for name, weight in self.weights.items()}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What `load` takes."""
+        return {**self.all_exact(), **(self.adaptation.saved() if self.adaptation is not None else {})}
+
+    def gather(self) -> None:
+        """The gradients of a step are complete: let the adaptation make those of its weights from them."""
+        if self.adaptation is not None:
+            self.adaptation.gather()
 
     def drop_gradients(self) -> None:
         """Forget all gradients, and free their memory."""
         for weight in (*self.parameters.values(), *self.weights.values()):
             weight.grad = None
+        if self.adaptation is not None:
+            self.adaptation.drop_gradients()
 
 
 def _move_grad_to(master: Tensor) -> Callable[[Tensor], None]:
@@ -74,11 +127,12 @@ class Updater:
     def __init__(self, masters: Masters, settings: OptimizerSettings, max_norm: float):
         self.masters = masters
         self.max_norm = max_norm
-        self.optimizer = build_optimizer(masters.weights, settings)
+        self.optimizer = build_optimizer(masters.weights, settings, masters.added, masters.extras)
 
     @torch.no_grad()
     def clip(self) -> Tensor:
         """Scale gradients down to `max_norm`; their norm before that, over all weights, as a float32 scalar."""
+        self.masters.gather()
         weights = [weight for weight in self.masters.weights.values() if weight.grad is not None]
         limit = self.max_norm if self.max_norm > 0 else float("inf")
         return torch.nn.utils.clip_grad_norm_(weights, limit)
@@ -113,17 +167,30 @@ class Updater:
         self.optimizer.load_state_dict(packed)
 
 
-def build_optimizer(weights: dict[str, Tensor], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """torch's optimizer `settings.name`; weight decay on tensors of two or more dimensions only."""
-    groups = [
-        {"params": [w for w in weights.values() if w.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [w for w in weights.values() if w.dim() < 2], "weight_decay": 0.0},
+def build_optimizer(
+    weights: dict[str, Tensor],
+    settings: OptimizerSettings,
+    undecayed: Collection[str] = (),
+    extras: Mapping[str, Tensor] | None = None,
+) -> torch.optim.Optimizer:
+    """torch's optimizer `settings.name`; weight decay on tensors of two or more dimensions that are not `undecayed`.
+
+    extras: by name what makes a bfloat16 weight a float32 one.
+    """
+    decayed = [name for name, weight in weights.items() if weight.dim() >= 2 and name not in undecayed]
+    both = [
+        {"params": [weights[name] for name in decayed], "weight_decay": settings.weight_decay},
+        {"params": [weight for name, weight in weights.items() if name not in decayed], "weight_decay": 0.0},
     ]
+    groups = [group for group in both if group["params"]]
     kind = getattr(torch.optim, settings.name)
     arguments = ARGUMENTS[settings.name](settings)
+    if settings.state != "full":
+        bits = {weights[name]: extra for name, extra in (extras or {}).items()}
+        return CompactAdamW(groups, bits, is_8bit=settings.state == "8bit", lr=settings.lr, **arguments)
     if settings.name in FUSED and all(weight.dtype != torch.float64 for weight in weights.values()):
         arguments["fused"] = True
-    return kind([group for group in groups if group["params"]], lr=settings.lr, **arguments)
+    return kind(groups, lr=settings.lr, **arguments)
 
 
 def _adam(settings: OptimizerSettings) -> dict[str, object]:

@@ -5,7 +5,6 @@ A run writes it as plan.json; `plan` makes the same one without weights.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +12,12 @@ import torch
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
+from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
+from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
 from training_hub.backends.torch_engine.materials import Materials, load_materials
-from training_hub.backends.torch_engine.memory import estimate
+from training_hub.backends.torch_engine.memory import Estimate, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, read_blank_model
+from training_hub.backends.torch_engine.work import measured_peak, work_of
 from training_hub.data.feed import Feed, FeedSettings
 from training_hub.data.forecast import forecast, length_quantiles
 from training_hub.recipe import Recipe
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
 # Tokens per pack that keep the matrix units busy; more only costs memory. The recipe's max_tokens_per_gpu is a bound.
 PREFERRED_TOKENS = {"cpu": 8192, "cuda": 32768}
-# Rows and columns of the matrices whose product is timed: enough to keep the device busy for a moment.
-MEASURED_SIZE = {"cpu": 1536, "cuda": 8192}
-MEASUREMENTS = 5
 
 
 def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
@@ -40,10 +39,11 @@ def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
     dtype = choose_dtype(recipe.model.dtype, device)
     blank, save_dtype = read_blank_model(recipe.model)
     materials = load_materials(recipe, Given(), console)
-    model = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe).attach(blank)
+    adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
+    model = adaptation.attach(blank)
     store = materials.prepared.train
     feed = Feed(store, feed_settings(recipe, int(store.lengths.max()), device, recipe.data.packing))
-    found = describe(recipe, materials, model, feed, device, dtype, save_dtype)
+    found = describe(recipe, materials, model, feed, device, dtype, save_dtype, adaptation.holdings())
     if measures:
         found["time"] = time_of_products(model, found["run"], device, dtype)
     return found
@@ -72,10 +72,14 @@ def describe(
     device: torch.device,
     dtype: torch.dtype,
     save_dtype: torch.dtype,
+    holdings: Holdings = NOTHING,
 ) -> dict[str, Any]:
     """The plan as plain JSON. `model` may lie on the meta device: only its shapes count."""
     store, validation = materials.prepared.train, materials.prepared.validation
     parameters = list(model.parameters())
+    moved = [p for name, p in model.named_parameters() if p.requires_grad and name not in holdings.claimed]
+    ahead = forecast(feed)
+    checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device))
     return {
         "algorithm": recipe.algorithm,
         "engine": "torch",
@@ -83,7 +87,7 @@ def describe(
         "dtype": str(dtype).removeprefix("torch."),
         "save_dtype": str(save_dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in parameters),
-        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "trained_parameters": sum(p.numel() for p in moved) + holdings.trained,
         "samples": len(store),
         "tokens": int(store.lengths.sum()),
         "trained_tokens": int(store.trained_tokens.sum()),
@@ -95,20 +99,49 @@ def describe(
         "total_steps": feed.total_steps,
         "tokens_per_pack": feed.settings.token_budget,
         "packed": feed.settings.is_packed,
-        "run": forecast(feed),
-        "memory_gib": estimate(model, recipe.optimizer, dtype, device, feed.largest_pack()),
+        "run": ahead,
+        "activation_checkpointing": checkpointing,
+        "memory_gib": memory,
         "chat_template": materials.template.name if materials.template else None,
         "data": materials.prepared.report,
     }
 
 
+def memory_of(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    feed: Feed,
+    device: torch.device,
+    dtype: torch.dtype,
+    holdings: Holdings,
+    free: float | None,
+) -> tuple[str, Estimate]:
+    """How activations are checkpointed, and the memory that a step then takes.
+
+    auto is the first way whose estimate fits into `free` GiB of the device, else the one that takes least.
+    """
+    largest, accumulates = feed.largest_pack(), forecast(feed)["packs_per_step"] > 1
+    wanted = recipe.training.activation_checkpointing
+    ways = (wanted,) if wanted != "auto" else HOW if num_layers(model) else (NONE,)
+    for how in ways:
+        memory = estimate(
+            model, recipe.optimizer, dtype, device, largest,
+            accumulates=accumulates, holdings=holdings, checkpointing=how,
+        )  # fmt: skip
+        if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
+            break
+    return how, memory
+
+
 def summary(plan: dict[str, Any]) -> str:
     """The plan in one line."""
+    how = plan["activation_checkpointing"]
     share = plan["trained_tokens"] / max(1, plan["tokens"])
     return (
         f"plan: {plan['total_steps']:,} steps over {plan['samples']:,} samples, {plan['tokens']:,} tokens "
         f"({share:.0%} trained); {plan['trained_parameters']:,} of {plan['parameters']:,} parameters, "
         f"{plan['dtype']} on {plan['device']}, packs of {plan['tokens_per_pack']:,} tokens"
+        + ("" if how == NONE else f", {how} activation checkpointing")
     )
 
 
@@ -117,37 +150,12 @@ def time_of_products(
 ) -> dict[str, Any]:
     """Seconds that the run's products of weights take at the rate of one measured product: a bound from below.
 
-    Each number in a matrix costs 6 operations per token (2 forward, 4 backward), in the head only per trained token.
     Attention, and all that is not a product, come on top; so do the steps of the optimizer.
     """
-    rate = measured_rate(device, dtype)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    apart = {id(layer.weight) for layer in (head, table) if layer is not None}
-    body = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in apart)
-    in_head = head.weight.numel() if head is not None else 0
-    operations = 6 * (body * run["tokens"] + in_head * run["trained_tokens"])
+    work, rate = work_of(model), measured_peak(device, dtype)
+    operations = work.per_token * run["tokens"] + work.per_trained_token * run["trained_tokens"]
     return {
         "at_least_seconds": operations / rate,
         "basis": f"a matrix product in {str(dtype).removeprefix('torch.')} measured now on {device.type}: "
         f"{rate / 1e12:.3g} TFLOP/s",
     }
-
-
-def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product: the best of a few, the first left out."""
-    size = MEASURED_SIZE[device.type]
-    # Random numbers: a GPU draws less power on zeros, and is faster than it will be.
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(1 + MEASUREMENTS):
-        _wait(device)
-        began = time.perf_counter()
-        torch.mm(left, right)
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from training_hub.backends.torch_engine.tensors import PackTensors, Term, to_device
 from training_hub.types import Pack
@@ -56,17 +57,27 @@ def attention_difference(model: PreTrainedModel) -> float:
 
     Norm of the difference over the norm of the plain logits, for one random document of 24 tokens.
     """
-    device = next(model.parameters()).device
-    ids = torch.from_numpy(_random_documents(model.get_input_embeddings().num_embeddings, (24,))[0])[None].to(device)
     present = model.config._attn_implementation
+    ours = logits_of_one(model)
+    model.set_attn_implementation("eager")
+    try:
+        plain = logits_of_one(model)
+    finally:
+        model.set_attn_implementation(present)
+    return relative_difference(ours, plain)
+
+
+@torch.no_grad()
+def logits_of_one(model: PreTrainedModel) -> Tensor:
+    """The model's logits for one random document of 24 tokens, in float32."""
+    ids = torch.from_numpy(_random_documents(model.get_input_embeddings().num_embeddings, (24,))[0])[None]
     with evaluating(model):
-        ours = model(input_ids=ids, use_cache=False).logits.float()
-        model.set_attn_implementation("eager")
-        try:
-            plain = model(input_ids=ids, use_cache=False).logits.float()
-        finally:
-            model.set_attn_implementation(present)
-    return float((ours - plain).norm() / plain.norm())
+        return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.float()
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of `wanted`."""
+    return float((found - wanted).norm() / wanted.norm())
 
 
 @contextmanager

@@ -276,6 +276,7 @@ class _Gradients:
         for total in totals:
             total.backward()
             loss += float(total.detach())
+        masters.gather()
         found = {key: weight.grad for key, weight in masters.weights.items() if weight.grad is not None}
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found.values()))
         small = {key: grad.clone() for key, grad in found.items() if grad.numel() <= COMPARED_NUMBERS}
@@ -295,17 +296,17 @@ def _moved(run: Run) -> Proof:
     settings = run.recipe.optimizer.model_copy(update={"lr": SMALL_RATE, "weight_decay": 0.0})
     name, limit = f"an update at {SMALL_RATE:.0e} moves weights", MOVED.get(settings.name, 0.0)
     copies, room = {}, COPIED_NUMBERS
-    for key, weight in run.updater.masters.weights.items():
+    masters = run.updater.masters
+    for key, weight in masters.weights.items():
         if weight.grad is not None and weight.numel() <= room:
-            copies[key] = weight.detach().clone().requires_grad_()
+            copies[key] = masters.exact(key).detach().clone().requires_grad_()
             copies[key].grad = weight.grad.clone()
             room -= weight.numel()
     if not copies:
         return Proof(name, "left out", "", f"above {limit:.0%}", "every weight is too large to copy")
     has_gradient = {key: copy.grad.ne(0) for key, copy in copies.items() if copy.grad is not None}
     build_optimizer(copies, settings).step()
-    weights = run.updater.masters.weights
-    changed = sum(int((copies[key].ne(weights[key]) & mask).sum()) for key, mask in has_gradient.items())
+    changed = sum(int((copies[key].ne(masters.exact(key)) & mask).sum()) for key, mask in has_gradient.items())
     share = changed / max(1, sum(int(mask.sum()) for mask in has_gradient.values()))
     remedy = "" if share > limit else "Weights this precise cannot be trained: write model.dtype: auto."
     return Proof(name, "holds" if share > limit else "fails", f"{share:.1%} of weights", f"above {limit:.0%}", remedy)

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from training_hub.backends.torch_engine.memory import optimizer_numbers
-from training_hub.backends.torch_engine.optim import Masters
+from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
+from training_hub.backends.torch_engine.memory import optimizer_bytes
+from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.errors import DiskError
 from training_hub.recipe import Recipe
 
@@ -44,12 +45,26 @@ class Room:
         )
 
 
-def room(recipe: Recipe, masters: Masters, model: nn.Module, final_dtype: torch.dtype, saves: int, kept: int) -> Room:
-    """What the run will write, given the `saves` ahead and the checkpoints `kept` from before."""
-    weights = list(masters.weights.values())
-    numbers = optimizer_numbers(masters.parameters.values(), recipe.optimizer)
-    width = max((w.element_size() for w in weights), default=0)
-    checkpoint = sum(w.numel() * w.element_size() for w in weights) + numbers * width + BESIDE_TENSORS
+def room(
+    recipe: Recipe,
+    model: nn.Module,
+    dtype: torch.dtype,
+    final_dtype: torch.dtype,
+    saves: int,
+    kept: int,
+    holdings: Holdings = NOTHING,
+) -> Room:
+    """What the run will write, given the `saves` ahead and the checkpoints `kept` from before.
+
+    `model` may lie on the meta device: only the shapes of its weights count. It computes in `dtype`.
+    """
+    weights: list[torch.Tensor] = [
+        p for name, p in model.named_parameters() if p.requires_grad and name not in holdings.claimed
+    ]
+    weights.append(torch.empty(holdings.trained, device="meta"))
+    width = 4 if dtype in LOW_PRECISION else dtype.itemsize
+    numbers = sum(weight.numel() for weight in weights) + holdings.saved
+    checkpoint = numbers * width + optimizer_bytes(weights, recipe.optimizer, width) + BESIDE_TENSORS
     final = sum(p.numel() for p in model.parameters()) * final_dtype.itemsize if recipe.checkpoint.final else 0
     limit = recipe.checkpoint.keep_last
     stays = saves + kept if limit is None else min(limit, saves + kept)

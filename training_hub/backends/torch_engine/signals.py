@@ -23,8 +23,19 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # Known before the first is replaced: a signal between two calls must find what to put back.
+        before = {number: signal.getsignal(number) for number in WATCHED}
+        self._before = {number: handler for number, handler in before.items() if handler is not None}
+        try:
+            for number in self._before:
+                signal.signal(number, self._note)
+        except BaseException:
+            self._restore()
+            raise
+        if self.number is not None:  # heard while the others were put in: the next one must act at once
+            self._restore()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,4 +48,3 @@ class StopRequest:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}

@@ -14,13 +14,15 @@ from training_hub.recipe import Recipe
 
 MEASURE = "measure"
 MEMORY = (
+    ("libraries", "Python and libraries"),
     ("weights", "weights"),
     ("masters", "float32 masters of the weights"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer state"),
     ("activations", "activations of the largest pack"),
-    ("logits", "logits, a chunk at a time"),
-    ("total", "together"),
+    ("logits", "a chunk of logits, or copies of the head's gradient"),
+    ("gaps", "lost by the allocator between blocks"),
+    ("total", "at the fullest moment of a step"),
 )
 
 
@@ -88,7 +90,7 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _memory_lines(memory: Mapping[str, Any], device: str) -> Iterator[str]:
     unit, scale = ("GiB", 1) if memory["total"] >= 1 else ("MiB", 1024)
-    yield f"memory    estimated from shapes, in {unit}, on {device}; libraries and fragments come on top"
+    yield f"memory    estimated from shapes, in {unit}, on {device}"
     for key, what in MEMORY:
         if memory[key] is not None:
             yield f"{memory[key] * scale:>14,.2f}  {what}"

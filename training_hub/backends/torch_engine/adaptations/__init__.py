@@ -2,11 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.full import Full
+from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.recipe import Recipe
+from training_hub.types import Console
 
-ADAPTATIONS: dict[str, Callable[[Recipe], Any]] = {"full": lambda recipe: Full()}
+
+class Adaptation(Protocol):
+    """What an adaptation is. `claimed`: parameters that it moves itself, which the optimizer leaves alone."""
+
+    claimed: frozenset[str]
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Choose or replace what trains; the model may lie on the meta device."""
+        ...
+
+    def holdings(self) -> Holdings:
+        """What it will hold beside the model that was attached, from shapes alone."""
+        ...
+
+    def begin(self, console: Console) -> None:
+        """Prepare what depends on the weights."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves beside the model's own parameters, by name."""
+        ...
+
+    def gather(self) -> None:
+        """The gradients of a step are complete: make those of `weights` from them."""
+        ...
+
+    def drop_gradients(self) -> None: ...
+
+    def before_step(self, rate: float) -> None:
+        """The optimizer is about to move the weights at this learning rate."""
+        ...
+
+    def after_step(self) -> None: ...
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars to report after a step, by name."""
+        ...
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights that the optimizer moves."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `saved` gave; `weights` have been taken over before."""
+        ...
+
+    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state dict to write."""
+        ...
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """Further safetensors files of the final model's folder, by name."""
+        ...
+
+
+ADAPTATIONS: dict[str, Callable[[Recipe], Adaptation]] = {"full": lambda recipe: Full(), "osft": Osft}
 """By name: recipe -> adaptation."""

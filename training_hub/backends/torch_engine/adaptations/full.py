@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.types import Console
 
 
 class Full:
     """The adaptation that adapts everything: nothing is replaced, nothing happens around a step."""
+
+    claimed: frozenset[str] = frozenset()
+    """Parameters that the adaptation moves itself; the optimizer leaves them alone."""
 
     def __init__(self) -> None:
         self._model: nn.Module = nn.Module()
@@ -19,11 +27,43 @@ class Full:
         self._model = model
         return model
 
-    def before_step(self) -> None:
+    def holdings(self) -> Holdings:
+        """Nothing beside the model."""
+        return Holdings()
+
+    def begin(self, console: Console) -> None:
+        """Nothing to prepare from the weights."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves beside the model's own parameters: nothing."""
+        return {}
+
+    def gather(self) -> None:
+        """Nothing to do once the gradients of a step are complete."""
+
+    def drop_gradients(self) -> None:
+        """No gradients but those of the parameters."""
+
+    def before_step(self, rate: float) -> None:
         """Nothing to do before the optimizer moves the weights."""
 
     def after_step(self) -> None:
         """Nothing to do after it."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Nothing to measure."""
+        return {}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights that the optimizer moves: nothing."""
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """Further files of the final model's folder: none."""
+        return {}
 
     def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The state dict to write, on the CPU: `weights` (by parameter name, as the optimizer moves them) as `dtype`.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
 
@@ -51,8 +52,10 @@ def cross_entropy(model: PreTrainedModel) -> tuple[CrossEntropy, str | None]:
 def decoder_states(model: PreTrainedModel, pack: PackTensors) -> Tensor:
     """[N, D]: what the decoder says at the trained positions."""
     decoder = _decoder(model)
-    states_TD = decoder(**pack.arguments(decoder.forward))[0][0]
-    return states_TD.index_select(0, pack.rows)
+    arguments = pack.arguments(decoder.forward)
+    if gives_wanted_rows(decoder):
+        return decoder(**arguments, **{WANTED_ROWS: pack.rows})[0][0]
+    return decoder(**arguments)[0][0].index_select(0, pack.rows)
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from training_hub.backends.torch_engine.fused.build import kernels
+from training_hub.backends.torch_engine.fused.functions import are_fit, cross_entropy_
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Memory of one chunk's logits. A GPU wants thousands of rows per product, and has the room."""
 
-SMALLEST_CHUNK = 256
-"""Rows. Fewer make a product of the CPU spend its time on re-packing the weight."""
+SMALLEST_CHUNK = 512
+"""Rows. Fewer make a CPU spend its time on re-packing the weight for each product, and on adding up its gradient:
+with 131,072 tokens and a width of 256, 256 rows took 11 % longer than 512, and 1,600 took 8 % less."""
 
 MULTIPLIED = {
     "cohere": "logit_scale",
@@ -108,11 +112,20 @@ class _HeadLoss(torch.autograd.Function):
         wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients.zeros(hidden_ND, weight_VD, bias_V, wanted)
         total = torch.zeros((), dtype=_exact(hidden_ND.dtype), device=hidden_ND.device)
+        is_fused = bias_V is None and cap is None and are_fit(hidden_ND, weight_VD) and kernels() is not None
+        # One place for all chunks: a new one each time would leave holes in the heap that the next does not fit into.
+        chunk_RV = hidden_ND.new_empty(min(rows, len(hidden_ND)) if is_fused else 0, len(weight_VD))
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
-            logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier)
-            loss, logits_grad_RV = _chunk_(logits_RV, targets_N[part], weights_N[part].to(total.dtype), multiplier, cap)
-            total += loss
+            weights_R = weights_N[part].to(total.dtype)
+            if is_fused:
+                chosen = hidden_ND[part]
+                logits_grad_RV = torch.mm(chosen, weight_VD.T, out=chunk_RV[: len(chosen)])
+                total += cross_entropy_(logits_grad_RV, targets_N[part], weights_R, multiplier).sum()
+            else:
+                logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier)
+                loss, logits_grad_RV = _chunk_(logits_RV, targets_N[part], weights_R, multiplier, cap)
+                total += loss
             if any(wanted):
                 gradients.add(part, logits_grad_RV, hidden_ND, weight_VD)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]

@@ -1,0 +1,114 @@
+"""Activation checkpointing changes memory and time, never a number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.backends.torch_engine.test_memory import really_saved
+from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
+from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
+from training_hub.backends.torch_engine.checkpointing import HOW, checkpoint_layers, free_gib
+from training_hub.backends.torch_engine.fused.build import kernels
+from training_hub.backends.torch_engine.fused.swap import swap
+from training_hub.backends.torch_engine.memory import blank_like, saved_bytes
+from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
+from training_hub.backends.torch_engine.tensors import to_device
+
+CPU = torch.device("cpu")
+LENGTHS = (40, 24, 40, 24)
+FAMILIES = ("llama-tied", "qwen3", "gemma", "gpt2", "mixtral")
+
+
+def ready(family: str, how: str, dtype: torch.dtype = torch.float32, *, swapped: bool = True):
+    register_attention()
+    model = tiny_model(family, dtype)
+    model.set_attn_implementation(DOCUMENTS)
+    if swapped and kernels() is not None:
+        swap(model)
+    assert checkpoint_layers(model, how)
+    return model.train()
+
+
+def loss_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    loss = CrossEntropy()(model, to_device(random_pack(LENGTHS), CPU)).total
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("swapped", [True, False], ids=["our kernels", "torch's operators"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_keep_every_bit(family, dtype, swapped):
+    loss, gradients = loss_and_gradients(ready(family, "none", dtype, swapped=swapped))
+    for how in HOW[1:]:
+        other, found = loss_and_gradients(ready(family, how, dtype, swapped=swapped))
+        assert torch.equal(other, loss)
+        assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+
+
+def test_dropout_is_drawn_again_as_it_was():
+    def with_dropout(how: str):
+        model = ready("gpt2", how, swapped=False)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        return loss_and_gradients(model)
+
+    loss, gradients = with_dropout("none")
+    other, found = with_dropout("full")
+    assert torch.equal(other, loss) and not torch.equal(loss, loss_and_gradients(ready("gpt2", "none"))[0])
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+
+
+class Ran(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often forward and backward multiplied matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.products += str(operation).startswith(("aten.mm", "aten.addmm"))
+        return operation(*arguments, **(options or {}))
+
+
+def test_selective_multiplies_nothing_twice_and_full_does():
+    products = {}
+    for how in HOW:
+        model = ready("llama-tied", how)
+        with Ran() as ran:
+            loss_and_gradients(model)
+        products[how] = ran.products
+    assert products["selective"] == products["none"] < products["full"]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3", "gpt2"])
+def test_what_autograd_keeps_with_full_checkpointing_is_what_is_estimated(family):
+    model = ready(family, "full")
+    everything = really_saved(ready(family, "none"), random_pack(LENGTHS))
+    kept = really_saved(model, random_pack(LENGTHS))
+    predicted = saved_bytes(
+        blank_like(tiny_model(family)), random_pack(LENGTHS), is_copied=True, on_kernels=kernels() is not None,
+        checkpointing="full",
+    )  # fmt: skip
+    # Two layers: one forgets what it made until its turn, the other's is there.
+    assert predicted == pytest.approx(kept + (everything - kept) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("on_kernels", [True, False])
+def test_each_way_is_estimated_to_take_less_than_the_one_before(on_kernels):
+    sizes = [
+        saved_bytes(
+            blank_like(tiny_model("llama")), random_pack(LENGTHS), is_copied=False, on_kernels=on_kernels,
+            checkpointing=how,
+        )
+        for how in HOW
+    ]  # fmt: skip
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_free_memory_is_what_the_machine_has_at_most():
+    free = free_gib(CPU)
+    assert free is None or 0 < free < 2**20

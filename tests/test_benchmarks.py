@@ -1,0 +1,58 @@
+"""The benchmark scripts run to their end on a tiny model, and say what they measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script: str, *words: str) -> str:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_one_gpu_script_trains_from_random_weights_without_network_or_data(tmp_path: Path):
+    out = run("gpu.py", "--tiny", "--steps", "4", "--output", str(tmp_path / "gpu.jsonl"))
+    (made,) = lines(tmp_path / "gpu.jsonl")
+    assert "error" not in made
+    assert made["tokens_per_second"] > 0 and 0 < made["fraction_of_peak"] < 1
+    assert len(made["losses"]) == 4
+    assert out.startswith("tiny-full")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_trained_is_a_line_too(tmp_path: Path):
+    run("gpu.py", "--tiny", "--set", "optimizer.beta9=1", "--output", str(tmp_path / "gpu.jsonl"))
+    (made,) = lines(tmp_path / "gpu.jsonl")
+    assert "optimizer.beta9" in made["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["trl", "transformers"])
+def test_both_sides_learn_the_same_from_the_same_rows(other: str, tmp_path: Path):
+    needed = {"trl": "trl", "transformers": "accelerate"}[other]
+    if find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    run(
+        *("compare.py", "gsm8k-28m", "--tiny", "--sides", "ours", other),
+        *("--rounds", "1", "--steps", "4", "--threads", "1", "--output", str(tmp_path)),
+    )
+    ours, theirs = lines(tmp_path / "results.jsonl")
+    assert ours["trained_tokens"] == theirs["trained_tokens"] > 0
+    # float32, the same rows in the same order: sums in another order, and logs of four to five digits.
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-4)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| ours |" in page and f"| {other} |" in page and "of peak" in page

@@ -1,0 +1,26 @@
+"""How much an adaptation holds beside the model, in numbers: for the plan of a run, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What there is because of an adaptation.
+
+    claimed: parameters that it moves itself. trained: numbers that the optimizer moves for them. fixed: numbers that it
+    keeps, in float32. copied: numbers that it keeps in the format of the model, where that is 16 bits wide. gradients:
+    numbers of the gradients that wait for a step in place of those of the claimed parameters. saved: numbers in a
+    checkpoint beside those that the optimizer moves.
+    """
+
+    claimed: frozenset[str] = frozenset()
+    trained: int = 0
+    fixed: int = 0
+    copied: int = 0
+    gradients: int = 0
+    saved: int = 0
+
+
+NOTHING = Holdings()

@@ -1,0 +1,167 @@
+"""OSFT as an adaptation: the large singular directions of each weight are protected, the small ones train.
+
+Source: Nayak et al. 2025, arXiv:2504.07097; the trajectory is that of mini_trainer 0.9, computed on dense weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.adaptations.full import Full
+from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, read_state, state_of
+from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
+from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
+from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, parameters_of
+from training_hub.backends.torch_engine.adaptations.osft.table import told
+from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
+from training_hub.data.cache import cache_folder
+from training_hub.recipe import Recipe
+from training_hub.types import Console
+
+
+class Osft:
+    """The adaptation that keeps every update out of the protected directions."""
+
+    def __init__(self, recipe: Recipe):
+        self._settings, self._optimizer = recipe.osft, recipe.optimizer
+        self._came_from = Path(recipe.model.path).expanduser()
+        root = cache_folder(recipe.data.cache_dir) / "osft"
+        self._shelf = Shelf(root, recipe.data.cache_size * 1e9) if recipe.osft.cache else None
+        self._full = Full()
+        self._targets: list[Target] = []
+        self._spaces = LowSpaces([], self._settings.form)
+        self.claimed: frozenset[str] = frozenset()
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """The same model; what is frozen gets no gradient. Weights are looked at in `begin`.
+
+        Raises RecipeError where a target pattern matches nothing.
+        """
+        settings, ratio = self._settings, self._settings.unfreeze_rank_ratio
+        found = find_targets(self._full.attach(model), settings.targets, splits_fused=settings.split_fused)
+        is_carried = settings.carry and (self._came_from / FILE).is_file()
+        if ratio == 0:
+            self._targets = []
+        elif ratio is None or is_carried:
+            self._targets = found
+        else:
+            # A weight of which no part has a direction to protect trains in full.
+            cut = {one.parameter_name for one in found if rank_kept(one.short_side, ratio) > 0}
+            self._targets = [one for one in found if one.parameter_name in cut]
+        self.claimed = frozenset(parameters_of(self._targets))
+        chosen = parameters_of(found).keys()
+        for name, parameter in model.named_parameters():
+            if (ratio == 0 and name in chosen) or (settings.others == "freeze" and name not in chosen):
+                parameter.requires_grad_(False)
+        self._model = model
+        return model
+
+    def holdings(self) -> Holdings:
+        """What the run will hold for OSFT; where `energy` decides the ranks, as if half of each were protected."""
+        shapes = [_shape(one) for one in self._targets]
+        ratio, is_core = self._settings.unfreeze_rank_ratio, self._settings.form == "core"
+        trained = fixed = 0
+        for stack, rows, columns in shapes:
+            low = columns - (columns // 2 if ratio is None else rank_kept(columns, ratio))
+            is_square = rows == columns
+            per_factors, per_core = low * (rows + columns + 1), low * (low if is_square else rows)
+            trained += stack * (per_core if is_core else per_factors)
+            beside = low**2 if is_square else rows * (columns - low)
+            fixed += stack * (per_factors + low**2 + beside + 1)
+        dense = sum(stack * rows * columns for stack, rows, columns in shapes)
+        is_layerwise = self._settings.gradients == "layer"
+        return Holdings(self.claimed, trained, fixed, dense, trained if is_layerwise else dense, dense + fixed)
+
+    @torch.no_grad()
+    def begin(self, console: Console) -> None:
+        """Decompose the targets, and say what is protected, trained in full and frozen."""
+        earlier = read_state(self._came_from, self._targets) if self._settings.carry else {}
+        if not self._settings.carry and (self._came_from / FILE).is_file():
+            console.say(
+                f"osft: {self._came_from / FILE} is not used, since osft.carry is false: a fresh decomposition may "
+                "leave unprotected what an earlier task wrote"
+            )
+        elif earlier:
+            console.say(f"osft: going on from what {self._came_from / FILE} protects")
+        splits: dict[str, Split] = {}
+        # The largest first, so that the time left is not told too short.
+        order = sorted(self._targets, key=_cost, reverse=True)
+        with console.progress("decomposing weights", sum(map(_cost, order)), "GFLOP") as advance:
+            for one in order:
+                splits[one.name] = self._split(one, earlier.get(one.name), console)
+                advance(_cost(one))
+        pairs = [(one, splits[one.name]) for one in self._targets]
+        self._spaces = LowSpaces(pairs, self._settings.form, is_layerwise=self._settings.gradients == "layer")
+        for line in told(self._model, pairs, sum(t.numel() for t in self.weights().values())):
+            console.say(f"osft: {line}")
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves beside the model's own parameters, by name."""
+        return self._spaces.weights()
+
+    def gather(self) -> None:
+        """Turn the dense gradients of the claimed parameters into those of `weights`."""
+        self._spaces.gather()
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients of the claimed parameters and of `weights`."""
+        self._spaces.drop_gradients()
+
+    def before_step(self, rate: float) -> None:
+        """Project the gradients, and decay the factors."""
+        is_decoupled = self._optimizer.name == "AdamW"
+        self._spaces.before_step(rate, self._optimizer.weight_decay, is_decoupled=is_decoupled)
+
+    def after_step(self) -> None:
+        """Project the factors, and rebuild the weights from them."""
+        self._spaces.after_step()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """`osft_leak` and `osft_drift` as they stand."""
+        return self._spaces.metrics()
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights that the optimizer moves."""
+        return self._spaces.saved()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `saved` gave."""
+        self._spaces.load(tensors)
+
+    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state dict to write, as Full gives it: an ordinary dense model."""
+        exact = {name: self._spaces.exact(name) for name, p in self._spaces.parameters.items() if p.dtype != dtype}
+        return self._full.export({**weights, **exact}, dtype)
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """Further safetensors files of the final model's folder, by name."""
+        return {FILE: state_of(self._spaces.pairs())} if self._settings.carry else {}
+
+    def _split(self, target: Target, before: Split | None, console: Console) -> Split:
+        ratio, energy = self._settings.unfreeze_rank_ratio, self._settings.energy or 0.0
+        weight = target.view(target.parameter.detach())
+        if before is not None:
+            before = Split(**{name: tensor.to(weight.device) for name, tensor in before.tensors().items()})
+        free = before.right.shape[-2] if before is not None else target.short_side
+        kept = None if ratio is None else rank_kept(free, ratio)
+        if self._shelf is None or before is not None:
+            return split(weight, kept, before, energy)
+        cut = f"energy {energy}" if kept is None else f"kept {kept}"
+        return self._shelf.get(weight, cut, lambda: split(weight, kept, energy=energy), console.say)
+
+
+def _cost(target: Target) -> float:
+    """Operations of the Gram matrix and its eigenvectors, in 1e9: 2 N M^2 + 9 M^3 for each matrix, about."""
+    stack, rows, columns = _shape(target)
+    return stack * (2 * rows * columns**2 + 9 * columns**3) / 1e9
+
+
+def _shape(target: Target) -> tuple[int, int, int]:
+    """Matrices in the stack, their rows and their columns."""
+    *stack, rows, columns = target.view(target.parameter.detach()).shape
+    return torch.Size(stack).numel(), rows, columns

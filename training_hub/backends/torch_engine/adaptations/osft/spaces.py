@@ -1,0 +1,210 @@
+"""What trains in the low parts of a model's weights, and how it becomes the weights that forward and backward use.
+
+Forward and backward are those of the dense model. Once per optimizer step, the dense gradients become gradients of what
+trains (`gather`), these are cleared of what points into the protected space (`before_step`), the optimizer moves, and
+the weights follow (`after_step`).
+"""
+
+# N rows, M <= N columns, k protected, r low directions, as in decompose.py
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.adaptations.osft.core import Core
+from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
+from training_hub.backends.torch_engine.adaptations.osft.factors import Factors
+from training_hub.backends.torch_engine.adaptations.osft.targets import Target
+
+FORMS: Mapping[str, type[Factors] | type[Core]] = {"factors": Factors, "core": Core}
+
+
+@dataclass(frozen=True)
+class Space:
+    """One target with what trains in it."""
+
+    target: Target
+    trained: Factors | Core
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves, by full name."""
+        return {f"{self.target.name}.osft.{key}": tensor for key, tensor in self.trained.weights().items()}
+
+    def fixed(self) -> dict[str, Tensor]:
+        """The split, by full name."""
+        return {f"{self.target.name}.osft.split.{key}": t for key, t in self.trained.split.tensors().items()}
+
+
+class LowSpaces:
+    """The low parts of all targets.
+
+    A parameter in float32 or float64 is moved by the difference of its D = L V0 from the last, so that its start needs
+    no memory. One in bfloat16 keeps its start, and is the rounding of start + D.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Target, Split]], form: str, *, is_layerwise: bool = False):
+        """is_layerwise: turn each dense gradient into those of what trains as soon as backward has it, and free it."""
+        self.spaces = [Space(target, FORMS[form](split)) for target, split in pairs]
+        self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
+        self._starts = {
+            name: p.detach().clone()
+            for name, p in self.parameters.items()
+            if p.dtype not in (torch.float32, torch.float64)
+        }
+        self._sums: dict[str, Tensor] = {}
+        self._before: list[Tensor] = []
+        self._moved = [(torch.zeros(()), torch.zeros(())) for _ in self.spaces]
+        for name, parameter in self.parameters.items():
+            if is_layerwise or name in self._starts:
+                parameter.register_post_accumulate_grad_hook(self._taken(name, is_layerwise))
+
+    def pairs(self) -> list[tuple[Target, Split]]:
+        """The targets and their splits."""
+        return [(one.target, one.trained.split) for one in self.spaces]
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves, by name: `<target>.osft.<factor>`."""
+        return {name: tensor for one in self.spaces for name, tensor in one.weights().items()}
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Turn the dense gradients of the step into those of what trains, and free them."""
+        for name, parameter in self.parameters.items():
+            gradient = self._sums.pop(name, parameter.grad)
+            parameter.grad = None
+            if gradient is not None:
+                self._add_gradient(name, gradient)
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients, and free their memory."""
+        self._sums.clear()
+        for tensor in (*self.parameters.values(), *self.weights().values()):
+            tensor.grad = None
+
+    @torch.no_grad()
+    def before_step(self, rate: float = 0.0, decay: float = 0.0, *, is_decoupled: bool = True) -> None:
+        """Project the gradients; decay U, S and V (or C), which the optimizer does not know.
+
+        is_decoupled: the decay shrinks the weights by rate x decay, as AdamW does; else it is added to the gradient.
+        """
+        self._before = [
+            torch.empty(0) if one.target.parameter_name in self._starts else one.trained.low() for one in self.spaces
+        ]
+        for one in self.spaces:
+            weights = one.trained.weights()
+            gradients = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
+            if not gradients:
+                continue
+            gradients = one.trained.project(gradients)
+            for key, total in one.trained.totals().items() if decay else ():
+                moved, factor = (weights[key], -rate * decay) if is_decoupled else (gradients[key], decay)
+                moved.add_(total, alpha=factor)
+            for key, gradient in gradients.items():
+                weights[key].grad = gradient
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Project what the optimizer moved, and let the weights follow."""
+        lows = []
+        for one in self.spaces:
+            weights = one.trained.weights()
+            for key, projected in one.trained.project(weights).items():
+                weights[key].copy_(projected)
+            lows.append(one.trained.low())
+        self._moved = [leak_and_size(one.trained.split, low) for one, low in zip(self.spaces, lows, strict=True)]
+        for one, low, before in zip(self.spaces, lows, self._before, strict=True):
+            if one.target.parameter_name not in self._starts:
+                one.target.add(one.target.parameter.data, low.sub_(before), one.trained.split.right)
+        self._before = []
+        for name, start in self._starts.items():
+            self.parameters[name].data.copy_(self._sum(name, start))
+
+    def exact(self, name: str) -> Tensor:
+        """The parameter `name` before it is rounded to the format of the model."""
+        start = self._starts.get(name)
+        return self.parameters[name].detach() if start is None else self._sum(name, start)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """`osft_leak`: the largest share of an update D that lies in the protected space, over all matrices; and
+        `osft_drift`: the norm of all D over that of all targets as they came. Both of what trains, before rounding."""
+        if not self.spaces:
+            return {}
+        leak = torch.stack([shares.max() for shares, _ in self._moved]).max()
+        size = torch.stack([squares.double().sum() for _, squares in self._moved]).sum()
+        whole = torch.stack([one.trained.split.norm.double().square().sum() for one in self.spaces]).sum()
+        return {"osft_leak": leak, "osft_drift": (size / whole).sqrt()}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside `weights`: the dense weights (bfloat16: as they came), and the splits, since
+        another library or machine may turn singular vectors around."""
+        dense = {name: self._starts.get(name, parameter.detach()) for name, parameter in self.parameters.items()}
+        return dense | {name: t for one in self.spaces for name, t in one.fixed().items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `saved` gave, bit for bit; the weights have been taken over already."""
+        for one in self.spaces:
+            for name, tensor in one.fixed().items():
+                tensor.copy_(tensors[name])
+        self._moved = [leak_and_size(one.trained.split, one.trained.low()) for one in self.spaces]
+        for name, parameter in self.parameters.items():
+            self._starts.get(name, parameter.data).copy_(tensors[name])
+        for name, start in self._starts.items():
+            self.parameters[name].data.copy_(self._sum(name, start))
+
+    def _taken(self, name: str, is_layerwise: bool) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def take(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                return
+            if is_layerwise:
+                self._add_gradient(name, gradient)
+            elif name in self._sums:
+                self._sums[name].add_(gradient)
+            else:
+                self._sums[name] = gradient.float()
+
+        return take
+
+    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        for one in self._of(name):
+            weights = one.trained.weights()
+            dense = one.target.view(gradient).to(one.trained.split.left.dtype)
+            for key, part in one.trained.gradients(dense).items():
+                sum_so_far = weights[key].grad
+                weights[key].grad = part if sum_so_far is None else sum_so_far.add_(part)
+
+    def _of(self, name: str) -> Sequence[Space]:
+        return [one for one in self.spaces if one.target.parameter_name == name]
+
+    def _sum(self, name: str, start: Tensor) -> Tensor:
+        total = start.float()
+        for one in self._of(name):
+            one.target.add(total, one.trained.low(), one.trained.split.right)
+        return total
+
+
+def leak_and_size(split: Split, low: Tensor) -> tuple[Tensor, Tensor]:
+    """Of D = L V0, the share of its norm inside the protected space, and its squared norm; [...] each.
+
+    V0 has orthonormal rows, so the norm of D is that of L. What lies in both protected spaces is counted twice.
+    """
+    size = low.square().sum((-2, -1))
+    inside = ((low.mT @ low) * split.overlap_right).sum((-2, -1))
+    if split.is_square:
+        c = split.left.mT @ low
+        inside = inside + ((c @ c.mT) * split.overlap_left).sum((-2, -1))
+    else:
+        inside = inside + (split.protected.mT @ low).square().sum((-2, -1))
+    return (inside.clamp_min(0) / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt(), size
+
+
+def parameters_of(targets: Iterable[Target]) -> dict[str, nn.Parameter]:
+    """The parameters that targets are cut from, by name."""
+    return {one.parameter_name: one.parameter for one in targets}

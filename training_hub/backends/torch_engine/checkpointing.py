@@ -1,0 +1,102 @@
+"""Activation checkpointing: what a layer made in its forward pass is forgotten, and made again for its backward pass.
+
+It changes memory and time, never a number: the same operations run again on the same inputs with the same dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+NONE, SELECTIVE, FULL = "none", "selective", "full"
+HOW = (NONE, SELECTIVE, FULL)
+"""What is kept of a layer: everything; its input and the results of its products and of torch's attention; its input.
+Each takes less memory than the one before, and more time."""
+
+USABLE = 0.92
+"""Share of free memory that a plan may fill; the rest is for what an allocator loses between blocks."""
+
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
+ATTENTIONS = (
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "torch_attn._varlen_attn",
+)
+
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+
+def checkpoint_layers(model: nn.Module, how: str, contexts: Contexts | None = None) -> bool:
+    """Let every decoder layer of a transformers model forget as `how` says, in place; False where it has none.
+
+    contexts: for `selective`, what is entered in forward and in recomputing in place of the one that keeps products.
+    """
+    options: dict[str, Any] = {"context_fn": contexts or keeping_products} if how == SELECTIVE else {}
+    layers = list(_layers(model))
+    for layer in layers:
+        layer.gradient_checkpointing = how != NONE
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **options)
+    return bool(layers)
+
+
+def num_layers(model: nn.Module) -> int:
+    """Layers that can forget what they made."""
+    return sum(1 for _ in _layers(model))
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts under which the results of products and of attention are kept, and the rest is made again."""
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = create_selective_checkpoint_contexts(
+        _policy
+    )
+    return contexts
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_kept(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def is_kept(operation: Any) -> bool:
+    """Whether `selective` keeps what this operation of torch made."""
+    name = str(operation).rpartition(".")[0]
+    return name in PRODUCTS or name in ATTENTIONS
+
+
+def free_gib(device: torch.device) -> float | None:
+    """Memory that this process has or can have on the device; None where that cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return (free + torch.cuda.memory_reserved(device)) / 2**30
+    available, held = _kibibytes("/proc/meminfo", "MemAvailable"), _kibibytes("/proc/self/status", "VmRSS")
+    if available is None or held is None:
+        return None
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return min((available + held) / 2**20, int(limit) / 2**30 if limit.isdigit() else float("inf"))
+
+
+def _kibibytes(path: str, name: str) -> int | None:
+    """The number behind `name` in a file of the system that counts memory."""
+    return next((int(line.split()[1]) for line in _read(path).splitlines() if line.startswith(f"{name}:")), None)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:  # no such file on other systems
+        return ""

@@ -1,0 +1,218 @@
+"""The kernels as functions of tensors, with gradients. For float32 or bfloat16 tensors on a CPU.
+
+Each is called only where `build.kernels()` is there. Tensors without contents (torch's meta device) pass as shapes.
+"""
+
+# T tokens, D width of queries and keys (or of the model), E width of values, Q query heads, K key-value heads
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training_hub.backends.torch_engine.fused.build import kernels
+
+TYPES = (torch.float32, torch.bfloat16)
+CHUNK = 64  # as in kernels.c
+
+
+def are_fit(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: on a CPU or without contents, of one type that they know."""
+    kind, place = tensors[0].dtype, tensors[0].device.type
+    is_known = kind in TYPES and place in ("cpu", "meta")
+    return is_known and all(one.dtype == kind and one.device.type == place for one in tensors)
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_void_p), ("token", ctypes.c_long), ("head", ctypes.c_long))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("low", ctypes.c_int),
+        *((name, ctypes.c_long) for name in ("heads", "kv_heads", "width", "value_width", "documents", "window")),
+        ("starts", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+    )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float, window: int | None
+) -> Tensor:
+    """Causal attention inside each document: [1, T, Q, E] from [1, Q, T, D], [1, K, T, D] and [1, K, T, E].
+
+    The last dimension must be contiguous, the others may have any stride. Scores are float32 and never written out.
+    """
+    output: Tensor = _Attention.apply(query, key, value, tuple(lengths), scaling, window or 0)
+    return output
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float, window: int
+    ) -> Tensor:
+        _, heads, tokens, _ = query.shape
+        output = query.new_empty(1, tokens, heads, value.shape[-1])
+        normalisers_QT = query.new_empty(heads, tokens, dtype=torch.float32)
+        if not query.is_meta:
+            layer = _layer(query, key, value, lengths, scaling, window)
+            given = (_heads(query), _heads(key), _heads(value), *_at(output, normalisers_QT))
+            _refuse(_library().attention_forward(ctypes.byref(layer), *given, torch.get_num_threads()))
+        ctx.save_for_backward(query, key, value, normalisers_QT)
+        ctx.rule = (lengths, scaling, window)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, normalisers_QT = ctx.saved_tensors
+        # Laid out as models lay them out: heads beside each other within a token.
+        made = [one.new_empty(one.transpose(1, 2).shape) for one in (query, key, value)]
+        if not query.is_meta:
+            layer = _layer(query, key, value, *ctx.rule)
+            gradient = upstream[0].contiguous().transpose(1, 2)
+            given = (*(_heads(one) for one in (query, key, value, gradient)), *_at(normalisers_QT, *made))
+            _refuse(_library().attention_backward(ctypes.byref(layer), *given, torch.get_num_threads()))
+        return (*(one.transpose(1, 2) for one in made), None, None, None)
+
+
+def _layer(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float, window: int) -> _Layer:
+    starts, order = _places(lengths)
+    sizes = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], len(lengths), window)
+    return _Layer(query.dtype == torch.bfloat16, *sizes, starts.data_ptr(), order.data_ptr(), scaling)
+
+
+@lru_cache(maxsize=8)
+def _places(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Where documents start, and the order in which to take them: the longest first, so that no thread ends late."""
+    starts = torch.tensor([0, *accumulate(lengths)])
+    return starts, torch.tensor(lengths).argsort(descending=True, stable=True)
+
+
+def _heads(tensor: Tensor) -> Any:
+    return ctypes.byref(_Heads(tensor.data_ptr(), tensor.stride(2), tensor.stride(1)))
+
+
+def _refuse(failed: int) -> None:
+    if failed:
+        raise torch.OutOfMemoryError("attention: can't allocate memory for the longest document")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), over the last dimension."""
+    result: Tensor = _RMSNorm.apply(x.contiguous(), weight, eps, offset)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        result, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+        _call("rms_norm_forward", (x, weight, result, inverse), _long(rows), _long(width), _float(eps), _float(offset))
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        result, partial = torch.empty_like(x), x.new_empty(-(-rows // CHUNK), width, dtype=torch.float32)
+        tensors = (upstream[0].contiguous(), x, weight, inverse, result, partial)
+        _call("rms_norm_backward", tensors, _long(rows), _long(width), _float(ctx.offset))
+        return result, partial.sum(0).to(weight.dtype), None, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    result: Tensor = _SwiGLU.apply(gate.contiguous(), up.contiguous())
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        result = torch.empty_like(gate)
+        _call("swiglu_forward", (gate, up, result), _long(gate.numel()))
+        ctx.save_for_backward(gate, up)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        _call("swiglu_backward", (upstream[0].contiguous(), gate, up, of_gate, of_up), _long(gate.numel()))
+        return of_gate, of_up
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x [B, T, heads, D] with the halves of each head turned by the angles of its token, cosines and sines [B, T, D].
+
+    The angles may be [1, T, D], the same for all rows.
+    """
+    angles = (part.expand(len(x), -1, -1).contiguous() for part in (cosines, sines))
+    result: Tensor = _Rotation.apply(x.contiguous(), *angles)
+    return result
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _turned(x, cosines, sines, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(upstream[0].contiguous(), *ctx.saved_tensors, back=True), None, None
+
+
+def _turned(x: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Tensor:
+    result = torch.empty_like(x)
+    batch, tokens, heads, width = x.shape
+    _call("rotate", (x, cosines, sines, result), _long(batch * tokens), _long(heads), _long(width), back)
+    return result
+
+
+def cross_entropy_(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, multiplier: float) -> Tensor:
+    """losses [R] in float32: weight * -log p(target), where p = softmax(multiplier * logits).
+
+    `logits_RV` become the gradient of their sum. weights are float32, targets int64. Not differentiable by autograd.
+    """
+    losses_R = weights_R.new_empty(len(targets_R))
+    rows, vocabulary = logits_RV.shape
+    tensors = (logits_RV, targets_R.contiguous(), weights_R.contiguous(), losses_R)
+    _call("cross_entropy", tensors, _long(rows), _long(vocabulary), _float(multiplier))
+    return losses_R
+
+
+def _library() -> ctypes.CDLL:
+    library = kernels()
+    assert library is not None  # the caller has asked
+    return library
+
+
+def _call(name: str, tensors: tuple[Tensor, ...], *numbers: Any) -> None:
+    """Run kernel `name`: addresses, whether the first tensor's type is the low one, numbers, threads."""
+    if not tensors[0].is_meta:
+        is_low = tensors[0].dtype == torch.bfloat16
+        getattr(_library(), name)(*_at(*tensors), is_low, *numbers, torch.get_num_threads())
+
+
+def _at(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
+    return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+
+
+def _long(number: int) -> ctypes.c_long:
+    return ctypes.c_long(number)
+
+
+def _float(number: float) -> ctypes.c_float:
+    return ctypes.c_float(number)
