@@ -41,6 +41,8 @@ def read_message(given: Any, place: str, settings: FormatSettings, notes: list[s
     """
     if not isinstance(given, Mapping):
         raise DataError(f"{place} is {shown(given)}; an object with role and content is wanted.")
+    if _is_plain(given, settings):
+        return Message(role=given["role"], content=given["content"])
     entry = _renamed(given, settings.columns)
     problems: list[str] = []
     role = _role(entry, place, settings, notes, problems)
@@ -67,6 +69,17 @@ def read_message(given: Any, place: str, settings: FormatSettings, notes: list[s
         tool_call_id=_text_or_none(entry, "tool_call_id"),
         train=train,
     )
+
+
+PLAIN = {"role", "content"}
+
+
+def _is_plain(given: Mapping[str, Any], settings: FormatSettings) -> bool:
+    """Whether it is what nearly all messages are: a known role and a text, in our own words, and nothing else."""
+    if given.keys() != PLAIN or settings.columns or settings.roles:
+        return False
+    content = given["content"]
+    return given["role"] in ROLES and isinstance(content, str) and not content.isspace() and content != ""
 
 
 def _renamed(given: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
