@@ -61,7 +61,19 @@ CONFIGURATIONS = {
     "158 M weights, float32 AdamW": Configuration(
         {**MIDDLE, "intermediate_size": 2816, "vocab_size": 8192}, "float32", "AdamW", (512,), 512
     ),
-}
+    "158 M weights, bfloat16 AdamW in 8 bits": Configuration(
+        {**MIDDLE, "intermediate_size": 2816, "vocab_size": 8192}, "bfloat16", "AdamW", (512,), 512,
+        overrides={"optimizer.state": "8bit"},
+    ),
+    "long documents, selective checkpointing": Configuration(
+        {**SMALL, "intermediate_size": 1408, "vocab_size": 8192}, "bfloat16", "AdamW", (2048,), 8192,
+        overrides={"training.activation_checkpointing": "selective"},
+    ),
+    "long documents, full checkpointing": Configuration(
+        {**SMALL, "intermediate_size": 1408, "vocab_size": 8192}, "bfloat16", "AdamW", (2048,), 8192,
+        overrides={"training.activation_checkpointing": "full"},
+    ),
+}  # fmt: skip
 
 
 def main() -> None:

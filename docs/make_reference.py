@@ -31,6 +31,7 @@ CLI_HEAD = """# The command line
     training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]
     training-hub preview       # rows as they will be trained, token by token; takes the same settings
     training-hub plan          # what a run will do and take, without loading weights; takes the same settings
+    training-hub continual     # tasks one after the other by several methods, and what each forgets
     training-hub schema        # the JSON Schema of a recipe file, for editors
     training-hub algorithms    # algorithms and their backends
     training-hub version       # versions of this package and of those that matter to a run
@@ -111,7 +112,8 @@ def _commands() -> Iterator[str]:
         command.add_options(parser)
         yield f"`training-hub {name}`: {command.help}.\n"
         for action in parser._actions:
-            value = f" {action.metavar}" if action.metavar else ""
+            named = action.metavar
+            value = f" {' '.join(named) if isinstance(named, tuple) else named}" if named else ""
             yield f"- `{action.option_strings[0]}{value}`: {action.help}"
         yield ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,7 +15,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def run(script: str, *words: str) -> str:
-    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *words], capture_output=True, text=True)
+    # The package may lie beside the benchmarks without being installed.
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    program = [sys.executable, str(BENCHMARKS / script), *words]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -56,3 +60,14 @@ def test_both_sides_learn_the_same_from_the_same_rows(other: str, tmp_path: Path
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-4)
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| ours |" in page and f"| {other} |" in page and "of peak" in page
+
+
+@pytest.mark.slow
+def test_methods_are_compared_at_the_same_new_task_score(tmp_path: Path):
+    words = ("--tasks", "2", "--steps", "3", "--seeds", "0", "--rates", "1e-3", "3e-3", "--methods", "full", "osft")
+    out = run("continual.py", "demo", "--output", str(tmp_path), *words)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "backward transfer" in page and page.strip() in out
+    found = json.loads((tmp_path / "matched" / "continual.json").read_text())
+    assert [one["method"] for one in found["courses"]] == ["full", "osft"]
+    assert all(len(one["watch"]) == 3 for one in found["courses"])

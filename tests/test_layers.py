@@ -1,7 +1,7 @@
 """The shape of the code: imports go one way, engines stay apart, files and functions stay short, nothing unsafe runs.
 
 errors, types, folders, version <- recipe <- algorithms, data, evaluation, monitoring <- backends <- launch
-    <- frontends <- __init__
+    <- experiments <- frontends <- __init__
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ RANKS = {
     "monitoring": 2,
     "backends": 3,
     "launch": 4,
-    "frontends": 5,
-    "": 6,  # training_hub/__init__.py: the public names
-    "__main__": 7,
-    "apps": 7,
-    "scripts": 7,
-    "demo": 7,  # a user of the public names
+    "experiments": 5,
+    "frontends": 6,
+    "": 7,  # training_hub/__init__.py: the public names
+    "__main__": 8,
+    "apps": 8,
+    "scripts": 8,
+    "demo": 8,  # a user of the public names
 }
 ENGINES = {
     "torch_engine": ("torch", "torchao", "bitsandbytes", "peft"),

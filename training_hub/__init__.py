@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RecipeError,
         TrainingError,
     )
+    from training_hub.frontends.continual import continual
     from training_hub.frontends.functions import osft, sft
     from training_hub.frontends.registry import (
         Algorithm,
@@ -43,6 +44,7 @@ _REGISTRY = "training_hub.frontends.registry"
 _HOME_OF = {
     "sft": "training_hub.frontends.functions",
     "osft": "training_hub.frontends.functions",
+    "continual": "training_hub.frontends.continual",
     "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
     "AlgorithmRegistry": _REGISTRY,
@@ -88,6 +90,7 @@ __all__ = [
     "TrainResult",
     "TrainingError",
     "__version__",
+    "continual",
     "create_algorithm",
     "osft",
     "sft",

@@ -156,7 +156,7 @@ class StepReport:
     `peak_fraction`: operations that the step needed, over those that matrix products could have done in its time at the
     rate measured at the start; None where none was measured.
     `validation_loss` is set on the steps at which the validation set was measured. `measures`: what the adaptation
-    measures of its own after the update, by name.
+    measures of its own after the update, and what the watch found, by name.
     """
 
     step: int
@@ -205,7 +205,8 @@ class Proof:
 class TrainResult:
     """What a run returns.
 
-    status: "finished" (or "already finished", when the output folder held this very run).
+    status: "finished" (or "already finished", when the output folder held this very run); "stopped" where
+    evaluation.watch_limit ended the run, and `reason` then says why and which step the final model is of.
     output_dir: the run folder. model_path: the Hugging Face folder to load, None when no final model was asked for.
     metrics: the last values by name. history: one dictionary per logged step, as in metrics.jsonl.
     plan: what was decided before the first step. engine: the engine that ran. versions: of the packages that matter.
@@ -221,6 +222,7 @@ class TrainResult:
     engine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    reason: str = ""
 
 
 class Progress(Protocol):

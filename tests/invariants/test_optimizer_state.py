@@ -65,3 +65,10 @@ def test_a_checkpoint_holds_float32_masters_and_the_plan_counts_what_is_kept(
 def test_only_adamw_keeps_less(tiny_model_folder, chat_file, tmp_path):
     with pytest.raises(ValueError, match=r"optimizer\.state"):
         train(tiny_model_folder, chat_file, tmp_path / "run", **low("full", optimizer={"state": "8bit", "name": "SGD"}))
+
+
+@pytest.mark.parametrize("state", ["split", "8bit"])
+def test_float64_keeps_its_state_whole(tiny_model_folder, chat_file, tmp_path, state):
+    settings = low(state, model={"dtype": "float64"})
+    with pytest.raises(ValueError, match=r"optimizer\.state: .* computes in float32"):
+        train(tiny_model_folder, chat_file, tmp_path / "run", **settings)

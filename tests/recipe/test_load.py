@@ -128,6 +128,7 @@ FREE = [
     for path, setting in all_settings().items()
     if path not in {*NEEDS, *(one for pair in RIVALS for one in pair), "data.unmask", "training.max_tokens_per_gpu"}
     and path not in {"processes.node_rank", "processes.master_port"}
+    and path not in {"evaluation.watch_interval", "evaluation.watch_limit"}
 ]
 
 

@@ -61,6 +61,18 @@ class Planner(Protocol):
         ...
 
 
+@runtime_checkable
+class Scorer(Protocol):
+    """What an engine may be able to do beside: score a model on rows that it was not trained on."""
+
+    name: str
+
+    def score(self, recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
+        """Scores of the model of model.path on the rows of data.path: `rows`, `loss` in nats per trained token, and,
+        where it generates answers, `exact_match`, the share of rows answered as the row says."""
+        ...
+
+
 def _torch_engine() -> Backend:
     from training_hub.backends.torch_engine.engine import TorchEngine
 

@@ -55,8 +55,8 @@ def content_hash(samples: Sequence[Sample]) -> np.ndarray:
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         digest.update(len(sample).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(sample.ids, "<i4"))
-        digest.update(np.ascontiguousarray(sample.weights, "<f4"))
+        digest.update(np.ascontiguousarray(sample.ids, "<i4").data)
+        digest.update(np.ascontiguousarray(sample.weights, "<f4").data)
     return np.frombuffer(digest.digest(), "<u8")
 
 

@@ -24,7 +24,7 @@ from training_hub.recipe.yaml_text import read_yaml
 from training_hub.version import VERSION
 
 ALGORITHM = "sft"  # of a command that is not an algorithm's own
-NO_OUTPUT = "(none)"  # of a command that writes into no run folder
+NONE = "(none)"  # for what a command goes without
 BACKEND = "torch"
 
 # Short flags for what most runs set.
@@ -158,7 +158,8 @@ def _stand_ins(name: str, layer: Layer) -> Layer:
     """What stands for the settings that a command does without."""
     command = COMMANDS[name]
     tokenizer = layer.values.get("model.tokenizer") if command.takes_tokenizer else None
-    return Layer({"output": NO_OUTPUT, **({"model.path": tokenizer} if tokenizer else {})})
+    without = dict.fromkeys(command.goes_without, NONE)
+    return Layer({**without, **({"model.path": tokenizer} if tokenizer else {})})
 
 
 def _config(path: str) -> Layer:
@@ -218,7 +219,7 @@ def _parser() -> Parser:
         text = f"train: objective {entry.objective}, adaptation {entry.adaptation}"
         _add_settings(commands.add_parser(name, help=text, description=text, usage=USAGE.replace("sft", name)))
     for name, command in COMMANDS.items():
-        usage = USAGE.replace("sft", name).replace(" --output O", "")
+        usage = command.usage or USAGE.replace("sft", name).replace(" --output O", "")
         parser_of = commands.add_parser(name, help=command.help, description=command.help, usage=usage)
         command.add_options(parser_of)
         _add_settings(parser_of, names_algorithm=True)

@@ -27,7 +27,7 @@ from training_hub.recipe.check import cautions
 from training_hub.recipe.folder import RunFolder, differences, write_recipe
 from training_hub.types import Console, TrainResult
 
-FINISHED, RUNNING = "finished", "running"
+FINISHED, STOPPED, RUNNING = "finished", "stopped", "running"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
@@ -136,7 +136,10 @@ def settle(folder: RunFolder, recipe: Recipe) -> TrainResult | None:
             )
         return None
     result = folder.earlier_result() or {}
-    is_finished = result.get("status") == FINISHED and not (result.get("model_path") and not folder.final.exists())
+    # A run that was stopped at a limit is over until it is given another one.
+    is_over = before.evaluation.watch_limit == recipe.evaluation.watch_limit
+    endings = (FINISHED, STOPPED) if is_over else (FINISHED,)
+    is_finished = result.get("status") in endings and not (result.get("model_path") and not folder.final.exists())
     if not is_finished and not folder.has_checkpoints():
         return None  # it never came to anything worth keeping, so the new recipe takes its place
     changed = differences(before, recipe)
@@ -173,7 +176,7 @@ def from_json(content: dict[str, Any]) -> TrainResult:
     return TrainResult(
         **{
             **content,
-            "status": "already finished",
+            "status": "already finished" if content["status"] == FINISHED else content["status"],
             "output_dir": output,
             "model_path": Path(content["model_path"]) if content["model_path"] else None,
             "checkpoints": tuple(Path(path) for path in content["checkpoints"]),

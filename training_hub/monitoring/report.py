@@ -72,6 +72,8 @@ HEADLINES = (
     ("memory_gib", "memory (GiB)"),
     ("osft_leak", "largest leak"),
     ("osft_drift", "drift"),
+    ("watch_loss", "loss on watched rows"),
+    ("watch_drift", "rise on watched rows"),
 )
 
 

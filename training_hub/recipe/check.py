@@ -68,7 +68,15 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 
 
 # Settings in which ~ and ~user stand for a home folder.
-IN_HOME = ("model.path", "model.tokenizer", "data.path", "data.validation", "data.chat_template", "data.cache_dir")
+IN_HOME = (
+    "model.path",
+    "model.tokenizer",
+    "data.path",
+    "data.validation",
+    "data.chat_template",
+    "data.cache_dir",
+    "evaluation.watch",
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,9 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _lengths,
         _pretraining,
         _learning_rate,
+        _optimizer_state,
         _osft,
+        _watch,
         _processes,
     )
     unusable = list(_unusable_texts(recipe, names))
@@ -215,6 +225,15 @@ def _learning_rate(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
         )
 
 
+def _optimizer_state(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    if recipe.optimizer.state != "full" and recipe.model.dtype == "float64":
+        yield Contradiction(
+            ("optimizer.state", "model.dtype"),
+            f"{names('optimizer.state')}: {recipe.optimizer.state} computes in float32, {names('model.dtype')} is "
+            f"float64. Write {names.write('optimizer.state', 'full')}.",
+        )
+
+
 def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     if recipe.algorithm != "osft":
         return
@@ -231,6 +250,16 @@ def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names('optimizer.name')}: Adafactor makes its steps in proportion to a weight, and OSFT trains "
             f"differences that begin at 0. Write {names.write('optimizer.name', 'AdamW')}",
         )
+
+
+def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for path in ("evaluation.watch_interval", "evaluation.watch_limit"):
+        if recipe.evaluation.watch is None and not _is_default(recipe, path):
+            yield Contradiction(
+                (path, "evaluation.watch"),
+                f"{names(path)}: {_plainly(value_at(recipe, path))} would change nothing, since no rows are watched. "
+                f"Write {names.write('evaluation.watch', 'general.jsonl')}, or leave {path} out.",
+            )
 
 
 def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "training.on_nonfinite",
     "training.max_skipped",
     "training.preflight",
+    "training.activation_checkpointing",
 )
 
 

@@ -289,7 +289,7 @@ class Checkpoint(Section):
 
 
 class Evaluation(Section):
-    """When the validation set is measured."""
+    """When the validation set and rows that must not be forgotten are measured."""
 
     interval: Count | None = None
     """Every so many optimizer steps."""
@@ -299,6 +299,19 @@ class Evaluation(Section):
 
     at_start: bool = True
     """Before the first step."""
+
+    watch: str | None = None
+    """File, folder, glob or hub name of rows that must not be forgotten, such as general text or an earlier task. Their
+    loss is measured before the first step, during the run and at its end: watch_loss, and its rise, watch_drift. The
+    format is recognised by the keys."""
+
+    watch_interval: Count | None = None
+    """Measure the watched rows every so many optimizer steps. Default: at the end of each epoch."""
+
+    watch_limit: Positive | None = None
+    """Stop the run once the loss on the watched rows has risen by more than this, in nats per token: 0.1 is 10.5 % more
+    perplexity, whatever the model. The last step found within it becomes the final model, so each look that finds the
+    run within it saves a checkpoint."""
 
 
 class Monitoring(Section):

@@ -20,9 +20,9 @@ LENGTHS = (40, 24, 40, 24)
 FAMILIES = ("llama-tied", "qwen3", "gemma", "gpt2", "mixtral")
 
 
-def ready(family: str, how: str, dtype: torch.dtype = torch.float32, *, swapped: bool = True):
+def ready(family: str, how: str, dtype: torch.dtype = torch.float32, *, swapped: bool = True, **changes: int):
     register_attention()
-    model = tiny_model(family, dtype)
+    model = tiny_model(family, dtype, **changes)
     model.set_attn_implementation(DOCUMENTS)
     if swapped and kernels() is not None:
         swap(model)
@@ -84,25 +84,24 @@ def test_selective_multiplies_nothing_twice_and_full_does():
     assert products["selective"] == products["none"] < products["full"]
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
 def test_what_autograd_keeps_with_full_checkpointing_is_what_is_estimated(family):
-    model = ready(family, "full")
-    everything = really_saved(ready(family, "none"), random_pack(LENGTHS))
-    kept = really_saved(model, random_pack(LENGTHS))
+    everything = really_saved(ready(family, "none", num_hidden_layers=8), random_pack(LENGTHS))
+    kept = really_saved(ready(family, "full", num_hidden_layers=8), random_pack(LENGTHS))
     predicted = saved_bytes(
-        blank_like(tiny_model(family)), random_pack(LENGTHS), is_copied=True, on_kernels=kernels() is not None,
-        checkpointing="full",
+        blank_like(tiny_model(family, num_hidden_layers=8)), random_pack(LENGTHS), is_copied=True,
+        on_kernels=kernels() is not None, checkpointing="full",
     )  # fmt: skip
-    # Two layers: one forgets what it made until its turn, the other's is there.
-    assert predicted == pytest.approx(kept + (everything - kept) / 2, rel=0.1)
+    # What one of eight layers made is there again in its turn, and gradients of as much.
+    assert predicted == pytest.approx(kept + (everything - kept) / 4, rel=0.1)
 
 
 @pytest.mark.parametrize("on_kernels", [True, False])
 def test_each_way_is_estimated_to_take_less_than_the_one_before(on_kernels):
     sizes = [
         saved_bytes(
-            blank_like(tiny_model("llama")), random_pack(LENGTHS), is_copied=False, on_kernels=on_kernels,
-            checkpointing=how,
+            blank_like(tiny_model("llama", num_hidden_layers=8)), random_pack(LENGTHS), is_copied=False,
+            on_kernels=on_kernels, checkpointing=how,
         )
         for how in HOW
     ]  # fmt: skip

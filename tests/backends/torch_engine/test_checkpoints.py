@@ -71,7 +71,7 @@ def test_half_written_folders_are_not_checkpoints(tmp_path):
 def test_the_last_k_and_the_best_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step in (1, 2, 3, 4, 5):
-        checkpoints.save(state(step), "", protected_step=2)
+        checkpoints.save(state(step), "", protected=(2,))
     assert checkpoints.steps() == [2, 4, 5]
 
 

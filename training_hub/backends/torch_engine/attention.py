@@ -1,8 +1,9 @@
 """Attention that keeps the documents of a pack apart, registered through transformers' own interface.
 
-Two names: DOCUMENTS hands the pack to our own kernel on a CPU that has it, and elsewhere calls
-scaled_dot_product_attention once per document, or once per group of documents of equal length; VARLEN hands the whole
-pack to torch's variable-length kernel (CUDA) and falls back to DOCUMENTS for a layer the kernel cannot do. None of them
+Three names. DOCUMENTS hands the pack to our own kernel on a CPU that has it, and elsewhere calls
+scaled_dot_product_attention once per document, or once per group of documents of equal length. CUDNN is the same with
+cuDNN's kernel first (CUDA). VARLEN hands the whole pack to torch's variable-length kernel (CUDA) and falls back to
+DOCUMENTS for a layer the kernel cannot do. Which is fastest is tried at the start (attention_trial.py). None of them
 builds a mask over the pack: that would cost T x T memory, and SDPA leaves its fast kernels as soon as it is given one.
 
 Only the training call comes here. Padding or a cache (generation) goes to transformers' SDPA with transformers' mask.
@@ -13,7 +14,7 @@ Only the training call comes here. Padding or a cache (generation) goes to trans
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -31,16 +33,16 @@ from training_hub.errors import BackendError
 
 DOCUMENTS = "training_hub_documents"
 VARLEN = "training_hub_varlen"
+CUDNN = "training_hub_documents_cudnn"
 
 
 def register_attention() -> None:
-    """Make both names known to transformers. Calling it again changes nothing."""
+    """Make all names known to transformers. Calling it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(DOCUMENTS, documents_attention)
-    AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(DOCUMENTS, training_mask)
-    AttentionMaskInterface.register(VARLEN, training_mask)
+    for name, attend in FUNCTIONS.items():
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, training_mask)
 
 
 def training_mask(
@@ -313,6 +315,22 @@ def _varlen_options() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def cudnn_attention(module: nn.Module, *inputs: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
+    """The same as `documents_attention`, where torch asks cuDNN before its other kernels."""
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    order = [getattr(SDPBackend, name) for name in names]
+    with sdpa_kernel(order, set_priority=True):
+        return documents_attention(module, *inputs, **kwargs)  # type: ignore[arg-type]
+
+
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    DOCUMENTS: documents_attention,
+    VARLEN: varlen_attention,
+    CUDNN: cudnn_attention,
+}
+"""Attention by the name that transformers knows it by."""
 
 
 def varlen_problem(device: torch.device, dtype: torch.dtype) -> str | None:

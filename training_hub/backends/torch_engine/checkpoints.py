@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ class Checkpoints:
         self.root = root
         self.keep_last = keep_last
 
-    def save(self, state: State, recipe_yaml: str, protected_step: int | None = None) -> Path:
-        """Write step-N, then remove what is older than `keep_last`, never `protected_step` (the best one).
+    def save(self, state: State, recipe_yaml: str, protected: Collection[int] = ()) -> Path:
+        """Write step-N, then remove what is older than `keep_last`, never one of the steps `protected`.
 
         Raises OSError or SafetensorError where the disk refuses; earlier checkpoints are then as they were.
         """
@@ -62,7 +62,7 @@ class Checkpoints:
             facts = {"version": TRAINER_VERSION, "step": state.step, **state.facts}
             (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-        self._prune(state.step, protected_step)
+        self._prune(state.step, protected)
         return folder
 
     def steps(self) -> list[int]:
@@ -124,12 +124,12 @@ class Checkpoints:
         inside = manifest(self.folder(step)).get("step")
         return [] if inside == step else [f"{self.folder(step)} holds step {inside}"]
 
-    def _prune(self, newest: int, protected_step: int | None) -> None:
+    def _prune(self, newest: int, protected: Collection[int]) -> None:
         if self.keep_last is None:
             return
         # A step beyond the newest was passed over as damaged when the run went on; it must not count as a kept one.
         for step in [step for step in self.steps() if step <= newest][: -self.keep_last]:
-            if step != protected_step:
+            if step not in protected:
                 remove(self.folder(step))
 
 

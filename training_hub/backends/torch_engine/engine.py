@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
+from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.export import export
-from training_hub.backends.torch_engine.loop import Run, dry_step, plain_numbers, resume, train
+from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
@@ -33,13 +35,15 @@ from training_hub.backends.torch_engine.model_folder import hub_problem
 from training_hub.backends.torch_engine.objectives import OBJECTIVES
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.plan import describe, feed_settings, memory_of, plan, summary
-from training_hub.backends.torch_engine.preflight import packed_equals_alone
+from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.profile import table as split_table
 from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
+from training_hub.backends.torch_engine.scoring import score
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale, measured_peak, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed
@@ -55,8 +59,6 @@ from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console, Proof, TrainResult
 
-# Relative difference of packed and separate losses that rounding explains, by format.
-PACKING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 # Rows whose trained text is compared with what they say, in a check and at the start of a run.
 ROWS_COMPARED = {True: 256, False: 32}
 VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "training-hub")
@@ -119,7 +121,7 @@ class TorchEngine:
         if given.model is None:
             step = starting_step(outline(recipe, materials, device, dtype), console)
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
-        loaded = load_model(recipe, device, dtype, model=given.model)
+        loaded = load_model(recipe, device, dtype, given.model, first_lengths(materials))
         run = assemble(recipe, loaded, materials, device, dtype, console)
         if given.model is not None:  # there were no weights to read, so nothing is asked too late
             known = Outline(
@@ -165,7 +167,7 @@ class TorchEngine:
         device = choose_device()
         prepare_processor(device)
         dtype = choose_dtype(recipe.model.dtype, device)
-        loaded = load_model(recipe, device, dtype, model=given.model)
+        loaded = load_model(recipe, device, dtype, given.model, first_lengths(materials))
         run = assemble(recipe, loaded, materials, device, dtype, console)
         holdings, free = run.adaptation.holdings(), free_gib(device)
         how, memory = memory_of(recipe, run.model, run.feed, device, dtype, holdings, free)
@@ -174,12 +176,17 @@ class TorchEngine:
             dry_step(run)
             return preflight(run, loaded, materials, given, memory, RunFolder(Path(recipe.output)), thorough=True)
 
+    def score(self, recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
+        """How well the model of model.path does the rows of data.path."""
+        return score(recipe, console, generates=generates)
+
     def _result(
         self, run: Run, folder: RunFolder, plan: dict[str, Any], model_path: Path | None, seconds: float
     ) -> TrainResult:
         history = tuple(read_metrics(folder.metrics))
+        reason = run.watch.reason if run.watch is not None else ""
         return TrainResult(
-            status="finished",
+            status="stopped" if reason else "finished",
             output_dir=folder.path,
             model_path=model_path,
             checkpoints=tuple(run.checkpoints.folder(step) for step in run.checkpoints.steps()),
@@ -189,6 +196,7 @@ class TorchEngine:
             engine=self.name,
             versions=versions(),
             seconds=seconds,
+            reason=reason,
         )
 
 
@@ -214,7 +222,7 @@ def assemble(
     is_packed = recipe.data.packing and can_pack(model, objective, dtype, console)
     store = materials.prepared.train
     masters = Masters(model.named_parameters(), adaptation, are_split=recipe.optimizer.state != "full")
-    return Run(
+    run = Run(
         recipe=recipe,
         model=model,
         objective=objective,
@@ -227,6 +235,15 @@ def assemble(
         console=console,
         facts={**facts_of(materials, loaded.model), "versions": versions()},
     )
+    if materials.watch is not None:
+        run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
+    return run
+
+
+def first_lengths(materials: Materials) -> list[int]:
+    """Tokens of the first rows, as many as attention is tried on."""
+    lengths: list[int] = materials.prepared.train.lengths[:TIMED_TOKENS].tolist()
+    return lengths
 
 
 def forget_activations(run: Run, how: str) -> None:
@@ -236,17 +253,6 @@ def forget_activations(run: Run, how: str) -> None:
             f"training.activation_checkpointing: {how}, but the layers of {type(run.model).__name__} have none in "
             "transformers. Write none."
         )
-
-
-def can_pack(model: Any, objective: Any, dtype: torch.dtype, console: Console) -> bool:
-    """Whether this model keeps packed samples apart; says so where it does not."""
-    difference = packed_equals_alone(model, objective, model.config.get_text_config().vocab_size)
-    if difference <= PACKING_TOLERANCE[dtype]:
-        return True
-    console.say(
-        f"model: packed samples would see each other (losses differ by {difference:.1e}), so each sample runs alone"
-    )
-    return False
 
 
 @contextmanager
@@ -297,9 +303,14 @@ def preflight(
     return proofs
 
 
-def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> Path:
-    """Write the final model, the best one where the recipe keeps it."""
-    if run.recipe.checkpoint.keep_best and run.best is not None and run.best[1] != run.step:
+def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> Path | None:
+    """Write the final model: the best one where the recipe keeps it, the last within the limit where the watch stopped
+    the run; None where it stopped it before there was one."""
+    if run.watch is not None and run.watch.reason:
+        if run.watch.kept is None:
+            return None
+        run.updater.masters.load(run.checkpoints.load(run.watch.kept).weights)
+    elif run.recipe.checkpoint.keep_best and run.best is not None and run.best[1] != run.step:
         console.say(f"final: taking step {run.best[1]}, with the lowest validation loss {run.best[0]:.4f}")
         run.updater.masters.load(run.checkpoints.load(run.best[1]).weights)
     difference = write_model(run, loaded, materials, folder.final)
@@ -367,6 +378,8 @@ def final_metrics(run: Run, history: tuple[dict[str, Any], ...]) -> dict[str, fl
     if measured:
         metrics["validation_loss"] = measured[-1]
         metrics["validation_perplexity"] = perplexity(measured[-1])
+    if run.watch is not None:
+        metrics |= run.watch.metrics()
     if run.best is not None:
         metrics["best_validation_loss"], metrics["best_step"] = run.best
     return metrics

@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors, to_device
 from training_hub.backends.torch_engine.waiting import DataWait
+from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale
 from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
@@ -59,6 +60,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
     validation_before: float | None = None
+    watch: Watch | None = None
     scale: Scale | None = None
     profile: StepProfile | None = None
 
@@ -67,14 +69,17 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
     """One report for each optimizer step from where the run stands to its end.
 
     A step is reported before it is saved, so that the metrics never miss a step that a checkpoint holds. Raises
-    Interrupted, with the state saved, at the first step boundary after a signal.
+    Interrupted, with the state saved, at the first step boundary after a signal. Ends early, after a step that is
+    reported and not saved, where the watch has a reason to.
     """
     evaluation = run.recipe.evaluation
     meter, wait = ThroughputMeter(run.feed.total_steps, first_step=run.step), DataWait()
     if run.step == 0 and run.validation is not None and evaluation.at_start:
-        run.validation_before = evaluate(run)
+        run.validation_before = evaluate(run, run.validation)
         before = run.validation_before
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
+    if run.watch is not None and run.watch.before is None:
+        run.watch.begin(run.step, run.console)
     while run.step < run.feed.total_steps:
         with profiled(run):
             began = time.perf_counter()
@@ -84,12 +89,18 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         if slow := wait.line(report.step, report.step_seconds, run.feed.store):
             run.console.say(slow)
         run.step = report.step
-        if is_evaluation_due(run):
-            loss = evaluate(run)
+        if run.validation is not None and is_evaluation_due(run):
+            loss = evaluate(run, run.validation)
             report = replace(report, validation_loss=loss, validation_perplexity=perplexity(loss))
+        is_watched = run.watch is not None and run.watch.is_due(run.step, run.feed)
+        if run.watch is not None and is_watched:
+            report = replace(report, measures={**report.measures, **run.watch.look(run.step, run.console)})
         yield report
+        if run.watch is not None and run.watch.reason:
+            run.console.say(f"stopped: {run.watch.reason}")
+            return
         is_best = report.validation_loss is not None and note_best(run, report.validation_loss)
-        if stop.number is not None or is_saving_due(run) or (is_best and run.recipe.checkpoint.keep_best):
+        if stop.number is not None or is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best):
             save(run)
         if stop.number is not None and run.step < run.feed.total_steps:
             raise interrupted(run, stop.number)
@@ -173,17 +184,16 @@ def step_seed(seed: int, step: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean loss over the trained tokens of the whole validation set, in nats."""
-    assert run.validation is not None
+def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
+    """Mean loss over the trained tokens of all of `store`, in nats."""
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    packs = validation_packs(run.validation, run.feed.settings.token_budget, run.feed.settings.is_packed)
-    with run.console.progress("validation", total=int(run.validation.lengths.sum()), unit="tokens") as advance:
+    packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
+    with run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for one in packs:
             total += run.objective(run.model, to_device(one, run.device)).total
             advance(len(one))
-    return float(total) / float(run.validation.trained_weight.sum())
+    return float(total) / float(store.trained_weight.sum())
 
 
 def dry_step(run: Run) -> None:
@@ -196,16 +206,16 @@ def dry_step(run: Run) -> None:
 
 
 def is_evaluation_due(run: Run) -> bool:
-    if run.validation is None:
-        return False
     settings = run.recipe.evaluation
     at_interval = settings.interval is not None and run.step % settings.interval == 0
     at_end = run.step == run.feed.total_steps
     return at_interval or at_end or (settings.at_epoch and run.feed.is_epoch_end(run.step))
 
 
-def is_saving_due(run: Run) -> bool:
+def is_saving_due(run: Run, is_watched: bool = False) -> bool:
     settings = run.recipe.checkpoint
+    if is_watched and run.recipe.evaluation.watch_limit is not None:
+        return True  # a run that is stopped later gives back the last step within the limit
     at_interval = settings.interval is not None and run.step % settings.interval == 0
     at_epoch = settings.at_epoch and run.feed.is_epoch_end(run.step)
     at_time = settings.minutes is not None and time.monotonic() - run.saved_at >= settings.minutes * 60
@@ -238,19 +248,21 @@ def save(run: Run) -> None:
     """Write a checkpoint of the step the run has reached, once."""
     if run.saved_step == run.step and run.step > 0:
         return
-    best = run.best if run.recipe.checkpoint.keep_best else None
+    best = run.best[1] if run.recipe.checkpoint.keep_best and run.best is not None else None
+    kept = run.watch.kept if run.watch is not None else None
     facts = {
         **run.facts,
         "best": run.best,
         "validation_before": run.validation_before,
         "seed": run.recipe.seed,
         "skipped_in_row": run.skipped_in_row,
+        "watch": run.watch.state() if run.watch is not None else None,
     }
     state = State(run.step, run.updater.masters.saved(), run.updater.state(), facts)
     refuse_broken(run, state)
     size = sum(t.numel() * t.element_size() for t in (*state.weights.values(), *state.optimizer.values()))
     with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
-        run.checkpoints.save(state, dump(run.recipe), protected_step=best[1] if best else None)
+        run.checkpoints.save(state, dump(run.recipe), protected=[step for step in (best, kept) if step is not None])
     run.saved_at, run.saved_step = time.monotonic(), run.step
 
 
@@ -276,6 +288,8 @@ def resume(run: Run, step: int) -> None:
     run.best = tuple(state.facts["best"]) if state.facts.get("best") else None
     run.validation_before = state.facts.get("validation_before")
     run.skipped_in_row = state.facts.get("skipped_in_row", 0)
+    if run.watch is not None:
+        run.watch.load(state.facts.get("watch") or {})
 
 
 def newest_saved(run: Run) -> str:

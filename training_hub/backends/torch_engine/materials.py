@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.model import Limits, limits_of, read_limits
@@ -26,6 +27,7 @@ class Materials:
     tokenizer: ChatTokenizer
     template: ChatTemplate | None
     prepared: Prepared
+    watch: TokenStore | None = None
 
 
 def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path | None = None) -> Materials:
@@ -50,11 +52,23 @@ def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path
         validation_rows=given.validation_rows,
         rejects=rejects,
     )
+    watch = watched_rows(recipe, tokenizer, template, console) if recipe.evaluation.watch else None
     limits = read_limits(recipe.model) if given.model is None else limits_of(given.model.config)
-    stores = [prepared.train, *([prepared.validation] if prepared.validation is not None else [])]
-    for store in stores:
-        check_limits(store, limits, console)
-    return Materials(tokenizer, template, prepared)
+    for store in (prepared.train, prepared.validation, watch):
+        if store is not None:
+            check_limits(store, limits, console)
+    return Materials(tokenizer, template, prepared, watch)
+
+
+def watched_rows(
+    recipe: Recipe, tokenizer: ChatTokenizer, template: ChatTemplate | None, console: Console
+) -> TokenStore:
+    """The samples of evaluation.watch: all of its rows, in whatever format, tokenised as validation rows are."""
+    own: dict[str, Any] = {"path": recipe.evaluation.watch, "format": "auto", "columns": {}, "validation": None}
+    whole = {"validation_fraction": 0.0, "deduplicate": False, "max_rows": None}
+    data = recipe.data.model_copy(update={**own, **whole})
+    recipe = recipe.model_copy(update={"data": data})
+    return prepare(recipe, tokenizer=tokenizer, template=template, console=console).train
 
 
 def check_limits(store: TokenStore, limits: Limits, console: Console) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training_hub.backends.torch_engine.attention import DOCUMENTS, VARLEN, register_attention, varlen_problem
+from training_hub.backends.torch_engine.attention import (
+    DOCUMENTS,
+    FUNCTIONS,
+    VARLEN,
+    register_attention,
+    varlen_problem,
+)
+from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
 from training_hub.backends.torch_engine.fused.swap import run_on_kernels
 from training_hub.backends.torch_engine.model_folder import folder_problems, is_folder, stored_dtype
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, attention_difference
@@ -28,7 +35,7 @@ __all__ = ["LoadedModel", "choose_device", "choose_dtype", "folder_problems", "l
 class LoadedModel:
     """A model on its device. `original_dtype`: the number format it came in. `notes`: what a user should be told.
 
-    attention: the name it attends by: DOCUMENTS, VARLEN, or transformers' own where the architecture allows no other.
+    attention: the name it attends by, of ours, or transformers' own where the architecture allows no other.
     """
 
     model: PreTrainedModel
@@ -109,36 +116,46 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def load_model(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, model: PreTrainedModel | None = None
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    model: PreTrainedModel | None = None,
+    lengths: Sequence[int] = (),
 ) -> LoadedModel:
     """The recipe's model, or the live `model` given instead, on `device` in `dtype`, in evaluation mode.
 
-    A live model is changed in place. Nothing is changed in the part of the config that is saved. Raises RecipeError
-    naming every problem of the folder, every weight that is missing and every one of another shape.
+    lengths: tokens of the rows, on which attention is tried on a GPU. A live model is changed in place. Nothing is
+    changed in the part of the config that is saved. Raises RecipeError naming every problem of the folder, every weight
+    that is missing and every one of another shape.
     """
     register_attention()
-    names = _attention_names(recipe.model.attention, device, dtype)
+    problem = varlen_problem(device, dtype)
+    if recipe.model.attention == "varlen" and problem:
+        raise BackendError(problem)
     if model is None:
         loaded, original, notes = _load(recipe.model, dtype)
     else:
         loaded, original, notes = model, next(model.parameters()).dtype, _convert(model, dtype)
     loaded = loaded.to(device).eval()
+    names, tried = _attention_names(recipe.model.attention, loaded, lengths)
     attention = _attach_attention(loaded, names, dtype)
     slower = run_on_kernels(loaded)
-    found = (*notes, *_attention_notes(attention, names), *_model_notes(loaded), *([slower] if slower else []))
+    found = (*notes, *tried, *_attention_notes(attention, names), *_model_notes(loaded), *([slower] if slower else []))
     return LoadedModel(loaded, original, attention, found)
 
 
-def _attention_names(requested: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What to try, best first."""
-    if requested == "documents":
-        return [DOCUMENTS]
+def _attention_names(requested: str, model: PreTrainedModel, lengths: Sequence[int]) -> tuple[list[str], list[str]]:
+    """What to try, best first, and what a user should be told of it."""
+    if requested != "auto":
+        return [{"documents": DOCUMENTS, "varlen": VARLEN}[requested]], []
+    device, dtype = model.device, next(model.parameters()).dtype
     problem = varlen_problem(device, dtype)
-    if requested == "varlen":
-        if problem:
-            raise BackendError(problem)
-        return [VARLEN]
-    return [DOCUMENTS] if problem else [VARLEN, DOCUMENTS]
+    heads = heads_of(model.config.get_text_config())
+    if device.type != "cuda" or heads is None:
+        return [DOCUMENTS] if problem else [VARLEN, DOCUMENTS], []
+    candidates = {name: attend for name, attend in FUNCTIONS.items() if not (problem and name == VARLEN)}
+    trials = try_each(candidates, heads, lengths, device, dtype)
+    return [trial.name for trial in trials if trial.seconds is not None] or [DOCUMENTS], [told(trials)]
 
 
 def _load(chosen: Model, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dtype, list[str]]:

@@ -88,7 +88,7 @@ class Masters:
 
     def all_exact(self) -> dict[str, Tensor]:
         """Every weight as the optimizer moves it; copies of split ones lie on the CPU, where there is room for all."""
-        return {name: self.exact(name).cpu() if name in self.extras else weight for name, weight in self.weights.items()}
+        return {**self.weights, **{name: self.exact(name).cpu() for name in self.extras}}
 
     def saved(self) -> dict[str, Tensor]:
         """What `load` takes."""

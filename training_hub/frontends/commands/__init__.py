@@ -1,4 +1,4 @@
-"""Commands that look at a run before it begins: they take the recipe of `training-hub sft` and options of their own."""
+"""Commands beside those of the algorithms: they take the recipe of `training-hub sft` and options of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from training_hub.frontends.commands import check, plan, preview
+from training_hub.frontends.commands import check, continual, plan, preview
 from training_hub.recipe import Recipe
 
 
@@ -15,14 +15,16 @@ from training_hub.recipe import Recipe
 class Command:
     """One command: what it is for, its options beside those of the recipe, and what it does.
 
-    The command writes into no run folder, so that `output` need not be given.
-    takes_tokenizer: model.tokenizer alone is enough, since no weight and no config is read.
+    goes_without: settings that need not be given: `output`, where it writes into no run folder. takes_tokenizer:
+    model.tokenizer alone is enough, since no weight and no config is read. usage: where it is not that of a run.
     """
 
     help: str
     add_options: Callable[[ArgumentParser], None]
     run: Callable[[Recipe, Namespace], int]
     takes_tokenizer: bool = False
+    goes_without: tuple[str, ...] = ("output",)
+    usage: str = ""
 
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
@@ -34,5 +36,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "prove on the model and its rows what training relies on, without training", check.add_options, check.run
         ),
         "plan": Command("say what a run will do and take, without loading weights", plan.add_options, plan.run),
+        "continual": Command(
+            "learn tasks one after the other by several methods, and measure what each forgets",
+            continual.add_options,
+            continual.run,
+            goes_without=("data.path",),
+            usage=continual.USAGE,
+        ),
     }
 )

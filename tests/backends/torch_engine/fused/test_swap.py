@@ -107,7 +107,8 @@ def test_a_copy_or_pickle_of_a_swapped_model_is_the_librarys_own() -> None:
     ids = torch.arange(10)[None]
     swap(model)
     said = model(ids).logits
-    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    unpickled = pickle.loads(pickle.dumps(model))  # noqa: S301 (made on this line)
+    for one in (copy.deepcopy(model), unpickled):
         assert not any(isinstance(module, OnKernels) for module in one.modules())
         torch.testing.assert_close(one(ids).logits, said, rtol=1e-4, atol=1e-4)
 

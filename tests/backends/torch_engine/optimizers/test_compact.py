@@ -65,7 +65,7 @@ def test_split_masters_move_as_float32_masters_do_bit_for_bit():
 def test_stretches_do_not_change_the_step(state, monkeypatch):
     whole, cut = updater(network(), state), updater(network(), state)
     feed_gradients(whole, 3)
-    monkeypatch.setattr(compact, "STRETCH", 512)
+    monkeypatch.setitem(compact.STRETCHES, "cpu", 512)
     feed_gradients(cut, 3)
     for name in whole.masters.weights:
         assert torch.equal(cut.masters.exact(name), whole.masters.exact(name))

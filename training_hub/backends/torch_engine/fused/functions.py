@@ -1,6 +1,7 @@
-"""The kernels as functions of tensors, with gradients. For float32 or bfloat16 tensors on a CPU.
+"""The kernels as functions of tensors, with gradients. For float32 or bfloat16 tensors.
 
-Each is called only where `build.kernels()` is there. Tensors without contents (torch's meta device) pass as shapes.
+On a CPU they are those of kernels.c, and each is called only where `build.kernels()` is there. On a GPU norms, rotary
+positions and gated units are those of triton_kernels.py. Tensors without contents (torch's meta device) pass as shapes.
 """
 
 # T tokens, D width of queries and keys (or of the model), E width of values, Q query heads, K key-value heads
@@ -10,23 +11,36 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from training_hub.backends.torch_engine.fused.build import kernels
+from training_hub.backends.torch_engine.fused.build import kernels, kernels_problem
 
 TYPES = (torch.float32, torch.bfloat16)
 CHUNK = 64  # as in kernels.c
 
 
 def are_fit(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: on a CPU or without contents, of one type that they know."""
+    """Whether the kernels of kernels.c take these tensors: on a CPU or without contents, of one type they know."""
+    return tensors[0].device.type in ("cpu", "meta") and are_known(*tensors)
+
+
+def are_known(*tensors: Tensor) -> bool:
+    """Whether norms, rotary positions and gated units have kernels for these tensors: in one place, of one type."""
     kind, place = tensors[0].dtype, tensors[0].device.type
-    is_known = kind in TYPES and place in ("cpu", "meta")
+    is_known = kind in TYPES and place in ("cpu", "meta", "cuda")
     return is_known and all(one.dtype == kind and one.device.type == place for one in tensors)
+
+
+def problem_on(device: torch.device) -> str | None:
+    """Why there are no kernels for this device, None where there are."""
+    if device.type != "cuda":
+        return kernels_problem()
+    return None if find_spec("triton") is not None else "Triton is not installed: pip install triton"
 
 
 class _Heads(ctypes.Structure):
@@ -116,7 +130,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         result, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-        _call("rms_norm_forward", (x, weight, result, inverse), _long(rows), _long(width), _float(eps), _float(offset))
+        _call("rms_norm_forward", (x, weight, result, inverse), rows, width, eps, offset)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
         return result
@@ -127,7 +141,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         result, partial = torch.empty_like(x), x.new_empty(-(-rows // CHUNK), width, dtype=torch.float32)
         tensors = (upstream[0].contiguous(), x, weight, inverse, result, partial)
-        _call("rms_norm_backward", tensors, _long(rows), _long(width), _float(ctx.offset))
+        _call("rms_norm_backward", tensors, rows, width, ctx.offset)
         return result, partial.sum(0).to(weight.dtype), None, None
 
 
@@ -141,7 +155,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         result = torch.empty_like(gate)
-        _call("swiglu_forward", (gate, up, result), _long(gate.numel()))
+        _call("swiglu_forward", (gate, up, result), gate.numel())
         ctx.save_for_backward(gate, up)
         return result
 
@@ -149,7 +163,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-        _call("swiglu_backward", (upstream[0].contiguous(), gate, up, of_gate, of_up), _long(gate.numel()))
+        _call("swiglu_backward", (upstream[0].contiguous(), gate, up, of_gate, of_up), gate.numel())
         return of_gate, of_up
 
 
@@ -177,7 +191,7 @@ class _Rotation(torch.autograd.Function):
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Tensor:
     result = torch.empty_like(x)
     batch, tokens, heads, width = x.shape
-    _call("rotate", (x, cosines, sines, result), _long(batch * tokens), _long(heads), _long(width), back)
+    _call("rotate", (x, cosines, sines, result), batch * tokens, heads, width, back)
     return result
 
 
@@ -189,7 +203,7 @@ def cross_entropy_(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, mult
     losses_R = weights_R.new_empty(len(targets_R))
     rows, vocabulary = logits_RV.shape
     tensors = (logits_RV, targets_R.contiguous(), weights_R.contiguous(), losses_R)
-    _call("cross_entropy", tensors, _long(rows), _long(vocabulary), _float(multiplier))
+    _call("cross_entropy", tensors, rows, vocabulary, multiplier)
     return losses_R
 
 
@@ -199,20 +213,26 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _call(name: str, tensors: tuple[Tensor, ...], *numbers: Any) -> None:
-    """Run kernel `name`: addresses, whether the first tensor's type is the low one, numbers, threads."""
-    if not tensors[0].is_meta:
+def _call(name: str, tensors: tuple[Tensor, ...], *numbers: float) -> None:
+    """Run kernel `name` where the tensors are.
+
+    The C function takes addresses, whether the first tensor's type is the low one, numbers, threads.
+    """
+    if tensors[0].is_cuda:
+        from training_hub.backends.torch_engine.fused import triton_kernels
+
+        with torch.cuda.device(tensors[0].device):
+            getattr(triton_kernels, name)(*tensors, *numbers)
+    elif not tensors[0].is_meta:
         is_low = tensors[0].dtype == torch.bfloat16
-        getattr(_library(), name)(*_at(*tensors), is_low, *numbers, torch.get_num_threads())
+        getattr(_library(), name)(*_at(*tensors), is_low, *map(_in_c, numbers), torch.get_num_threads())
+
+
+def _in_c(number: float) -> Any:
+    if isinstance(number, bool):
+        return ctypes.c_int(number)
+    return ctypes.c_long(number) if isinstance(number, int) else ctypes.c_float(number)
 
 
 def _at(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
     return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-
-
-def _long(number: int) -> ctypes.c_long:
-    return ctypes.c_long(number)
-
-
-def _float(number: float) -> ctypes.c_float:
-    return ctypes.c_float(number)

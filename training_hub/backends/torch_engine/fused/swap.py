@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused import functions
-from training_hub.backends.torch_engine.fused.build import kernels_problem
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 
 if TYPE_CHECKING:
@@ -59,11 +58,12 @@ def run_on_kernels(model: PreTrainedModel) -> str | None:
 
     The model is left as it was where that would change what it says beyond rounding.
     """
-    if not functions.are_fit(next(model.parameters())):
+    if not functions.are_known(next(model.parameters())):
         return None
-    problem = kernels_problem()
+    problem = functions.problem_on(model.device)
     if problem is not None:
-        return f"attention, norms and loss run without kernels of our own, which is slower: {problem}"
+        what = "norms and rotary positions" if model.device.type == "cuda" else "attention, norms and loss"
+        return f"{what} run without kernels of our own, which is slower: {problem}"
     before = logits_of_one(model)
     swap(model)
     difference = relative_difference(logits_of_one(model), before)
@@ -141,7 +141,7 @@ def _norm(own: Any) -> Forward:
     offset = NORM_OFFSETS[own.__name__[:-7]]
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not functions.are_fit(hidden_states, self.weight):
+        if not functions.are_known(hidden_states, self.weight):
             return own.forward(self, hidden_states)
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
         return functions.rms_norm(hidden_states, self.weight, eps, offset)
@@ -151,7 +151,7 @@ def _norm(own: Any) -> Forward:
 
 def _gated(own: Any) -> Forward:
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not functions.are_fit(x):
+        if not functions.are_known(x):
             return own.forward(self, x)
         return self.down_proj(functions.swiglu(self.gate_proj(x), self.up_proj(x)))
 
@@ -212,7 +212,7 @@ def _last_layer(own: Any) -> Forward:
 
 
 def _are_turnable(module: Any, hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
-    return functions.are_fit(hidden, cosines, sines) and cosines.shape[-1] == module.head_dim
+    return functions.are_known(hidden, cosines, sines) and cosines.shape[-1] == module.head_dim
 
 
 def _turned_heads(module: Any, hidden_BTx: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ def quantize(numbers_N: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     blocks = pad(numbers_N, (0, -numbers_N.numel() % BLOCK)).view(-1, BLOCK)
     scales_B = blocks.abs().amax(1)
     shares = blocks / scales_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    _, borders = _tables(signed, str(numbers_N.device))
+    _, borders = tables(signed, str(numbers_N.device))
     chosen = torch.bucketize(shares, borders, out_int32=True)
     if not signed:
         chosen = torch.where(blocks > 0, chosen.clamp_min(1), chosen)
@@ -37,7 +37,7 @@ def quantize(numbers_N: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, scales_B: Tensor, count: int, *, signed: bool) -> Tensor:
     """The first `count` numbers that the bytes stand for, [N] in float32."""
-    values, _ = _tables(signed, str(codes.device))
+    values, _ = tables(signed, str(codes.device))
     return (values[codes.int()] * scales_B[:, None]).view(-1)[:count]
 
 
@@ -57,7 +57,7 @@ def code(*, signed: bool) -> list[float]:
 
 
 @lru_cache(maxsize=8)
-def _tables(signed: bool, device: str) -> tuple[Tensor, Tensor]:
-    """The code, and the borders half-way between its neighbours, on a device."""
+def tables(signed: bool, device: str) -> tuple[Tensor, Tensor]:
+    """The 256 values of the code, ascending, and the 255 borders half-way between its neighbours, on a device."""
     values = torch.tensor(code(signed=signed), dtype=torch.float32, device=device)
     return values, (values[1:] + values[:-1]) / 2

@@ -1,0 +1,84 @@
+"""Each Triton kernel against the same formula in float64; on a CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("without a GPU Triton's interpreter is needed: TRITON_INTERPRET=1", allow_module_level=True)
+
+from training_hub.backends.torch_engine.fused import triton_kernels  # noqa: E402
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""Largest share of a result's norm that rounding takes: float32 keeps 24 bits, bfloat16 8; the interpreter cuts."""
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [one.double().requires_grad_() for one in tensors]
+
+
+def assert_near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert float((found.double() - wanted.detach()).norm() / wanted.detach().norm()) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (130, 48), (65, 128), (3, 5000)])
+def test_rms_norm(dtype: torch.dtype, offset: float, rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    x, weight, upstream = (random(*shape, dtype=dtype) for shape in ((rows, width), (width,), (rows, width)))
+    result, inverse = torch.empty_like(x), torch.empty(rows, device=DEVICE)
+    triton_kernels.rms_norm_forward(x, weight, result, inverse, rows, width, 1e-5, offset)
+    of_x, partial = torch.empty_like(x), torch.empty(-(-rows // 64), width, device=DEVICE)
+    triton_kernels.rms_norm_backward(upstream, x, weight, inverse, of_x, partial, rows, width, offset)
+    x_64, weight_64 = exact(x, weight)
+    wanted = x_64 * (x_64.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight_64 + offset)
+    gradients = torch.autograd.grad(wanted, (x_64, weight_64), upstream.double())
+    assert_near(result, wanted, dtype)
+    assert_near(of_x, gradients[0], dtype)
+    assert_near(partial.sum(0), gradients[1], dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("count", [1, 4096, 9001])
+def test_swiglu(dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(0)
+    gate, up, upstream = (random(count, dtype=dtype) for _ in range(3))
+    result, of_gate, of_up = (torch.empty_like(gate) for _ in range(3))
+    triton_kernels.swiglu_forward(gate, up, result, count)
+    triton_kernels.swiglu_backward(upstream, gate, up, of_gate, of_up, count)
+    gate_64, up_64 = exact(gate, up)
+    wanted = torch.nn.functional.silu(gate_64) * up_64
+    gradients = torch.autograd.grad(wanted, (gate_64, up_64), upstream.double())
+    for found, right in zip((result, of_gate, of_up), (wanted, *gradients), strict=True):
+        assert_near(found, right, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 1, 2), (7, 3, 16), (5, 33, 96), (3, 4, 256)])
+def test_rotate(dtype: torch.dtype, tokens: int, heads: int, width: int) -> None:
+    torch.manual_seed(0)
+    x, upstream = (random(tokens, heads, width, dtype=dtype) for _ in range(2))
+    # The two halves get angles of their own, as in models whose frequencies are not the same twice.
+    cosines, sines = (random(tokens, width, dtype=dtype) for _ in range(2))
+    result, back = torch.empty_like(x), torch.empty_like(x)
+    triton_kernels.rotate(x, cosines, sines, result, tokens, heads, width, False)
+    triton_kernels.rotate(upstream, cosines, sines, back, tokens, heads, width, True)
+    (x_64,) = exact(x)
+    low, high = x_64.chunk(2, -1)
+    wanted = x_64 * cosines.double()[:, None] + torch.cat([-high, low], -1) * sines.double()[:, None]
+    assert_near(result, wanted, dtype)
+    assert_near(back, torch.autograd.grad(wanted, x_64, upstream.double())[0], dtype)

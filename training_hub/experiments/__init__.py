@@ -1,0 +1,1 @@
+"""Several runs that belong together, and what they say as one."""
