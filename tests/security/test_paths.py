@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.security.conftest import outside
+from training_hub.backends.torch_engine.fused.build import kernels
 
 ROW = '{"prompt": "What?", "completion": "This."}\n'
 
@@ -22,6 +23,7 @@ def test_a_run_writes_into_its_output_and_cache_only(
 ):
     before = {path: path.stat().st_mtime_ns for path in (*tiny_model_folder.iterdir(), chat_file)}
     more = ["--data.cache=true", f"--data.cache_dir={tmp_path / 'cache'}", "--checkpoint.interval=1"]
+    kernels()  # of this machine, not of this run: they are built once and kept in the user's cache
     with watched() as record:
         said = call(*words("--training.preflight=true", *more))
     assert said.code == 0, said.text
