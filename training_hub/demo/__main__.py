@@ -111,7 +111,7 @@ def _verdict(after: Score, console: Console) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     reader = argparse.ArgumentParser(prog="python -m training_hub.demo", description=(__doc__ or "").split("\n")[0])
     reader.add_argument("--output", default="demo-run", help="folder of the run (default: %(default)s)")
-    reader.add_argument("--steps", type=int, default=700, help="optimizer steps (default: %(default)s)")
+    reader.add_argument("--steps", type=int, default=1200, help="optimizer steps (default: %(default)s)")
     reader.add_argument("--batch-size", type=int, default=32, help="questions per step (default: %(default)s)")
     reader.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: %(default)s)")
     reader.add_argument("--questions", type=int, default=20000, help="questions to train on (default: %(default)s)")
