@@ -127,6 +127,8 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory(prefix="training-hub-gpu-") as folder:
         result = run(recipe(name, folder, rows, length, options), given)
+        profile = Path(folder, "out", "profile.json")
+        split = json.loads(profile.read_text()) if profile.exists() else None
     measured = result.history[WARM_UP:]
     seconds = measured[-1]["time"] - result.history[WARM_UP - 1]["time"]
     tokens = sum(row["tokens"] for row in measured)
@@ -140,6 +142,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "fraction_of_peak": sum(row["peak_fraction"] * row["step_seconds"] for row in measured) / seconds,
         "peak_tflops": result.metrics["peak_tflops"],
         "losses": [row["loss"] for row in result.history],
+        "split": split,
         "parameters": result.plan["parameters"],
         "length": length,
         "rows_per_step": rows,
