@@ -97,7 +97,7 @@ def in_a_process(name: str) -> dict[str, Any]:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--one", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -129,8 +129,9 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
         result = run(recipe(name, folder, rows, length, options), given)
         profile = Path(folder, "out", "profile.json")
         split = json.loads(profile.read_text()) if profile.exists() else None
-    measured = result.history[WARM_UP:]
-    seconds = measured[-1]["time"] - result.history[WARM_UP - 1]["time"]
+    taken_apart = split["steps"] if split else []
+    measured = [row for row in result.history[WARM_UP:] if row["step"] not in taken_apart]
+    seconds = sum(row["step_seconds"] for row in measured)
     tokens = sum(row["tokens"] for row in measured)
     on_gpu = torch.cuda.is_available()
     return {

@@ -196,6 +196,10 @@ class Training(Section):
     full: all but their input. selective: not the results of matrix products and of torch's attention. auto: as little
     as the device's free memory allows, by the plan's estimate."""
 
+    fp8: bool = False
+    """Multiply the matrices of linear layers in 8-bit floating point, forward and for the gradient of their input; the
+    gradient of the weights, head and attention stay in bfloat16. Faster on wide models; needs CUDA, capability 8.9."""
+
     max_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm over all weights; 0 turns clipping off."""
 

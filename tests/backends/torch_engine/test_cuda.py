@@ -87,6 +87,7 @@ def test_an_attention_is_found_and_every_other_is_explained():
     assert all(trial.problem for trial in trials if trial.seconds is None)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("state", ["full", "split", "8bit"])
 def test_the_host_waits_for_nothing_between_the_packs_of_a_step_and_its_update(state):
     model = on_gpu("llama", torch.bfloat16)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from training_hub.backends.torch_engine.fused.products import holder_of
 from training_hub.backends.torch_engine.optim import ARGUMENTS, Masters, Updater
 from training_hub.recipe.sections import Optimizer
 
@@ -122,3 +123,15 @@ def test_saved_and_loaded_state_goes_on_bit_for_bit(name, dtype):
     learn(other, resumed, 3, 1e-3)
     for key, value in updater.masters.weights.items():
         assert torch.equal(value, resumed.masters.weights[key])
+
+
+@pytest.mark.parametrize("are_split", [False, True])
+def test_released_parameters_have_their_own_gradients_again(are_split: bool):
+    model = network(torch.bfloat16)
+    masters = Masters(model.named_parameters(), are_split=are_split)
+    masters.release()
+    model(torch.randn(4, 8, dtype=torch.bfloat16)).square().sum().backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters()
+    )
+    assert all(holder_of(parameter) is None for parameter in model.parameters())

@@ -75,13 +75,13 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
 
 def from_config(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         # Biases and norms start at 0 or 1, where a forgotten one goes unseen.
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
         assert parameter.isfinite().all(), name
-    return model.train()
+    return model.to(dtype).train()  # drawn before it is rounded: the same model in each format
 
 
 def random_pack(lengths: Sequence[int] = LENGTHS, seed: int = 0, trained: float = 0.6) -> Pack:

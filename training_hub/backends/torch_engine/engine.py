@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.beforehand import Outline, facts_of, out
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.export import export
+from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.model import (
@@ -71,7 +72,7 @@ class TorchEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
-        return [*self._process_problems(recipe), *self._model_problems(recipe)]
+        return [*self._process_problems(recipe), *self._number_problems(recipe), *self._model_problems(recipe)]
 
     def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
         """The plan of a run of this recipe here, as its plan.json says it, without loading weights.
@@ -91,6 +92,10 @@ class TorchEngine:
         if found or Path(chosen.path).expanduser().exists():
             return found
         problem = hub_problem(chosen.path, chosen.revision)
+        return [problem] if problem else []
+
+    def _number_problems(self, recipe: Recipe) -> list[str]:
+        problem = eight_bit.problem_on(choose_device()) if recipe.training.fp8 else None
         return [problem] if problem else []
 
     def _process_problems(self, recipe: Recipe) -> list[str]:
@@ -142,6 +147,7 @@ class TorchEngine:
             run.profile = StepProfile(run.step + 1, run.feed.total_steps - run.step, device, folder.path / FILE_NAME)
         with (
             memory_errors_explained(run),
+            closing_masters(run),
             StopRequest() as stop,
             open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=given.watchers) as watchers,
         ):
@@ -253,6 +259,15 @@ def forget_activations(run: Run, how: str) -> None:
             f"training.activation_checkpointing: {how}, but the layers of {type(run.model).__name__} have none in "
             "transformers. Write none."
         )
+
+
+@contextmanager
+def closing_masters(run: Run) -> Iterator[None]:
+    """However the run ends, give a live model's parameters back to whoever handed it over."""
+    try:
+        yield
+    finally:
+        run.updater.masters.release()
 
 
 @contextmanager

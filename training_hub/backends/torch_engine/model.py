@@ -17,9 +17,16 @@ from training_hub.backends.torch_engine.attention import (
     varlen_problem,
 )
 from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
-from training_hub.backends.torch_engine.fused.swap import run_on_kernels
+from training_hub.backends.torch_engine.fused import eight_bit
+from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
 from training_hub.backends.torch_engine.model_folder import folder_problems, is_folder, stored_dtype
-from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, attention_difference
+from training_hub.backends.torch_engine.preflight import (
+    ROUGH,
+    SAME_LOGITS,
+    attention_difference,
+    logits_of_one,
+    relative_difference,
+)
 from training_hub.backends.torch_engine.quiet import library_bars
 from training_hub.errors import BackendError, RecipeError
 from training_hub.recipe import Recipe
@@ -139,8 +146,11 @@ def load_model(
     loaded = loaded.to(device).eval()
     names, tried = _attention_names(recipe.model.attention, loaded, lengths)
     attention = _attach_attention(loaded, names, dtype)
-    slower = run_on_kernels(loaded)
-    found = (*notes, *tried, *_attention_notes(attention, names), *_model_notes(loaded), *([slower] if slower else []))
+    told_of = [*notes, *tried, *_attention_notes(attention, names), *_model_notes(loaded)]
+    told_of += [line for line in (run_on_kernels(loaded),) if line]
+    if recipe.training.fp8:
+        told_of.append(_in_eight_bits(loaded))
+    found = tuple(told_of)
     return LoadedModel(loaded, original, attention, found)
 
 
@@ -272,6 +282,17 @@ def _attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch
             return name
     model.set_attn_implementation(own)
     return own
+
+
+def _in_eight_bits(model: PreTrainedModel) -> str:
+    """Let the model multiply in 8 bits; what a user should be told of it."""
+    before = logits_of_one(model)
+    count = multiply_in_eight_bits(model)
+    if not count:
+        sides = f"matrices whose sides are multiples of {eight_bit.MULTIPLE}"
+        raise RecipeError(f"training.fp8: {type(model).__name__} has no linear layers with {sides}. Write false.")
+    difference = relative_difference(logits_of_one(model), before)
+    return f"{count} linear layers multiply in 8-bit floating point, which changes the logits by {difference:.1%}"
 
 
 def _attention_notes(attention: str, names: list[str]) -> list[str]:

@@ -8,11 +8,12 @@ has 8 bits of mantissa, so without a master a step at learning rate 1e-6 rounds 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
 from training_hub.backends.torch_engine.optimizers.split import join, split
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
@@ -44,6 +45,7 @@ class Masters:
         self.weights: dict[str, Tensor] = {}
         self.extras: dict[str, Tensor] = {}
         self._low: list[str] = []
+        self._hooks: list[Any] = []
         for name, parameter in self.parameters.items():
             if parameter.dtype not in LOW_PRECISION:
                 self.weights[name] = parameter
@@ -52,10 +54,12 @@ class Masters:
                 parameter.grad_dtype = torch.float32
                 self.weights[name] = parameter
                 self.extras[name] = torch.zeros_like(parameter, dtype=torch.int16)
+                hold_gradient(parameter, parameter)
                 continue
             self.weights[name] = parameter.detach().float()
             self._low.append(name)
-            parameter.register_post_accumulate_grad_hook(_move_grad_to(self.weights[name]))
+            hold_gradient(parameter, self.weights[name])
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_grad_to(self.weights[name])))
         self.added = adaptation.weights() if adaptation is not None else {}
         self.weights |= self.added
 
@@ -98,6 +102,15 @@ class Masters:
         """The gradients of a step are complete: let the adaptation make those of its weights from them."""
         if self.adaptation is not None:
             self.adaptation.gather()
+
+    def release(self) -> None:
+        """Let go of the parameters: their gradients are their own again, for whoever trains the model next."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.parameters.values():
+            release_gradient(parameter)
+            if parameter.dtype in LOW_PRECISION:
+                parameter.grad_dtype = parameter.dtype
 
     def drop_gradients(self) -> None:
         """Forget all gradients, and free their memory."""

@@ -82,3 +82,19 @@ def test_rotate(dtype: torch.dtype, tokens: int, heads: int, width: int) -> None
     wanted = x_64 * cosines.double()[:, None] + torch.cat([-high, low], -1) * sines.double()[:, None]
     assert_near(result, wanted, dtype)
     assert_near(back, torch.autograd.grad(wanted, x_64, upstream.double())[0], dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "vocabulary"), [(3, 7), (2, 8192), (2, 20001)])
+def test_cross_entropy(dtype: torch.dtype, rows: int, vocabulary: int) -> None:
+    torch.manual_seed(0)
+    logits = 4 * random(rows, vocabulary, dtype=torch.float32)
+    targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
+    targets[0] = vocabulary - 1
+    weights = random(rows, dtype=torch.float32)
+    losses, gradient = torch.empty_like(weights), torch.empty_like(logits, dtype=dtype)
+    triton_kernels.cross_entropy(logits, targets, weights, losses, gradient, rows, vocabulary, 0.7)
+    (logits_64,) = exact(logits)
+    wanted = torch.nn.functional.cross_entropy(0.7 * logits_64, targets, reduction="none") * weights.double()
+    assert_near(losses, wanted, torch.float32)
+    assert_near(gradient, torch.autograd.grad(wanted.sum(), logits_64)[0], dtype)

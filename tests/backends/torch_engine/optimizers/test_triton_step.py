@@ -12,8 +12,13 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU Triton's interpreter is needed: TRITON_INTERPRET=1", allow_module_level=True)
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from training_hub.backends.torch_engine.optimizers.blocks import tables  # noqa: E402
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW, step_in_one_  # noqa: E402
 from training_hub.backends.torch_engine.optimizers.split import join  # noqa: E402
+from training_hub.backends.torch_engine.optimizers.triton_kernels import _nearest  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
@@ -56,3 +61,23 @@ def test_one_kernel_moves_weights_and_moments_as_torchs_operations_do(shape, dty
             assert (one - other).abs().max() <= 1 and (one != other).float().mean() < 1e-2
         else:
             torch.testing.assert_close(one, other)
+
+
+@triton.jit
+def _places(shares, borders, found, count, IS_SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    near = _nearest(tl.load(shares + at, mask=at < count, other=0.0), borders, IS_SIGNED)
+    tl.store(found + at, near, mask=at < count)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_guessed_byte_is_the_one_that_a_search_finds(signed):
+    torch.manual_seed(0)
+    values, borders = tables(signed, str(DEVICE))
+    beside = [torch.nextafter(borders, torch.full_like(borders, to)) for to in (-2.0, 2.0)]
+    drawn = [torch.rand(20_000, device=DEVICE), 10 ** (-9 * torch.rand(20_000, device=DEVICE))]
+    shares = torch.cat([values, borders, *beside, *drawn])
+    shares = torch.cat([shares, -shares]) if signed else shares[shares >= 0]
+    found = torch.full(shares.shape, -1, dtype=torch.int32, device=DEVICE)
+    _places[(triton.cdiv(len(shares), 4096),)](shares, borders, found, len(shares), signed, 4096)
+    assert torch.equal(found, torch.bucketize(shares, borders, out_int32=True))

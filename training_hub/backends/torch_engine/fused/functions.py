@@ -207,6 +207,20 @@ def cross_entropy_(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, mult
     return losses_R
 
 
+def gpu_cross_entropy(
+    logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, multiplier: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Losses [R] in float32 as `cross_entropy_` makes them, and the gradient of their sum [R, V] as `dtype`.
+
+    The logits are float32 on a GPU and stay as they are.
+    """
+    losses_R, gradient_RV = torch.empty_like(weights_R), torch.empty_like(logits_RV, dtype=dtype)
+    rows, vocabulary = logits_RV.shape
+    tensors = (logits_RV, targets_R.contiguous(), weights_R.contiguous(), losses_R, gradient_RV)
+    _call("cross_entropy", tensors, rows, vocabulary, multiplier)
+    return losses_R, gradient_RV
+
+
 def _library() -> ctypes.CDLL:
     library = kernels()
     assert library is not None  # the caller has asked

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from training_hub.backends.torch_engine.fused import functions
+from training_hub.backends.torch_engine.fused import eight_bit, functions
+from training_hub.backends.torch_engine.fused.products import linear
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 
 if TYPE_CHECKING:
@@ -75,16 +77,49 @@ def run_on_kernels(model: PreTrainedModel) -> str | None:
 
 def swap(model: nn.Module) -> None:
     """Replace every module that the kernels can run, in place; parameters and names stay."""
+    head = _head_of(model)
     for name, module in list(model.named_modules()):
-        kind = None if isinstance(module, OnKernels) else _kind_for(module)
+        kind = None if isinstance(module, OnKernels) or module is head else _kind_for(module)
         if kind is not None:
             model.set_submodule(name, _made(kind, module.__dict__))
+
+
+def _head_of(model: Any) -> nn.Module | None:
+    """The layer that makes logits, whose loss is taken elsewhere."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def multiply_in_eight_bits(model: nn.Module) -> int:
+    """Let linear layers but the head multiply in 8-bit floating point, in place; how many do."""
+    head = _head_of(model)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and eight_bit.fits(module.weight)
+    ]
+    for name, module in found:
+        model.set_submodule(name, _made(_subclass(nn.Linear, _eight_bit_linear), module.__dict__))
+    return len(found)
 
 
 def gives_wanted_rows(decoder: nn.Module) -> bool:
     """Whether this decoder takes WANTED_ROWS, and then returns [1, N, D] for these tokens alone."""
     layers = getattr(decoder, "layers", None)
     return isinstance(layers, nn.ModuleList) and isinstance(layers[-1], OnKernels)
+
+
+def is_ours(module: Any) -> bool:
+    """Whether this module of a transformers model attends by one of our functions."""
+    return bool(module.config._attn_implementation.startswith(OURS))
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """An attention mask that says nothing, for a swapped decoder that attends by our functions.
+
+    With none at all transformers looks for packed documents in the positions, and has a GPU's host wait for the answer
+    in each forward pass; a mask of four dimensions it passes on as it is.
+    """
+    return torch.empty(1, 1, 0, 0, device=device)
 
 
 def swap_back(model: nn.Module) -> None:
@@ -111,6 +146,8 @@ def _made(kind: type, contents: dict[str, Any]) -> nn.Module:
 
 def _kind_for(module: nn.Module) -> type | None:
     own: Any = type(module)
+    if own is nn.Linear and module.weight.is_cuda and module.weight.dtype == torch.bfloat16:
+        return _subclass(own, _linear)
     if not own.__module__.startswith("transformers.models."):
         return None
     if own.__name__.endswith("RMSNorm") and own.__name__[:-7] in NORM_OFFSETS and hasattr(module, "weight"):
@@ -135,6 +172,20 @@ def _is_silu(module: Any) -> bool:
 @cache
 def _subclass(own: Any, make: Callable[[Any], Forward]) -> type:
     return type(own.__name__, (OnKernels, own), {"forward": make(own)})
+
+
+def _linear(own: Any) -> Forward:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+    return forward
+
+
+def _eight_bit_linear(own: Any) -> Forward:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return eight_bit.linear(input, self.weight, self.bias)
+
+    return forward
 
 
 def _norm(own: Any) -> Forward:
@@ -172,14 +223,17 @@ def _attention(own: Any) -> Forward:
         kept_rows: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        is_training_call = attention_mask is None and past_key_values is None
+        if attention_mask is not None and not attention_mask.numel():
+            attention_mask = None
         implementation = self.config._attn_implementation
-        is_ours = is_training_call and implementation.startswith(OURS)
-        if not is_ours or position_embeddings is None or not _are_turnable(self, hidden_states, *position_embeddings):
+        takes_over = attention_mask is None and past_key_values is None and is_ours(self)
+        is_known = position_embeddings is not None and _are_turnable(self, hidden_states, *position_embeddings)
+        if not (takes_over and is_known):
             output, shares = own.forward(
                 self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
             return _only(output, kept_rows), shares
+        assert position_embeddings is not None
         query, key, value = _turned_heads(self, hidden_states, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS[implementation]

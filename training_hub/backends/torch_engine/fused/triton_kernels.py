@@ -16,6 +16,9 @@ CHUNK = tl.constexpr(64)  # rows whose gradient of the weight is summed by one p
 NUMBERS = 4096
 """About as many numbers a program holds at a time."""
 
+LOGITS = 8192
+"""Logits of a row that a program of the loss holds at a time."""
+
 
 def rms_norm_forward(
     x: Tensor, weight: Tensor, result: Tensor, inverse: Tensor, rows: int, width: int, eps: float, offset: float
@@ -54,6 +57,17 @@ def rotate(
     tile = min(triton.next_power_of_2(heads), max(1, NUMBERS // block))
     grid = (tokens, triton.cdiv(heads, tile))
     _rotate[grid](x, cosines, sines, result, heads, half, back, tile, block)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, gradient: Tensor,
+    rows: int, vocabulary: int, multiplier: float,
+) -> None:  # fmt: skip
+    """losses [R] = weights * -log softmax(multiplier * logits)[targets]; gradient [R, V] of their sum by the logits."""
+    block = min(LOGITS, triton.next_power_of_2(vocabulary))
+    _cross_entropy[(rows,)](
+        logits, targets, weights, losses, gradient, multiplier, vocabulary, block, num_warps=8 if block > 1024 else 4
+    )
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -146,3 +160,34 @@ def _rotate(  # type: ignore[no-untyped-def]
         to_low, to_high = -high * sin_low, low * sin_high
     tl.store(result + at, (low * cos_low + to_low).to(result.dtype.element_ty), mask=inside)
     tl.store(result + at + half, (high * cos_high + to_high).to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cross_entropy(  # type: ignore[no-untyped-def]
+    logits, targets, weights, losses, gradient, multiplier, vocabulary: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    gradient += row * vocabulary
+    column = tl.arange(0, BLOCK)
+    most = tl.full((BLOCK,), -1e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):  # each place of the block keeps a maximum and a sum of its own
+        inside = start + column < vocabulary
+        numbers = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32) * multiplier
+        numbers = tl.where(inside, numbers, -1e38)
+        higher = tl.maximum(most, numbers)
+        total = total * tl.exp(most - higher) + tl.where(inside, tl.exp(numbers - higher), 0.0)
+        most = higher
+    highest = tl.max(most, 0)
+    normaliser = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
+    target = tl.load(targets + row)
+    weight = tl.load(weights + row)
+    chosen = tl.load(logits + target).to(tl.float32) * multiplier
+    tl.store(losses + row, weight * (normaliser - chosen))
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + column < vocabulary
+        numbers = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32) * multiplier
+        share = tl.exp(numbers - normaliser) - tl.where(start + column == target, 1.0, 0.0)
+        slope = share * weight * multiplier
+        tl.store(gradient + start + column, slope.to(gradient.dtype.element_ty), mask=inside)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows
+from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows, is_ours, no_mask
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
 
@@ -54,6 +54,8 @@ def decoder_states(model: PreTrainedModel, pack: PackTensors) -> Tensor:
     decoder = _decoder(model)
     arguments = pack.arguments(decoder.forward)
     if gives_wanted_rows(decoder):
+        if is_ours(decoder):
+            arguments["attention_mask"] = no_mask(pack.ids.device)
         return decoder(**arguments, **{WANTED_ROWS: pack.rows})[0][0]
     return decoder(**arguments)[0][0].index_select(0, pack.rows)
 

@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.build import kernels
-from training_hub.backends.torch_engine.fused.functions import are_fit, cross_entropy_
+from training_hub.backends.torch_engine.fused.functions import (
+    TYPES,
+    are_fit,
+    cross_entropy_,
+    gpu_cross_entropy,
+    problem_on,
+)
+from training_hub.backends.torch_engine.fused.products import add_product_, holder_of, product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Memory of one chunk's logits. A GPU wants thousands of rows per product, and has the room."""
 
 SMALLEST_CHUNK = 512
@@ -112,7 +119,9 @@ class _HeadLoss(torch.autograd.Function):
         wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients.zeros(hidden_ND, weight_VD, bias_V, wanted)
         total = torch.zeros((), dtype=_exact(hidden_ND.dtype), device=hidden_ND.device)
-        is_fused = bias_V is None and cap is None and are_fit(hidden_ND, weight_VD) and kernels() is not None
+        is_plain = bias_V is None and cap is None
+        is_fused = is_plain and are_fit(hidden_ND, weight_VD) and kernels() is not None
+        is_on_gpu = is_plain and hidden_ND.is_cuda and hidden_ND.dtype in TYPES and problem_on(hidden_ND.device) is None
         # One place for all chunks: a new one each time would leave holes in the heap that the next does not fit into.
         chunk_RV = hidden_ND.new_empty(min(rows, len(hidden_ND)) if is_fused else 0, len(weight_VD))
         for start in range(0, len(hidden_ND), rows):
@@ -122,12 +131,19 @@ class _HeadLoss(torch.autograd.Function):
                 chosen = hidden_ND[part]
                 logits_grad_RV = torch.mm(chosen, weight_VD.T, out=chunk_RV[: len(chosen)])
                 total += cross_entropy_(logits_grad_RV, targets_N[part], weights_R, multiplier).sum()
+            elif is_on_gpu:
+                logits_RV = product(hidden_ND[part], weight_VD.T)
+                losses_R, logits_grad_RV = gpu_cross_entropy(
+                    logits_RV, targets_N[part], weights_R, multiplier, hidden_ND.dtype
+                )
+                total += losses_R.sum()
             else:
                 logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier)
                 loss, logits_grad_RV = _chunk_(logits_RV, targets_N[part], weights_R, multiplier, cap)
                 total += loss
             if any(wanted):
                 gradients.add(part, logits_grad_RV, hidden_ND, weight_VD)
+        ctx.holders = (None, holder_of(weight_VD) if gradients.weight_VD is not None else None, None)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)
         return total
@@ -135,10 +151,22 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (
-            None if gradient is None else _times(gradient, upstream[0], dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else _given(gradient, upstream[0], dtype, holder)
+            for gradient, dtype, holder in zip(ctx.saved_tensors, ctx.dtypes, ctx.holders, strict=True)
         )
         return (*scaled, None, None, None, None, None, None)
+
+
+def _given(gradient: Tensor, factor: Tensor, dtype: torch.dtype, holder: Tensor | None) -> Tensor | None:
+    """gradient * factor for autograd, or None where it was added to `holder`, without rounding it to `dtype`."""
+    if holder is None:
+        return _times(gradient, factor, dtype)
+    factor = factor.to(gradient.dtype)
+    if holder.grad is None:
+        holder.grad = gradient * factor
+    else:
+        holder.grad.addcmul_(gradient, factor)
+    return None
 
 
 @dataclass
@@ -162,7 +190,7 @@ class _Gradients:
         if self.hidden_ND is not None:
             self.hidden_ND[part] = low @ weight_VD
         if self.weight_VD is not None:
-            _add_product_(self.weight_VD, low.T, hidden_ND[part])
+            add_product_(self.weight_VD, low.T, hidden_ND[part])
         if self.bias_V is not None:
             self.bias_V += logits_grad_RV.sum(0)
 
@@ -183,7 +211,7 @@ def _chunk_(
 
 
 def _raw_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, multiplier: float) -> Tensor:
-    logits_NV = _product(hidden_ND, weight_VD.T)
+    logits_NV = product(hidden_ND, weight_VD.T)
     if bias_V is not None:
         logits_NV += bias_V
     return logits_NV if multiplier == 1.0 else logits_NV.mul_(multiplier)
@@ -195,20 +223,6 @@ def _cap_(logits_NV: Tensor, cap: float | None) -> Tensor:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32. CUDA multiplies 16-bit numbers straight into it; a CPU rounds the product once."""
-    if left.is_cuda and left.element_size() == 2:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(_exact(left.dtype))
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(_product(left, right))
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
