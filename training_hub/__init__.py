@@ -24,15 +24,17 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from training_hub.frontends.continual import continual
-    from training_hub.frontends.functions import osft, sft
+    from training_hub.frontends.functions import lora_sft, osft, sft
     from training_hub.frontends.registry import (
         Algorithm,
         AlgorithmRegistry,
         Backend,
         InstructLabTrainingSFTBackend,
+        LoRASFTAlgorithm,
         MiniTrainerOSFTBackend,
         OSFTAlgorithm,
         SFTAlgorithm,
+        UnslothLoRABackend,
         create_algorithm,
     )
     from training_hub.recipe import Recipe
@@ -44,6 +46,7 @@ _REGISTRY = "training_hub.frontends.registry"
 _HOME_OF = {
     "sft": "training_hub.frontends.functions",
     "osft": "training_hub.frontends.functions",
+    "lora_sft": "training_hub.frontends.functions",
     "continual": "training_hub.frontends.continual",
     "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
@@ -54,6 +57,8 @@ _HOME_OF = {
     "InstructLabTrainingSFTBackend": _REGISTRY,
     "OSFTAlgorithm": _REGISTRY,
     "MiniTrainerOSFTBackend": _REGISTRY,
+    "LoRASFTAlgorithm": _REGISTRY,
+    "UnslothLoRABackend": _REGISTRY,
     "Recipe": "training_hub.recipe",
     "StepReport": "training_hub.types",
     "TrainResult": "training_hub.types",
@@ -80,6 +85,7 @@ __all__ = [
     "InstructLabTrainingSFTBackend",
     "Interrupted",
     "LaunchError",
+    "LoRASFTAlgorithm",
     "MiniTrainerOSFTBackend",
     "OSFTAlgorithm",
     "OsftOptimizer",
@@ -89,9 +95,11 @@ __all__ = [
     "StepReport",
     "TrainResult",
     "TrainingError",
+    "UnslothLoRABackend",
     "__version__",
     "continual",
     "create_algorithm",
+    "lora_sft",
     "osft",
     "sft",
 ]

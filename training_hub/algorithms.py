@@ -68,6 +68,23 @@ MINI_TRAINER = Contract(
     ),
 )
 
+# training_hub 0.11, `lora_sft` and its backend: documented defaults. Here only what is trained by default differs: the
+# assistant's words, where Unsloth's trainer is called so that it trains all tokens.
+UNSLOTH = Contract(
+    "unsloth",
+    engine="torch",
+    defaults={
+        "training.epochs": 3,
+        "training.global_batch_size": 2,
+        "training.max_seq_len": 2048,
+        "optimizer.lr": 2e-4,
+        "lr_scheduler.name": "linear",
+        "lr_scheduler.warmup_steps": 10,
+        "lora.r": 16,
+        "lora.alpha": 32,
+    },
+)
+
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": Algorithm(
         name="sft",
@@ -82,6 +99,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         adaptation="osft",
         required=("model.path", "output"),
         contracts=(MINI_TRAINER, TORCH),
+    ),
+    "lora_sft": Algorithm(
+        name="lora_sft",
+        objective="cross_entropy",
+        adaptation="lora",
+        required=("model.path", "output"),
+        contracts=(UNSLOTH, TORCH),
     ),
 }
 

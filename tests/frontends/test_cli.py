@@ -108,7 +108,8 @@ def test_text_arrives_in_every_text_setting_as_it_was_typed(text: str):
         only_text = setting.takes_text and not (setting.takes_list or setting.takes_number or setting.takes_boolean)
         if only_text and path not in ("algorithm", "backend"):
             for words in ([f"--{path}={text}"], [f"{path}={text}"]):
-                recipe = recipe_of([*NEEDED, *switches, *words])
+                command = ["lora-sft", *NEEDED[1:]] if path.startswith("lora.") else NEEDED
+                recipe = recipe_of([*command, *switches, *words])
                 assert value_at(recipe, path) == text
                 assert load(dump(recipe)) == recipe
 
@@ -198,7 +199,8 @@ def test_algorithms_and_versions_are_listed(capsys: pytest.CaptureFixture[str]):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("sft: instructlab-training, torch")
     assert lines[1].startswith("osft: mini-trainer, torch")
-    assert lines[2] == f"training-hub {VERSION}"
+    assert lines[2].startswith("lora_sft: unsloth, torch")
+    assert lines[3] == f"training-hub {VERSION}"
     assert any(line.startswith("torch ") for line in lines)
 
 

@@ -203,7 +203,9 @@ def test_an_unknown_backend_names_the_known_ones():
 
 
 def test_an_unknown_algorithm_names_the_known_ones():
-    with pytest.raises(RecipeError, match=r"algorithm: 'stf' is not known; known: sft, osft\. Did you mean 'sft'\?"):
+    with pytest.raises(
+        RecipeError, match=r"algorithm: 'stf' is not known; known: sft, osft, lora_sft\. Did you mean 'sft'\?"
+    ):
         recipe_from(Layer({"algorithm": "stf"}), algorithm="sft", backend="torch")
 
 

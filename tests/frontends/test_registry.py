@@ -46,7 +46,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sft_and_its_backends_are_listed_by_preference():
-    assert AlgorithmRegistry.list_algorithms() == ["sft", "osft"]
+    assert AlgorithmRegistry.list_algorithms() == ["sft", "osft", "lora_sft"]
     assert AlgorithmRegistry.list_backends("sft")[:2] == ["instructlab-training", "torch"]
     assert AlgorithmRegistry.list_backends("nothing") == []
     assert AlgorithmRegistry.get_algorithm("sft") is SFTAlgorithm
@@ -108,7 +108,7 @@ def test_an_algorithm_without_a_backend_cannot_be_made():
 def test_an_algorithm_and_a_backend_of_ones_own():
     AlgorithmRegistry.register_algorithm("mine", Mine)
     AlgorithmRegistry.register_backend("mine", "echo", Echo)
-    assert AlgorithmRegistry.list_algorithms() == ["sft", "osft", "mine"]
+    assert AlgorithmRegistry.list_algorithms() == ["sft", "osft", "lora_sft", "mine"]
     assert AlgorithmRegistry.list_backends("mine") == ["echo"]
     assert create_algorithm("mine", x=1).train(y=2) == {"x": 1, "y": 2}
 
@@ -132,7 +132,7 @@ def test_algorithms_and_backends_are_abstract():
 
 
 def test_an_installed_algorithm_is_found(installed: Path):
-    assert AlgorithmRegistry.list_algorithms() == ["sft", "osft", "guessing"]
+    assert AlgorithmRegistry.list_algorithms() == ["sft", "osft", "lora_sft", "guessing"]
     assert AlgorithmRegistry.list_backends("guessing") == ["guess"]
     assert create_algorithm("guessing").train(x=1) == ("guessed", {"x": 1})
 

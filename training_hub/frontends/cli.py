@@ -217,7 +217,12 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, entry in ALGORITHMS.items():
         text = f"train: objective {entry.objective}, adaptation {entry.adaptation}"
-        _add_settings(commands.add_parser(name, help=text, description=text, usage=USAGE.replace("sft", name)))
+        typed = name.replace("_", "-")  # lora-sft; lora_sft, as recipes write it, is taken too
+        also = [name] if typed != name else []
+        usage = USAGE.replace("training-hub sft", f"training-hub {typed}")
+        parser_of = commands.add_parser(typed, aliases=also, help=text, description=text, usage=usage)
+        _add_settings(parser_of)
+        parser_of.set_defaults(command=name)
     for name, command in COMMANDS.items():
         usage = command.usage or USAGE.replace("sft", name).replace(" --output O", "")
         parser_of = commands.add_parser(name, help=command.help, description=command.help, usage=usage)
@@ -226,7 +231,7 @@ def _parser() -> Parser:
     commands.add_parser("schema", help="print the JSON Schema of a recipe file, for editors")
     commands.add_parser("algorithms", help="list algorithms and their backends")
     commands.add_parser("version", help="print the versions of this package and of those that matter to a run")
-    for each in commands.choices.values():
+    for each in dict.fromkeys(commands.choices.values()):  # a command stands there under each of its names
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

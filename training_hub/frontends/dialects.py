@@ -10,52 +10,25 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
 from training_hub.algorithms import find_algorithm
 from training_hub.errors import RecipeError
+from training_hub.frontends.keyword import Keyword, Settings, flag
+from training_hub.frontends.lora_keywords import LORA, whole_batch
 from training_hub.recipe import Recipe
 from training_hub.recipe.check import RIVALS, Names
 from training_hub.recipe.load import Layer, build, layer_of, merge
-from training_hub.recipe.names import all_settings, nearest, nearest_setting, plain_type
+from training_hub.recipe.names import nearest, nearest_setting
 from training_hub.recipe.sections import DataSource
 from training_hub.recipe.translate import missing, shown
-
-Settings = list[tuple[str, Any]]
 
 # Schedules as transformers.get_scheduler names them, where we use another name.
 SCHEDULES = MappingProxyType(
     {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}
 )
-
-
-@dataclass(frozen=True)
-class Keyword:
-    """One keyword of a function: the setting it gives, and what turns its value into settings where that is not all.
-
-    path is "" for a keyword that no setting answers to. settings: value -> (path, value) pairs. doc: what it means,
-    where the setting's own docstring does not say it.
-    """
-
-    name: str
-    path: str
-    settings: Callable[[Any], Settings] | None = None
-    doc: str = ""
-    kind: type | None = None
-
-    def type(self) -> type:
-        return self.kind or plain_type(all_settings()[self.path])
-
-    def meaning(self) -> str:
-        return self.doc or all_settings()[self.path].doc
-
-    def assignments(self, value: Any) -> Settings:
-        """The (path, value) pairs that `value` stands for. Raises RecipeError naming the keyword."""
-        value = value.value if isinstance(value, Enum) else value
-        return self.settings(value) if self.settings else [(self.path, value)]
 
 
 @dataclass(frozen=True)
@@ -115,6 +88,7 @@ def request_from(keywords: Mapping[str, Any], function: str = "sft") -> Request:
         if isinstance(given.get(name), Mapping):  # a DatasetDict, say
             kind = type(given.pop(name)).__name__
             problems.append(f"{name}: found a {kind}; allowed: a path, a list of paths, or rows. Hand over one split.")
+    problems += whole_batch(given) if "micro_batch_size" in known else []
     extra = layer_of(given.pop("overrides", None), "overrides")
     problems += [unknown_keyword(name, function) for name in given if name not in known]
     layer = _layer([known[name] for name in given if name in known], given)
@@ -231,15 +205,6 @@ def _processes(value: Any) -> Settings:
     return [("processes.procs", int(value) if isinstance(value, str) and value.isdigit() else value)]
 
 
-def _flag(name: str, when_true: Settings, when_false: Settings = ()) -> Callable[[Any], Settings]:  # type: ignore[assignment]
-    def settings(value: Any) -> Settings:
-        if not isinstance(value, bool):
-            raise RecipeError(f"{name}: found {shown(value)}; allowed: True or False. Write {name}=False")
-        return list(when_true if value else when_false)
-
-    return settings
-
-
 def _switches_on(tracker: str, path: str) -> Callable[[Any], Settings]:
     return lambda value: [(f"monitoring.{tracker}", True), (path, value)]
 
@@ -309,7 +274,7 @@ _TABLE = (
     Keyword(
         "use_processed_dataset",
         "data.format",
-        _flag("use_processed_dataset", [("data.format", "tokens")]),
+        flag("use_processed_dataset", [("data.format", "tokens")]),
         doc="The rows are tokenised already: input_ids and labels.",
         kind=bool,
     ),
@@ -322,7 +287,7 @@ _TABLE = (
     Keyword(
         "keep_last_checkpoint_only",
         "checkpoint.keep_last",
-        _flag("keep_last_checkpoint_only", [("checkpoint.keep_last", 1)], [("checkpoint.keep_last", None)]),
+        flag("keep_last_checkpoint_only", [("checkpoint.keep_last", 1)], [("checkpoint.keep_last", None)]),
         doc="True: only the newest checkpoint stays on disk. False: all do.",
         kind=bool,
     ),
@@ -331,7 +296,7 @@ _TABLE = (
     Keyword(
         "use_liger",
         "",
-        _flag("use_liger", []),
+        flag("use_liger", []),
         doc="Accepted either way: the engine always computes head and loss fused and in chunks, which is what Liger's "
         "kernels are asked for, and needs no package for it.",
         kind=bool,
@@ -339,7 +304,7 @@ _TABLE = (
     Keyword(
         "disable_flash_attn",
         "model.attention",
-        _flag("disable_flash_attn", [("model.attention", "documents")]),
+        flag("disable_flash_attn", [("model.attention", "documents")]),
         doc="Attention sample by sample, without the variable-length kernel.",
         kind=bool,
     ),
@@ -365,7 +330,7 @@ _OSFT = (
     Keyword(
         "osft_memory_efficient_init",
         "",
-        _flag("osft_memory_efficient_init", []),
+        flag("osft_memory_efficient_init", []),
         doc="Accepted either way: weights are always decomposed one at a time, beside a model that is loaded once.",
         kind=bool,
     ),
@@ -373,7 +338,11 @@ _OSFT = (
 
 KEYWORDS: Mapping[str, Keyword] = MappingProxyType({keyword.name: keyword for keyword in _TABLE})
 KEYWORDS_OF: Mapping[str, Mapping[str, Keyword]] = MappingProxyType(
-    {"sft": KEYWORDS, "osft": MappingProxyType({**KEYWORDS, **{keyword.name: keyword for keyword in _OSFT}})}
+    {
+        "sft": KEYWORDS,
+        "osft": MappingProxyType({**KEYWORDS, **{keyword.name: keyword for keyword in _OSFT}}),
+        "lora_sft": MappingProxyType({**KEYWORDS, **{keyword.name: keyword for keyword in LORA}}),
+    }
 )
 REQUIRED_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -388,5 +357,6 @@ REQUIRED_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "learning_rate",
             "ckpt_output_dir",
         ),
+        "lora_sft": ("model_path", "data_path", "ckpt_output_dir"),
     }
 )

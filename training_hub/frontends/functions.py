@@ -217,3 +217,111 @@ def osft(
     given = {**locals()}  # every parameter by its name; nothing else is defined yet
     keywords = {**given.pop("kwargs"), **given}
     return create_algorithm("osft", keywords.pop("backend")).train(**keywords)
+
+
+def lora_sft(
+    model_path: str | os.PathLike[str],
+    data_path: Any,
+    ckpt_output_dir: str | os.PathLike[str],
+    backend: str = "unsloth",
+    lora_r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    num_epochs: float | None = None,
+    effective_batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    learning_rate: float | None = None,
+    max_seq_len: int | None = None,
+    lr_scheduler: str | None = None,
+    warmup_steps: int | None = None,
+    sample_packing: bool | None = None,
+    flash_attention: bool | None = None,
+    bf16: bool | None = None,
+    dataset_type: str | None = None,
+    field_messages: str | None = None,
+    field_instruction: str | None = None,
+    field_input: str | None = None,
+    field_output: str | None = None,
+    eval_data_path: str | None = None,
+    eval_steps: int | None = None,
+    save_steps: int | None = None,
+    save_total_limit: int | None = None,
+    logging_steps: int | None = None,
+    weight_decay: float | None = None,
+    seed: int | None = None,
+    nproc_per_node: int | str | None = None,
+    nnodes: int | None = None,
+    node_rank: int | None = None,
+    rdzv_id: int | str | None = None,
+    rdzv_endpoint: str | None = None,
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    wandb_project: str | None = None,
+    wandb_entity: str | None = None,
+    wandb_run_name: str | None = None,
+    tensorboard_log_dir: str | None = None,
+    mlflow_tracking_uri: str | None = None,
+    mlflow_experiment_name: str | None = None,
+    mlflow_run_name: str | None = None,
+    enable_model_splitting: bool | None = None,
+    *,
+    tuner: str | None = None,
+    use_rslora: bool | None = None,
+    use_dora: bool | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    adapter_path: str | os.PathLike[str] | None = None,
+    max_tokens_per_gpu: int | None = None,
+    max_steps: int | None = None,
+    max_grad_norm: float | None = None,
+    chat_template: str | None = None,
+    unmask_messages: bool | None = None,
+    validation_data_path: Any = None,
+    validation_split: float | None = None,
+    save_best_val_loss: bool | None = None,
+    checkpoint_at_epoch: bool | None = None,
+    trust_remote_code: bool | None = None,
+    callbacks: Sequence[Callable[[StepReport], None]] | Callable[[StepReport], None] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> TrainResult:
+    """Fine-tune an adapter beside a model's frozen weights: LoRA (Hu et al. 2021, arXiv:2106.09685) and its kin.
+
+    A parameter that is None is not given, and the default of the backend's contract holds. An unknown parameter, a
+    value that is not allowed and settings that contradict each other are a RecipeError (a ValueError) that lists all
+    of them, raised before anything is loaded. final/ is an adapter folder as PEFT writes it.
+
+    What is trained, and where it goes:
+        model_path, data_path, ckpt_output_dir: as in `sft`.
+        backend: "unsloth" (the default: the parameters and defaults that training_hub has under this name, run by our
+            engine; the words of the assistant are trained, not all of the text) or "torch" (the recipe's own defaults).
+        lora_r (16), lora_alpha (32), lora_dropout (0): rank, scale (alpha / r) and dropout of the adapter.
+        target_modules: "all-linear" (the default), a list of ends of module names, or a regular expression.
+        tuner: "lora" (the default), "rslora", "dora", "pissa", "olora", or another tuner of PEFT by name; use_rslora
+            and use_dora ask for two of these. modules_to_save: trained in full and saved with the adapter.
+        adapter_path: an adapter to go on with.
+    How much:
+        num_epochs (3) or max_steps. effective_batch_size (2): samples per optimizer step over all devices; or
+            micro_batch_size (2) and gradient_accumulation_steps (1), whose product with the number of processes it is.
+        max_seq_len (2048). max_tokens_per_gpu: tokens at once on a device; bounds memory, never changes the result.
+        sample_packing: lay samples end to end. bf16: True bfloat16, False float32; without it what is fast here.
+        flash_attention: False turns the variable-length kernel off.
+    Data:
+        dataset_type: "chat_template", "alpaca" or "passthrough" (text that was rendered already); without it the rows
+            say it. field_messages, field_instruction, field_input, field_output: names of columns.
+        eval_data_path (also validation_data_path) or validation_split, eval_steps: validation.
+        chat_template, unmask_messages: as in `sft`.
+    Optimizer, schedule, checkpoints, processes, watching:
+        learning_rate (2e-4), lr_scheduler ("linear"), warmup_steps (10), weight_decay, max_grad_norm, seed;
+        save_steps, save_total_limit, save_best_val_loss, checkpoint_at_epoch, logging_steps; the others as in `sft`.
+        enable_model_splitting: only False, since the engine keeps a model on one device.
+    Other:
+        overrides: any setting of the recipe by its path, {"lora.options": {"layers_to_transform": [0, 1]}}.
+        **kwargs: any other parameter of `sft`, or those of a backend of your own.
+
+    Returns a TrainResult; model_path is the adapter's folder.
+    """
+    given = {**locals()}  # every parameter by its name; nothing else is defined yet
+    keywords = {**given.pop("kwargs"), **given}
+    return create_algorithm("lora_sft", keywords.pop("backend")).train(**keywords)

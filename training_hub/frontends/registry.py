@@ -94,6 +94,20 @@ class TorchOSFTBackend(ContractBackend):
     contract = "torch"
 
 
+class TorchLoRASFTBackend(ContractBackend):
+    """LoRA with the recipe's own defaults, run by our engine."""
+
+    algorithm = "lora_sft"
+    contract = "torch"
+
+
+class UnslothLoRABackend(ContractBackend):
+    """LoRA with the parameters and defaults of training_hub's backend of this name, run by our engine."""
+
+    algorithm = "lora_sft"
+    contract = "unsloth"
+
+
 class ContractAlgorithm(Algorithm):
     """An algorithm whose keywords stand in the tables of `dialects`; subclasses name the function."""
 
@@ -129,11 +143,22 @@ class OSFTAlgorithm(ContractAlgorithm):
     backends = MappingProxyType({"mini-trainer": MiniTrainerOSFTBackend, "torch": TorchOSFTBackend})
 
 
+class LoRASFTAlgorithm(ContractAlgorithm):
+    """Supervised fine-tuning of an adapter beside frozen weights: LoRA and its kin."""
+
+    function = "lora_sft"
+    backends = MappingProxyType({"unsloth": UnslothLoRABackend, "torch": TorchLoRASFTBackend})
+
+
 class AlgorithmRegistry:
     """Every algorithm and backend by name. What is registered holds for this process."""
 
     # The one place of the package that changes at run time: registering is what this class is for.
-    _algorithms: ClassVar[dict[str, type[Algorithm]]] = {"sft": SFTAlgorithm, "osft": OSFTAlgorithm}
+    _algorithms: ClassVar[dict[str, type[Algorithm]]] = {
+        "sft": SFTAlgorithm,
+        "osft": OSFTAlgorithm,
+        "lora_sft": LoRASFTAlgorithm,
+    }
     _backends: ClassVar[dict[str, dict[str, type[Backend]]]] = {}
 
     @classmethod

@@ -30,6 +30,20 @@ ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
 # Peak learning rate of the Adam family above which a run says so.
 HIGH_RATE = 1e-2
 
+LORA_SETTINGS = (
+    "tuner",
+    "r",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "modules_to_save",
+    "trainable_tokens",
+    "options",
+    "adapter",
+)
+# What the folder of an adapter that a run goes on with says itself.
+OF_THE_ADAPTER = ("tuner", "r", "alpha", "target_modules", "modules_to_save", "trainable_tokens", "options")
+
 # Setting -> (the setting it depends on, the values under which it does something).
 NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "data.block_size": ("data.pretraining", (True,)),
@@ -58,6 +72,7 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
             "cache",
         )
     },
+    **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in LORA_SETTINGS},
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
     "monitoring.wandb_entity": ("monitoring.wandb", (True,)),
     "monitoring.wandb_run_name": ("monitoring.wandb", (True,)),
@@ -76,6 +91,7 @@ IN_HOME = (
     "data.chat_template",
     "data.cache_dir",
     "evaluation.watch",
+    "lora.adapter",
 )
 
 
@@ -120,6 +136,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _learning_rate,
         _optimizer_state,
         _osft,
+        _lora,
         _watch,
         _processes,
     )
@@ -250,6 +267,18 @@ def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names('optimizer.name')}: Adafactor makes its steps in proportion to a weight, and OSFT trains "
             f"differences that begin at 0. Write {names.write('optimizer.name', 'AdamW')}",
         )
+
+
+def _lora(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    if recipe.lora.adapter is not None:
+        for name in OF_THE_ADAPTER:
+            path = f"lora.{name}"
+            if not _is_default(recipe, path):
+                yield Contradiction(
+                    (path, "lora.adapter"),
+                    f"{names(path)}: {_plainly(value_at(recipe, path))} beside {names('lora.adapter')}, whose "
+                    f"adapter_config.json says it for the adapter that the run goes on with. Leave {path} out.",
+                )
 
 
 def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, ValidationInfo, model_validator
 
 from training_hub.recipe.check import Names, contradictions
+from training_hub.recipe.lora import Lora
 from training_hub.recipe.osft import Osft
 from training_hub.recipe.sections import (
     Checkpoint,
@@ -31,7 +32,7 @@ class Recipe(Section):
     """
 
     algorithm: str = "sft"
-    """What is learned and what may move: sft, osft."""
+    """What is learned and what may move: sft, osft, lora_sft."""
 
     backend: str = "torch"
     """Engine, or the name of a package whose parameters and defaults are to hold."""
@@ -48,6 +49,7 @@ class Recipe(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
     osft: Osft = Field(default_factory=Osft)
+    lora: Lora = Field(default_factory=Lora)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitoring: Monitoring = Field(default_factory=Monitoring)

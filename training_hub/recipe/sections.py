@@ -67,7 +67,7 @@ class Model(Section):
     variable-length kernel (CUDA). auto: the fastest that passes a check against the plain model."""
 
     save_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Number format of the final model. auto: the format the model came in."""
+    """Number format of the final model. auto: the format the model came in; an adapter's numbers in float32."""
 
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder."""

@@ -16,7 +16,7 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
-from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
+from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
@@ -72,14 +72,19 @@ class TorchEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
-        return [*self._process_problems(recipe), *self._number_problems(recipe), *self._model_problems(recipe)]
+        return [
+            *self._process_problems(recipe),
+            *self._number_problems(recipe),
+            *self._model_problems(recipe),
+            *adaptation_problems(recipe),
+        ]
 
     def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
         """The plan of a run of this recipe here, as its plan.json says it, without loading weights.
 
         measures: also time a matrix product, and say as `time` how long the run takes at least.
         """
-        problems = self._process_problems(recipe)
+        problems = [*self._process_problems(recipe), *adaptation_problems(recipe)]
         if problems:
             raise RecipeError(problems)
         return plan(recipe, console, measures=measures)
@@ -339,8 +344,10 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
 
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
     """The number format of the final model."""
-    wanted = run.recipe.model.save_dtype
-    return loaded.original_dtype if wanted == "auto" else getattr(torch, wanted)
+    wanted, files = run.recipe.model.save_dtype, run.adaptation.files
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    return (files.dtype if files is not None else None) or loaded.original_dtype
 
 
 def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Path) -> float:
@@ -356,6 +363,7 @@ def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Pat
         stop_ids(materials),
         trust_remote_code=run.recipe.model.trust_remote_code,
         beside=run.adaptation.beside(),
+        files=run.adaptation.files,
     )
 
 

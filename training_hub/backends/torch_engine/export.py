@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,45 @@ from training_hub.folders import write_whole
 PROBE_LENGTH = 16
 
 
+class ModelFiles(Protocol):
+    """How what was trained becomes files of a folder, and how it is read again. dtype: their format, where not that in
+    which the model came."""
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+    def save(self, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None: ...
+
+    def load(self, model: Any, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
+        """The model that `folder` makes, its tensors under the names they were saved by, and what went wrong."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A folder that holds every weight, read by transformers alone."""
+
+    trust_remote_code: bool = False
+    dtype: torch.dtype | None = None
+
+    def save(self, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
+        """Weights, config and generation config, as save_pretrained writes them."""
+        model.save_pretrained(folder, state_dict=dict(tensors))
+        _set_dtype(folder / "config.json", dtype)
+
+    def load(self, model: Any, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
+        """The model of the folder, from its files alone."""
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=self.trust_remote_code,
+        )
+        problems = [f"{kind}: {', '.join(sorted(map(str, report[kind])))}" for kind in _CHECKED if report.get(kind)]
+        return loaded, loaded.state_dict(), problems
+
+
 def export(
     model: PreTrainedModel,
     tensors: dict[str, Tensor],
@@ -32,15 +72,18 @@ def export(
     stop_ids: Sequence[int],
     trust_remote_code: bool = False,
     beside: Mapping[str, dict[str, Tensor]] | None = None,
+    files: ModelFiles | None = None,
 ) -> float:
     """Write `tensors`, the state dict as an adaptation exports it, into `folder`; atomic.
 
     The folder loads with transformers alone: weights, config, generation config that stops at `stop_ids`, tokenizer and
     the chat template used in training. Before it gets its name it is loaded again: every tensor must be equal to what
-    was meant to be written. `beside`: further safetensors files of the folder, by name. Returns the largest difference
-    of logits between the model in memory and the folder, which is 0 where both have the same format. Raises
-    TrainingError where the folder does not hold the model.
+    was meant to be written. `beside`: further safetensors files of the folder, by name. `files`: how the weights are
+    written and read, where not as a whole model. Returns the largest difference of logits between the model in memory
+    and the folder, which is 0 where both have the same format. Raises TrainingError where the folder does not hold the
+    model.
     """
+    files = files or WholeModel(trust_remote_code)
     refuse_nonfinite(tensors)
     if not folder.parent.is_dir():
         raise DiskError(f"{folder.parent} is gone; it was there when the run began. The final model is not written.")
@@ -50,13 +93,12 @@ def export(
         library_bars(),
         write_whole(folder, {"dtype": str(dtype)}, replace=True) as aside,
     ):
-        model.save_pretrained(aside, state_dict=dict(tensors))
-        _set_dtype(aside / "config.json", dtype)
+        files.save(model, tensors, dtype, aside)
         set_stop_ids(aside / "generation_config.json", stop_ids)
         _save_tokenizer(tokenizer, chat_template, aside)
         for name, more in (beside or {}).items():
             save_file({key: tensor.detach().cpu() for key, tensor in more.items()}, aside / name)
-        return verify(aside, model, tensors, dtype, trust_remote_code)
+        return verify(aside, model, tensors, dtype, files)
 
 
 def refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
@@ -72,14 +114,11 @@ def verify(
     model: PreTrainedModel,
     tensors: dict[str, Tensor],
     dtype: torch.dtype,
-    trust_remote_code: bool = False,
+    files: ModelFiles | None = None,
 ) -> float:
     """Load `folder` and compare: tensors exactly, logits as the largest difference over a few tokens."""
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    problems = [f"{kind}: {', '.join(sorted(map(str, report[kind])))}" for kind in _CHECKED if report.get(kind)]
-    for name, tensor in loaded.state_dict().items():
+    loaded, found, problems = (files or WholeModel()).load(model, dtype, folder)
+    for name, tensor in found.items():
         if name in tensors and not torch.equal(tensor, tensors[name]):
             problems.append(f"{name} is not what was written")
     if problems:
@@ -103,7 +142,7 @@ def _logit_difference(model: PreTrainedModel, loaded: PreTrainedModel, ids: Tens
     model.eval()
     here = model(input_ids=ids.to(device), use_cache=False, document_lengths=(ids.shape[1],)).logits.float().cpu()
     model.train(was_training)
-    there = loaded.eval()(input_ids=ids, use_cache=False).logits.float()
+    there = loaded.eval()(input_ids=ids.to(loaded.device), use_cache=False).logits.float().cpu()
     return float((here - there).abs().max())
 
 

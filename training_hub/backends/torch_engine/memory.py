@@ -116,14 +116,18 @@ def most_at_once(parts: Estimate, *, accumulates: bool) -> float:
 
 
 def blank_like(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same architecture on the meta device, for itself, so that nothing of `model` changes."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = None
-    with torch.device("meta"):
-        blank = type(model)(config)
+    """A copy of the model, with what is attached to it, on the meta device, so that nothing of `model` changes.
+
+    A module on our kernels is one of the library's again in a copy.
+    """
+    empty: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        empty[id(buffer)] = torch.empty_like(buffer, device="meta")
+    blank = copy.deepcopy(model, empty)
+    blank.config._attn_implementation = None
     blank.config.pad_token_id = None  # else some models look for padding in the ids, which have no contents here
-    for parameter, own in zip(blank.parameters(), model.parameters(), strict=False):
-        parameter.requires_grad_(own.requires_grad)
     return blank
 
 

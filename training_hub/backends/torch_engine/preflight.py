@@ -84,7 +84,7 @@ def attention_difference(model: PreTrainedModel) -> float:
 @torch.no_grad()
 def logits_of_one(model: PreTrainedModel) -> Tensor:
     """The model's logits for one random document of 24 tokens, in float32."""
-    ids = torch.from_numpy(_random_documents(model.get_input_embeddings().num_embeddings, (24,))[0])[None]
+    ids = torch.from_numpy(_random_documents(model.config.get_text_config().vocab_size, (24,))[0])[None]
     with evaluating(model):
         return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.float()
 

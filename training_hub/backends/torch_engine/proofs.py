@@ -95,6 +95,7 @@ def prove(subject: Subject) -> list[Proof]:
     proofs = [_text(subject), *_stops(subject), _finite_weights(subject)]
     if proofs[-1].status == "fails":
         return proofs
+    proofs += run.adaptation.proofs()
     with evaluating(run.model):
         excerpts = _excerpts(run)
         if not math.isfinite(_loss(run, _alone(excerpts))):

@@ -65,7 +65,9 @@ def room(
     width = 4 if dtype in LOW_PRECISION else dtype.itemsize
     numbers = sum(weight.numel() for weight in weights) + holdings.saved
     checkpoint = numbers * width + optimizer_bytes(weights, recipe.optimizer, width) + BESIDE_TENSORS
-    final = sum(p.numel() for p in model.parameters()) * final_dtype.itemsize if recipe.checkpoint.final else 0
+    everything = sum(p.numel() for p in model.parameters())
+    exported = everything if holdings.exported is None else holdings.exported
+    final = exported * final_dtype.itemsize if recipe.checkpoint.final else 0
     limit = recipe.checkpoint.keep_last
     stays = saves + kept if limit is None else min(limit, saves + kept)
     stays += 1 if recipe.checkpoint.keep_best and saves else 0

@@ -8,17 +8,26 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from training_hub.algorithms import find_algorithm
 from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.adaptations.lora import Lora
+from training_hub.backends.torch_engine.adaptations.lora import problems as lora_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
+from training_hub.backends.torch_engine.export import ModelFiles
 from training_hub.recipe import Recipe
-from training_hub.types import Console
+from training_hub.types import Console, Proof
 
 
 class Adaptation(Protocol):
     """What an adaptation is. `claimed`: parameters that it moves itself, which the optimizer leaves alone."""
 
     claimed: frozenset[str]
+
+    @property
+    def files(self) -> ModelFiles | None:
+        """How the final model is written and read again; None: as a whole one."""
+        ...
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Choose or replace what trains; the model may lie on the meta device."""
@@ -64,10 +73,22 @@ class Adaptation(Protocol):
         """The state dict to write."""
         ...
 
+    def proofs(self) -> list[Proof]:
+        """What it proves of itself before the first step."""
+        ...
+
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further safetensors files of the final model's folder, by name."""
         ...
 
 
-ADAPTATIONS: dict[str, Callable[[Recipe], Adaptation]] = {"full": lambda recipe: Full(), "osft": Osft}
+ADAPTATIONS: dict[str, Callable[[Recipe], Adaptation]] = {"full": lambda recipe: Full(), "osft": Osft, "lora": Lora}
 """By name: recipe -> adaptation."""
+
+PROBLEMS: dict[str, Callable[[Recipe], list[str]]] = {"lora": lora_problems}
+
+
+def adaptation_problems(recipe: Recipe) -> list[str]:
+    """Why the adaptation of the recipe's algorithm cannot be had here; no weight is read."""
+    find = PROBLEMS.get(find_algorithm(recipe.algorithm).adaptation)
+    return find(recipe) if find else []

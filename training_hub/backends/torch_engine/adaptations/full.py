@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
-from training_hub.types import Console
+from training_hub.backends.torch_engine.export import ModelFiles
+from training_hub.types import Console, Proof
 
 
 class Full:
@@ -64,6 +65,13 @@ class Full:
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further files of the final model's folder: none."""
         return {}
+
+    def proofs(self) -> list[Proof]:
+        """What an adaptation itself can prove before the first step: nothing."""
+        return []
+
+    files: ModelFiles | None = None
+    """How the final model is written and read again: as a whole one."""
 
     def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The state dict to write, on the CPU: `weights` (by parameter name, as the optimizer moves them) as `dtype`.

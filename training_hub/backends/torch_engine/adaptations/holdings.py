@@ -12,7 +12,8 @@ class Holdings:
     claimed: parameters that it moves itself. trained: numbers that the optimizer moves for them. fixed: numbers that it
     keeps, in float32. copied: numbers that it keeps in the format of the model, where that is 16 bits wide. gradients:
     numbers of the gradients that wait for a step in place of those of the claimed parameters. saved: numbers in a
-    checkpoint beside those that the optimizer moves.
+    checkpoint beside those that the optimizer moves. exported: numbers of the final model's files, where these are not
+    the whole model.
     """
 
     claimed: frozenset[str] = frozenset()
@@ -21,6 +22,7 @@ class Holdings:
     copied: int = 0
     gradients: int = 0
     saved: int = 0
+    exported: int | None = None
 
 
 NOTHING = Holdings()

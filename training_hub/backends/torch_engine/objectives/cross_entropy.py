@@ -107,7 +107,7 @@ def check_head(model: PreTrainedModel) -> str | None:
 def _tiny_pack(model: PreTrainedModel) -> PackTensors:
     """Twelve tokens spread over the vocabulary, one document, all trained but the first."""
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     options: dict[str, Any] = {"device": device}
     weights = torch.ones(1, 12, **options)
     weights[0, 0] = 0

@@ -19,9 +19,10 @@ from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
 from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, parameters_of
 from training_hub.backends.torch_engine.adaptations.osft.table import told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
+from training_hub.backends.torch_engine.export import ModelFiles
 from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
-from training_hub.types import Console
+from training_hub.types import Console, Proof
 
 
 class Osft:
@@ -137,6 +138,13 @@ class Osft:
         """The state dict to write, as Full gives it: an ordinary dense model."""
         exact = {name: self._spaces.exact(name) for name, p in self._spaces.parameters.items() if p.dtype != dtype}
         return self._full.export({**weights, **exact}, dtype)
+
+    files: ModelFiles | None = None
+    """How the final model is written and read again: as a whole one."""
+
+    def proofs(self) -> list[Proof]:
+        """What an adaptation itself can prove before the first step: nothing; leak and drift are told in each step."""
+        return []
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further safetensors files of the final model's folder, by name."""

@@ -1,0 +1,265 @@
+"""LoRA and its kin as an adaptation: the weights stay, what PEFT puts beside them trains.
+
+y = x W^T + s (x A^T) B^T with A [r, in] and B [out, r], B = 0 at first. Source: Hu et al. 2021, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.adaptations.lora import library
+from training_hub.backends.torch_engine.adaptations.lora.configs import (
+    WEIGHTS_FILE,
+    is_changing_its_base,
+    make_config,
+)
+from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
+from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
+from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
+from training_hub.errors import RecipeError
+from training_hub.recipe import Recipe
+from training_hub.types import Console, Proof
+
+IDLE = ("did not match", "was matched", "no modules were excluded")
+"""Words of PEFT's warnings about settings that do nothing."""
+
+EMBEDDINGS = ("embed_tokens", "wte", "lm_head", "embed_out", "output")
+
+
+class Lora:
+    """The adaptation that freezes the model and trains an adapter of PEFT."""
+
+    claimed: frozenset[str] = frozenset()
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+        self._model: nn.Module = nn.Module()
+        self._peft: Any = None
+        self._start: Start | None = None
+        self._difference: float | None = None
+        self._notes: list[str] = []
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """The same model, frozen, with an adapter in the place of each target.
+
+        Raises RecipeError where a target matches nothing or PEFT refuses the configuration for this model.
+        """
+        config = make_config(self._recipe, _token_ids(self._recipe))
+        refuse_idle(model, getattr(config, "target_modules", None), getattr(config, "modules_to_save", None))
+        _tie(config, model)
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        before = None if parameter.is_meta else logits_of_one(model)
+        self._put_in(config, model, is_blank=parameter.is_meta)
+        for trained in model.parameters():
+            if trained.requires_grad and trained.is_floating_point():
+                trained.data = trained.data.to(parameter.dtype)
+        self._model = model
+        if before is not None:
+            if is_changing_its_base(config):
+                self._start = Start(self._adapter_tensors(self._own_weights()))
+            if self._recipe.lora.adapter is not None:
+                self._take_over(Path(self._recipe.lora.adapter).expanduser())
+            self._difference = relative_difference(logits_of_one(model), before)
+        return model
+
+    def holdings(self) -> Holdings:
+        """What there is beside the model's parameters, the adapter's among them: the start of PiSSA, small files."""
+        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        is_kept = is_changing_its_base(self._config)
+        return Holdings(fixed=trained if is_kept else 0, exported=(2 if is_kept else 1) * trained)
+
+    def begin(self, console: Console) -> None:
+        """Say what trains."""
+        for line in (*self._notes, *_told(self._model, self._config)):
+            console.say(f"lora: {line}")
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves beside the model's own parameters: nothing, the adapter's are among them."""
+        return {}
+
+    def gather(self) -> None:
+        """Nothing to do once the gradients of a step are complete."""
+
+    def drop_gradients(self) -> None:
+        """No gradients but those of the parameters."""
+
+    def before_step(self, rate: float) -> None:
+        """Nothing to do before the optimizer moves the weights."""
+
+    def after_step(self) -> None:
+        """Nothing to do after it."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Nothing to measure."""
+        return {}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights that the optimizer moves: nothing."""
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
+
+    def proofs(self) -> list[Proof]:
+        """That the model with its new adapter says what it said without; left out for one that has learned already."""
+        name = "the adapter begins as the model"
+        limit = SAME_LOGITS.get(self._dtype, ROUGH)
+        measured = f"{self._difference:.1e}"
+        if self._recipe.lora.adapter is not None:
+            return [Proof(name, "left out", measured, "", "it goes on with an adapter that has learned")]
+        if (self._difference or 0.0) <= limit:
+            return [Proof(name, "holds", measured, f"{limit:.0e}")]
+        remedy = (
+            "lora.options ask for a start that is not the model's, or the tuner has none; the run begins elsewhere."
+        )
+        return [Proof(name, "fallback", measured, f"{limit:.0e}", remedy)]
+
+    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The adapter under PEFT's names, on the CPU, as `dtype`: `weights` by parameter name, as the optimizer moves
+        them. One that started from a part of the weights becomes a LoRA of twice the rank on the weights as they came.
+        """
+        tensors = self._adapter_tensors(weights)
+        if self._start is not None:
+            tensors = self._start.difference(tensors)
+        return {name: t.to(dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """Further files of the final model's folder: none."""
+        return {}
+
+    @property
+    def files(self) -> AdapterFiles:
+        """How the final model is written and read again."""
+        return AdapterFiles(self._peft, self._recipe, self._start, torch.promote_types(self._dtype, torch.float32))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self._model.parameters() if p.requires_grad)
+
+    @property
+    def _config(self) -> Any:
+        return self._peft.peft_config[ADAPTER]
+
+    def _put_in(self, config: Any, model: nn.Module, *, is_blank: bool) -> None:
+        peft = library.load()
+        kind = getattr(config, "init_lora_weights", None)
+        if is_blank and is_changing_its_base(config):
+            config.init_lora_weights = True  # the shapes are the same, and there is nothing to decompose
+        try:
+            with seeded(self._recipe.seed), library.quiet(), warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                self._peft = peft.get_peft_model(
+                    model, config, ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=is_blank
+                )
+        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+            raise RecipeError(
+                f"lora.tuner: {self._recipe.lora.tuner} cannot be put into this model: {error}"
+            ) from error
+        idle = [str(one.message) for one in said if any(words in str(one.message) for words in IDLE)]
+        if idle:
+            raise RecipeError([f"lora.options: {line}" for line in idle])
+        if is_blank and kind is not None:
+            config.init_lora_weights = kind
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def _adapter_tensors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter by PEFT's names, copied to the CPU, with `weights` in place of the parameters so named."""
+        names = dict(self._peft.named_parameters(remove_duplicate=False))
+        moved = {id(p): weights[name] for name, p in self._model.named_parameters() if name in weights}
+        everything = {
+            name: moved.get(id(names.get(name, tensor)), tensor) for name, tensor in self._peft.state_dict().items()
+        }
+        with library.quiet():
+            found = library.load().get_peft_model_state_dict(
+                self._peft, state_dict=everything, adapter_name=ADAPTER, save_embedding_layers=False
+            )
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
+
+    def _take_over(self, folder: Path) -> None:
+        """Put the numbers of a saved adapter into the one that was attached."""
+        tensors = load_file(folder / WEIGHTS_FILE)
+        wanted = {name: tuple(tensor.shape) for name, tensor in self._adapter_tensors({}).items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wrong = [
+            f"lora.adapter: {folder / WEIGHTS_FILE}: {name} is {found.get(name, 'not there')}, wanted is "
+            f"{wanted.get(name, 'none')}. Give the adapter of this model."
+            for name in sorted(wanted.keys() | found.keys())
+            if wanted.get(name) != found.get(name)
+        ]
+        if wrong:
+            raise RecipeError(wrong[:5])
+        with library.quiet():
+            library.load().set_peft_model_state_dict(self._peft, tensors, adapter_name=ADAPTER)
+        came_from = self._config.base_model_name_or_path
+        if came_from and Path(came_from).name != Path(self._recipe.model.path).name:
+            self._notes.append(
+                f"the adapter names {came_from} as its base; it goes on beside {self._recipe.model.path}"
+            )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block torch draws from `seed`; afterwards it goes on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _tie(config: Any, model: Any) -> None:
+    """What trains of a table that is also the head trains in both."""
+    is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    if is_tied and hasattr(config, "ensure_weight_tying"):
+        targets = getattr(config, "target_modules", None)
+        named = [
+            *(getattr(config, "modules_to_save", None) or ()),
+            *([] if isinstance(targets, str) else targets or ()),
+        ]
+        if any(name.rpartition(".")[2] in EMBEDDINGS for name in named):
+            config.ensure_weight_tying = True
+
+
+def _token_ids(recipe: Recipe) -> list[int] | None:
+    """The ids of lora.trainable_tokens. Raises RecipeError for a text that is not one token."""
+    wanted = recipe.lora.trainable_tokens
+    if not wanted:
+        return None
+    if all(isinstance(token, int) for token in wanted):
+        return sorted(set(map(int, wanted)))
+    from training_hub.data.tokenizer import ChatTokenizer
+
+    path = recipe.model.tokenizer or recipe.model.path
+    tokenizer = ChatTokenizer.load(
+        path, trust_remote_code=recipe.model.trust_remote_code, revision=recipe.model.revision
+    )
+    known = tokenizer.hf.get_vocab()
+    unknown = [token for token in wanted if isinstance(token, str) and token not in known]
+    if unknown:
+        raise RecipeError(
+            f"lora.trainable_tokens: {', '.join(map(repr, unknown))} is not a token of {path}. Write a token as the "
+            "tokenizer's vocabulary has it, or its id."
+        )
+    return sorted({token if isinstance(token, int) else known[token] for token in wanted})
+
+
+def _told(model: nn.Module, config: Any) -> Iterator[str]:
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    total, everything = sum(trained.values()), sum(p.numel() for p in model.parameters())
+    places: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
+            places[name.rpartition(".")[2]] += 1
+    where = ", ".join(f"{count} {name}" for name, count in sorted(places.items())) or "modules of its own choice"
+    rank = f" of rank {config.r}" if isinstance(getattr(config, "r", None), int) and config.r else ""
+    yield f"trains {total:,} of {everything:,} numbers ({total / everything:.2%}): adapters{rank} in {where}"
