@@ -119,6 +119,11 @@ def find_algorithm(name: str) -> Algorithm:
     raise RecipeError(f"algorithm: {name!r} is not known; known: {', '.join(ALGORITHMS)}.{hint}")
 
 
+def objective_of(recipe: Recipe) -> str:
+    """The name of what a run of `recipe` minimises: that of its algorithm."""
+    return find_algorithm(recipe.algorithm).objective
+
+
 def engine_of(recipe: Recipe) -> str:
     """The engine that runs `recipe`: its contract's, or the backend's own name for one registered from outside."""
     contract = find_algorithm(recipe.algorithm).contract(recipe.backend)

@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from training_hub.recipe.check import Names, contradictions
 from training_hub.recipe.lora import Lora
+from training_hub.recipe.loss import Loss
 from training_hub.recipe.osft import Osft
 from training_hub.recipe.sections import (
     Checkpoint,
@@ -46,6 +47,7 @@ class Recipe(Section):
     model: Model
     data: Data = Field(default_factory=Data)
     training: Training = Field(default_factory=Training)
+    loss: Loss = Field(default_factory=Loss)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
     osft: Osft = Field(default_factory=Osft)

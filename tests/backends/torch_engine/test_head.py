@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training_hub.backends.torch_engine.objectives import head as head_module
 from training_hub.backends.torch_engine.objectives.head import Head, _HeadLoss, chunk_rows
+from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +36,8 @@ def test_gradients_are_the_derivatives_of_the_loss(rows: int, cap: float | None,
     hidden, weight, bias, targets, weights = case()
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return _HeadLoss.apply(hidden, weight, bias if biased else None, targets, weights, 0.7, cap, rows, True)
+        criterion = TokenCriterion(PLAIN, targets, weights)
+        return _HeadLoss.apply(hidden, weight, bias if biased else None, criterion, 0.7, cap, rows, True)[0]
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 

@@ -19,6 +19,7 @@ from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
+from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.export import export
@@ -33,7 +34,8 @@ from training_hub.backends.torch_engine.model import (
     load_model,
 )
 from training_hub.backends.torch_engine.model_folder import hub_problem
-from training_hub.backends.torch_engine.objectives import OBJECTIVES
+from training_hub.backends.torch_engine.objectives import make_objective
+from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.plan import describe, feed_settings, memory_of, plan, summary
 from training_hub.backends.torch_engine.preflight import can_pack
@@ -223,20 +225,20 @@ def assemble(
     broken = nonfinite_tensors(loaded.model.state_dict())
     if broken:
         raise TrainingError([*broken, f"{recipe.model.path} came with them. Download or convert it again."])
-    algorithm = find_algorithm(recipe.algorithm)
-    adaptation = ADAPTATIONS[algorithm.adaptation](recipe)
+    adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(loaded.model)
     adaptation.begin(console)
-    objective, note = OBJECTIVES[algorithm.objective](model)
+    plain, note = cross_entropy(model)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
-    is_packed = recipe.data.packing and can_pack(model, objective, dtype, console)
+    is_packed = recipe.data.packing and can_pack(model, plain, dtype, console)
     store = materials.prepared.train
     masters = Masters(model.named_parameters(), adaptation, are_split=recipe.optimizer.state != "full")
     run = Run(
         recipe=recipe,
         model=model,
-        objective=objective,
+        objective=make_objective(recipe, plain),
+        plain=plain,
         adaptation=adaptation,
         updater=Updater(masters, recipe.optimizer, recipe.training.max_norm),
         feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
@@ -246,6 +248,9 @@ def assemble(
         console=console,
         facts={**facts_of(materials, loaded.model), "versions": versions()},
     )
+    sources = [one["name"] for one in materials.prepared.report["sources"]]
+    if len(sources) > 1 and recipe.loss.by_source:
+        run.by_source = BySource(sources, store, device)
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
     return run

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
 from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
@@ -41,11 +42,15 @@ ROWS_NAMED = 20  # in the error about a loss that is not finite
 @dataclass
 class Run:
     """A run in progress: its parts, and the little that changes: the step it has reached, its best validation (loss and
-    step), and how many steps up to now were left out without a break."""
+    step), and how many steps up to now were left out without a break.
+
+    objective: what is minimised. plain: cross-entropy, by which validation and watch measure whatever is minimised.
+    """
 
     recipe: Recipe
     model: PreTrainedModel
     objective: Callable[..., Any]
+    plain: Callable[..., Any]
     adaptation: Any
     updater: Updater
     feed: Feed
@@ -63,6 +68,7 @@ class Run:
     watch: Watch | None = None
     scale: Scale | None = None
     profile: StepProfile | None = None
+    by_source: BySource | None = None
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
@@ -120,7 +126,8 @@ def take_step(run: Run, batch: Batch, meter: ThroughputMeter, began: float) -> S
     with record_function(OPTIMIZER):
         norm = run.updater.clip()
     # The only place in a step where the host waits for the device, but for what an adaptation measures at its end.
-    loss, grad_norm = torch.stack([mean, norm.to(torch.float64)]).tolist()
+    wanted = torch.stack([mean, norm.to(torch.float64)])
+    loss, grad_norm, *sums = (wanted if run.by_source is None else torch.cat([wanted, run.by_source.sums])).tolist()
     rate = learning_rate(run.recipe.lr_scheduler, run.recipe.optimizer.lr, batch.step, run.feed.total_steps)
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if is_finite:
@@ -134,7 +141,7 @@ def take_step(run: Run, batch: Batch, meter: ThroughputMeter, began: float) -> S
     if run.skipped_in_row >= run.recipe.training.max_skipped:
         raise nonfinite(run, batch, loss, grad_norm)
     run.updater.masters.drop_gradients()
-    measures = plain_numbers(run.adaptation.metrics())
+    measures = plain_numbers(run.adaptation.metrics()) | (run.by_source.means(sums) if run.by_source else {})
     seconds = time.perf_counter() - began
     meter.add(batch.num_tokens, seconds)
     return StepReport(
@@ -171,10 +178,15 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
     torch.manual_seed(step_seed(run.recipe.seed, batch.step))
     run.model.train()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
+    if run.by_source is not None:
+        run.by_source.begin()
     for one in batch.packs:
-        term = run.objective(run.model, to_device(one, run.device))
+        tensors = to_device(one, run.device)
+        term = run.objective(run.model, tensors)
         (term.total / batch.trained_weight).backward()
         total += term.total.detach()
+        if run.by_source is not None:
+            run.by_source.add(term, tensors.target_weights, one)
     return total / batch.trained_weight
 
 
@@ -185,13 +197,13 @@ def step_seed(seed: int, step: int) -> int:
 
 @torch.no_grad()
 def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
-    """Mean loss over the trained tokens of all of `store`, in nats."""
+    """Mean cross-entropy over the trained tokens of all of `store`, in nats."""
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
     with run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for one in packs:
-            total += run.objective(run.model, to_device(one, run.device)).total
+            total += run.plain(run.model, to_device(one, run.device)).total
             advance(len(one))
     return float(total) / float(store.trained_weight.sum())
 

@@ -23,7 +23,8 @@ from transformers import GenerationConfig
 
 from training_hub.backends.torch_engine.export import set_stop_ids
 from training_hub.backends.torch_engine.loop import Run
-from training_hub.backends.torch_engine.objectives.cross_entropy import model_logits
+from training_hub.backends.torch_engine.objectives.cross_entropy import losses_of_logits, model_logits
+from training_hub.backends.torch_engine.objectives.token_loss import TokenLoss
 from training_hub.backends.torch_engine.optim import build_optimizer
 from training_hub.backends.torch_engine.preflight import evaluating, packed_equals_alone
 from training_hub.backends.torch_engine.tensors import PackTensors, to_device
@@ -221,7 +222,7 @@ def _packed_losses(run: Run, excerpts: Sequence[Sample]) -> list[float]:
 
 
 def _fast_loss(subject: Subject, excerpts: Sequence[Sample]) -> Proof:
-    """Loss and gradients of the objective against a plain float32 cross-entropy of the model's own full logits."""
+    """Loss and gradients of the objective against the same in plain float32 from the model's own full logits."""
     name, run = "fast loss is the plain one", subject.run
     packs, limit = [to_device(one, run.device) for one in _alone(excerpts)], TOLERANCE.get(subject.dtype, ROUGH)
     fast = _Gradients.of(run, [run.objective(run.model, one).total for one in packs])
@@ -234,10 +235,7 @@ def _fast_loss(subject: Subject, excerpts: Sequence[Sample]) -> Proof:
 
 
 def _plain_loss(run: Run, one: PackTensors) -> Tensor:
-    logits_NV = model_logits(run.model, one)
-    exact = torch.promote_types(logits_NV.dtype, torch.float32)
-    log_likelihood_N = torch.log_softmax(logits_NV.to(exact), -1).gather(-1, one.targets[:, None])[:, 0]
-    return -(log_likelihood_N * one.target_weights.to(exact)).sum()
+    return losses_of_logits(model_logits(run.model, one), one, TokenLoss.of(run.recipe.loss)).sum()
 
 
 def _accumulation_and_update(subject: Subject, excerpts: Sequence[Sample]) -> list[Proof]:

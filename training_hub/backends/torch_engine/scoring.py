@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, load_model
-from training_hub.backends.torch_engine.objectives import OBJECTIVES
+from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.plan import feed_settings
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
@@ -61,7 +60,7 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
 
 
 def _mean_loss(recipe: Recipe, model: Any, store: TokenStore, device: torch.device, console: Console) -> float:
-    objective, _ = OBJECTIVES[find_algorithm(recipe.algorithm).objective](model)
+    objective, _ = cross_entropy(model)
     is_packed = recipe.data.packing and can_pack(model, objective, model.dtype, console)
     settings = feed_settings(recipe, int(store.lengths.max()), device, is_packed)
     total = torch.zeros((), dtype=torch.float64, device=device)

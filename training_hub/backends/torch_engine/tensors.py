@@ -25,6 +25,7 @@ class PackTensors:
     lengths: tokens of each document, in order, as plain numbers; cu_seqlens [n + 1] int32: where each begins and ends.
     rows [N] int64: positions t whose next token has a weight. Found on the host, since asking a GPU for the places
     that are not zero would make the host wait for it in every micro-step.
+    on_host: the pack these are the tensors of, for what is found by the number of a sample.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class PackTensors:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     rows: Tensor
+    on_host: Pack | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -70,10 +72,12 @@ class PackTensors:
 class Term:
     """What an objective makes of one pack: `total`, the weighted sum of losses over its trained tokens.
 
-    A scalar in float32 (float64 for a float64 model), not yet divided by anything.
+    A scalar in float32 (float64 for a float64 model), not yet divided by anything. losses [N]: its summands, without
+    gradients.
     """
 
     total: Tensor
+    losses: Tensor | None = None
 
 
 def to_device(pack: Pack, device: torch.device | str) -> PackTensors:
@@ -96,6 +100,7 @@ def to_device(pack: Pack, device: torch.device | str) -> PackTensors:
         lengths=tuple(int(length) for length in lengths),
         cu_seqlens=_move(pack.boundaries.astype(np.int32), device),
         rows=_move(np.flatnonzero(pack.weights[1:]).astype(np.int64), device),
+        on_host=pack,
     )
 
 

@@ -24,13 +24,13 @@ sys.path.insert(0, {root!r})
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.fused.swap import run_on_kernels
-from training_hub.backends.torch_engine.objectives import OBJECTIVES
+from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.tensors import to_device
 register_attention()
 model = tiny_model("llama")
 model.set_attn_implementation(DOCUMENTS)
 print(run_on_kernels(model))
-print(float(OBJECTIVES["cross_entropy"](model)[0](model, to_device(random_pack(), "cpu")).total.detach()))
+print(float(cross_entropy(model)[0](model, to_device(random_pack(), "cpu")).total.detach()))
 """
 
 

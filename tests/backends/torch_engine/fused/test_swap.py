@@ -11,15 +11,14 @@ from tests.backends.torch_engine.tiny_models import DENSE, random_pack, tiny_mod
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.fused.build import kernels, kernels_problem
 from training_hub.backends.torch_engine.fused.swap import OnKernels, run_on_kernels, swap, swap_back
-from training_hub.backends.torch_engine.objectives import OBJECTIVES
-from training_hub.backends.torch_engine.objectives.cross_entropy import decoder_states
+from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy, decoder_states
 from training_hub.backends.torch_engine.tensors import to_device
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason=f"no kernels here: {kernels_problem()}")
 
 
 def loss_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    total = OBJECTIVES["cross_entropy"](model)[0](model, to_device(random_pack(), "cpu")).total
+    total = cross_entropy(model)[0](model, to_device(random_pack(), "cpu")).total
     total.backward()
     return total.detach(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 

@@ -14,6 +14,7 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU Triton's interpreter is needed: TRITON_INTERPRET=1", allow_module_level=True)
 
 from training_hub.backends.torch_engine.fused import triton_kernels  # noqa: E402
+from training_hub.backends.torch_engine.objectives.token_loss import TokenLoss  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -85,16 +86,18 @@ def test_rotate(dtype: torch.dtype, tokens: int, heads: int, width: int) -> None
 
 
 @DTYPES
+@pytest.mark.parametrize("loss", [TokenLoss(), TokenLoss(smoothing=0.1, z=1e-2), TokenLoss(dft=True)], ids=str)
 @pytest.mark.parametrize(("rows", "vocabulary"), [(3, 7), (2, 8192), (2, 20001)])
-def test_cross_entropy(dtype: torch.dtype, rows: int, vocabulary: int) -> None:
+def test_cross_entropy(dtype: torch.dtype, rows: int, vocabulary: int, loss: TokenLoss) -> None:
     torch.manual_seed(0)
     logits = 4 * random(rows, vocabulary, dtype=torch.float32)
     targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
     targets[0] = vocabulary - 1
     weights = random(rows, dtype=torch.float32)
     losses, gradient = torch.empty_like(weights), torch.empty_like(logits, dtype=dtype)
-    triton_kernels.cross_entropy(logits, targets, weights, losses, gradient, rows, vocabulary, 0.7)
+    tensors = (logits, targets, weights, losses, gradient)
+    triton_kernels.cross_entropy(*tensors, rows, vocabulary, 0.7, loss.smoothing, loss.z, loss.dft)
     (logits_64,) = exact(logits)
-    wanted = torch.nn.functional.cross_entropy(0.7 * logits_64, targets, reduction="none") * weights.double()
+    wanted = loss.losses(0.7 * logits_64, targets) * weights.double()
     assert_near(losses, wanted, torch.float32)
     assert_near(gradient, torch.autograd.grad(wanted.sum(), logits_64)[0], dtype)

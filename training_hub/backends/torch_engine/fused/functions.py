@@ -195,20 +195,35 @@ def _turned(x: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Tensor:
     return result
 
 
-def cross_entropy_(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, multiplier: float) -> Tensor:
-    """losses [R] in float32: weight * -log p(target), where p = softmax(multiplier * logits).
+def cross_entropy_(
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    weights_R: Tensor,
+    multiplier: float,
+    smoothing: float = 0.0,
+    z: float = 0.0,
+    dft: bool = False,
+) -> Tensor:
+    """losses [R] in float32: weight * -log p(target), p = softmax(multiplier * logits); TokenLoss says the rest.
 
     `logits_RV` become the gradient of their sum. weights are float32, targets int64. Not differentiable by autograd.
     """
     losses_R = weights_R.new_empty(len(targets_R))
     rows, vocabulary = logits_RV.shape
     tensors = (logits_RV, targets_R.contiguous(), weights_R.contiguous(), losses_R)
-    _call("cross_entropy", tensors, rows, vocabulary, multiplier)
+    _call("cross_entropy", tensors, rows, vocabulary, multiplier, smoothing, z, dft)
     return losses_R
 
 
 def gpu_cross_entropy(
-    logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, multiplier: float, dtype: torch.dtype
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    weights_R: Tensor,
+    multiplier: float,
+    dtype: torch.dtype,
+    smoothing: float = 0.0,
+    z: float = 0.0,
+    dft: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Losses [R] in float32 as `cross_entropy_` makes them, and the gradient of their sum [R, V] as `dtype`.
 
@@ -217,7 +232,7 @@ def gpu_cross_entropy(
     losses_R, gradient_RV = torch.empty_like(weights_R), torch.empty_like(logits_RV, dtype=dtype)
     rows, vocabulary = logits_RV.shape
     tensors = (logits_RV, targets_R.contiguous(), weights_R.contiguous(), losses_R, gradient_RV)
-    _call("cross_entropy", tensors, rows, vocabulary, multiplier)
+    _call("cross_entropy", tensors, rows, vocabulary, multiplier, smoothing, z, dft)
     return losses_R, gradient_RV
 
 

@@ -410,15 +410,17 @@ void rotate(const void *x, const void *cosines, const void *sines, void *y, int 
 
 /* ---- cross-entropy of rows of logits, and its gradient over them ------------------------------------------------ */
 
-/* logits [R, V] become weight * multiplier * (softmax - one at the target); losses[r] = weight * -log p(target). */
+/* logits [R, V] become the gradient of the sum of losses [R] over what they were before the multiplier:
+ * weight * (share * ((1 - smoothing) * -log p(target) + smoothing * mean of -log p) + z * log(sum of e^logit)^2),
+ * where share is p(target), taken as a constant, with dft, and 1 without. */
 void cross_entropy(void *logits, const int64_t *targets, const float *weights, float *losses, int low, long R, long V,
-                   float multiplier, int threads) {
+                   float multiplier, float smoothing, float z, int dft, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         float *row = malloc(V * sizeof(float));
 #pragma omp for schedule(static)
         for (long r = 0; r < R; r++) {
-            float most = -INFINITY, sum = 0;
+            float most = -INFINITY, sum = 0, mean = 0;
             if (!row) {
                 losses[r] = NAN;
                 continue;
@@ -427,15 +429,23 @@ void cross_entropy(void *logits, const int64_t *targets, const float *weights, f
 #pragma omp simd reduction(max : most)
             for (long i = 0; i < V; i++) most = row[i] > most ? row[i] : most;
             float chosen = row[targets[r]] - most;
+            if (smoothing > 0) {
+#pragma omp simd reduction(+ : mean)
+                for (long i = 0; i < V; i++) mean += row[i] - most;
+                mean /= V;
+            }
 #pragma omp simd reduction(+ : sum)
             for (long i = 0; i < V; i++) {
                 row[i] = exponential(row[i] - most);
                 sum += row[i];
             }
-            losses[r] = weights[r] * (logf(sum) - chosen);
-            float factor = weights[r] * multiplier / sum;
-            for (long i = 0; i < V; i++) row[i] *= factor;
-            row[targets[r]] -= weights[r] * multiplier;
+            float above = logf(sum), normaliser = most + above, loss = above - chosen, up = weights[r] * multiplier;
+            float share = dft ? expf(-loss) : 1.0f;
+            loss = (1.0f - smoothing) * loss + smoothing * (above - mean);
+            losses[r] = weights[r] * (share * loss + z * normaliser * normaliser);
+            float factor = up * (share + 2.0f * z * normaliser) / sum, flat = up * share * smoothing / V;
+            for (long i = 0; i < V; i++) row[i] = row[i] * factor - flat;
+            row[targets[r]] -= up * share * (1.0f - smoothing);
             give(logits, low, r * V, V, row);
         }
         free(row);

@@ -61,12 +61,23 @@ def rotate(
 
 def cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, gradient: Tensor,
-    rows: int, vocabulary: int, multiplier: float,
+    rows: int, vocabulary: int, multiplier: float, smoothing: float, z: float, dft: bool,
 ) -> None:  # fmt: skip
-    """losses [R] = weights * -log softmax(multiplier * logits)[targets]; gradient [R, V] of their sum by the logits."""
+    """losses [R], those of TokenLoss times weights, and the gradient [R, V] of their sum by the logits."""
     block = min(LOGITS, triton.next_power_of_2(vocabulary))
     _cross_entropy[(rows,)](
-        logits, targets, weights, losses, gradient, multiplier, vocabulary, block, num_warps=8 if block > 1024 else 4
+        logits,
+        targets,
+        weights,
+        losses,
+        gradient,
+        multiplier,
+        smoothing,
+        z,
+        dft,
+        vocabulary,
+        block,
+        num_warps=8 if block > 1024 else 4,
     )
 
 
@@ -164,17 +175,20 @@ def _rotate(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, targets, weights, losses, gradient, multiplier, vocabulary: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, targets, weights, losses, gradient, multiplier, smoothing, z,
+    DFT: tl.constexpr, vocabulary: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     gradient += row * vocabulary
     column = tl.arange(0, BLOCK)
     most = tl.full((BLOCK,), -1e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocabulary, BLOCK):  # each place of the block keeps a maximum and a sum of its own
+    plain = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):  # each place of the block keeps a maximum and sums of its own
         inside = start + column < vocabulary
         numbers = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32) * multiplier
+        plain += numbers
         numbers = tl.where(inside, numbers, -1e38)
         higher = tl.maximum(most, numbers)
         total = total * tl.exp(most - higher) + tl.where(inside, tl.exp(numbers - higher), 0.0)
@@ -183,11 +197,18 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     normaliser = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
     target = tl.load(targets + row)
     weight = tl.load(weights + row)
-    chosen = tl.load(logits + target).to(tl.float32) * multiplier
-    tl.store(losses + row, weight * (normaliser - chosen))
+    surprise = normaliser - tl.load(logits + target).to(tl.float32) * multiplier
+    spread = normaliser - tl.sum(plain, 0) / vocabulary
+    if DFT:
+        share = tl.exp(-surprise)
+    else:
+        share = surprise * 0.0 + 1.0
+    loss = share * ((1.0 - smoothing) * surprise + smoothing * spread) + z * normaliser * normaliser
+    tl.store(losses + row, weight * loss)
+    up = weight * multiplier
     for start in range(0, vocabulary, BLOCK):
         inside = start + column < vocabulary
         numbers = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32) * multiplier
-        share = tl.exp(numbers - normaliser) - tl.where(start + column == target, 1.0, 0.0)
-        slope = share * weight * multiplier
-        tl.store(gradient + start + column, slope.to(gradient.dtype.element_ty), mask=inside)
+        slope = (share + 2.0 * z * normaliser) * tl.exp(numbers - normaliser) - share * smoothing / vocabulary
+        slope -= tl.where(start + column == target, share * (1.0 - smoothing), 0.0)
+        tl.store(gradient + start + column, (up * slope).to(gradient.dtype.element_ty), mask=inside)

@@ -1,11 +1,12 @@
-"""Cross-entropy of the next token: the weighted sum over the trained tokens of a pack."""
+"""Cross-entropy of the next token, or what the section `loss` makes of it: the weighted sum over a pack's trained
+tokens."""
 
 # T tokens of the pack, N trained positions, D width of the model, V vocabulary
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows, is_ours, no_mask
 from training_hub.backends.torch_engine.objectives.head import find_head
+from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
+from training_hub.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,26 +30,35 @@ ROUGH = 0.03
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Sum over trained tokens of weight * -log p(token | tokens of its document before it), not divided.
+    """Sum over trained tokens of weight * loss of the token given those of its document before it, not divided.
+
+    loss: -log p, or what TokenLoss makes of it.
 
     through_head: run the decoder and multiply only trained positions with the head, in chunks. Otherwise the whole
     model is run and asked for the logits of the trained positions; slower, right for a head with its own arithmetic.
     """
 
     through_head: bool = True
+    loss: TokenLoss = PLAIN
 
     def __call__(self, model: PreTrainedModel, pack: PackTensors) -> Term:
         head = find_head(model) if self.through_head else None
         if head is None:
-            return Term(_loss_of_logits(model_logits(model, pack), pack.targets, pack.target_weights))
+            losses_N = losses_of_logits(model_logits(model, pack), pack, self.loss)
+            return Term(losses_N.sum(), losses_N.detach())
         hidden_ND = decoder_states(model, pack)
-        return Term(head.loss(hidden_ND, pack.targets, pack.target_weights))
+        return Term(*head.weigh(hidden_ND, TokenCriterion(self.loss, pack.targets, pack.target_weights)))
 
 
 def cross_entropy(model: PreTrainedModel) -> tuple[CrossEntropy, str | None]:
-    """The objective for this model: its fast form where `check_head` agrees, else the general one and why."""
+    """Plain cross-entropy for this model: its fast form where `check_head` agrees, else the general one and why."""
     reason = check_head(model)
     return CrossEntropy(through_head=reason is None), reason
+
+
+def as_asked(plain: CrossEntropy, recipe: Recipe) -> CrossEntropy:
+    """The same with what the recipe's section `loss` adds."""
+    return replace(plain, loss=TokenLoss.of(recipe.loss))
 
 
 def decoder_states(model: PreTrainedModel, pack: PackTensors) -> Tensor:
@@ -75,10 +87,10 @@ def model_logits(model: PreTrainedModel, pack: PackTensors) -> Tensor:
     return model(**arguments).logits[0].index_select(0, pack.rows)
 
 
-def _loss_of_logits(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+def losses_of_logits(logits_NV: Tensor, pack: PackTensors, loss: TokenLoss = PLAIN) -> Tensor:
+    """[N]: the weighted losses of the pack's trained tokens, from whole logits."""
     exact = torch.promote_types(logits_NV.dtype, torch.float32)
-    losses_N = torch.nn.functional.cross_entropy(logits_NV.to(exact), targets_N, reduction="none")
-    return (losses_N * weights_N.to(exact)).sum()
+    return loss.losses(logits_NV.to(exact), pack.targets) * pack.target_weights.to(exact)
 
 
 @torch.no_grad()

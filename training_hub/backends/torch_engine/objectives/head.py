@@ -5,20 +5,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.build import kernels
-from training_hub.backends.torch_engine.fused.functions import (
-    TYPES,
-    are_fit,
-    cross_entropy_,
-    gpu_cross_entropy,
-    problem_on,
-)
+from training_hub.backends.torch_engine.fused.functions import TYPES, are_fit, problem_on
 from training_hub.backends.torch_engine.fused.products import add_product_, holder_of, product
+from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +45,30 @@ DIVIDED = {
 """Model families whose logits are divided by a number."""
 
 
+class Criterion(Protocol):
+    """What is made of the logits of some trained positions, `part` of all N. Both ways give the losses [R], and turn
+    the logits into the gradient of their sum.
+
+    on_gpu gets them in float32 and leaves them, and gives the losses and their gradient as `dtype`.
+    on_kernel_ gets them as hidden @ weight.T gives them, in_torch_ in float32, multiplied and capped; it gives the
+    gradient by these, times `multiplier`.
+    """
+
+    @property
+    def has_kernel(self) -> bool: ...
+
+    def on_kernel_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor: ...
+
+    def in_torch_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor: ...
+
+    @property
+    def has_gpu_kernel(self) -> bool: ...
+
+    def on_gpu(
+        self, logits_RV: Tensor, part: slice, multiplier: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Head:
     """logits = softcap(multiplier * (hidden @ weight.T + bias)): weight [V, D], bias [V] or None.
@@ -66,15 +85,20 @@ class Head:
         """[N, V] in float32 (float64 for a float64 model)."""
         return _cap_(_raw_logits(hidden_ND, self.weight, self.bias, self.multiplier), self.cap)
 
-    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-        """Sum over n of weights[n] * -log p(targets[n]): a scalar in float32; 0, with a graph, where N is 0.
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor, loss: TokenLoss = PLAIN) -> Tensor:
+        """Sum over n of weights[n] * loss of targets[n], -log p(targets[n]) by default: as `weigh` gives it."""
+        return self.weigh(hidden_ND, TokenCriterion(loss, targets_N, weights_N))[0]
 
-        Gradients reach `hidden_ND` and, unless frozen, weight and bias. They are formed in the forward pass, chunk by
-        chunk, since everything they need is known there: the logits are computed once and never kept.
+    def weigh(self, hidden_ND: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
+        """(sum of the criterion's losses: a scalar in float32; 0, with a graph, where N is 0; the losses [N]).
+
+        Gradients of the sum reach `hidden_ND` and, unless frozen, weight and bias. They are formed in the forward pass,
+        chunk by chunk, since everything they need is known there: the logits are computed once and never kept.
         """
         rows = chunk_rows(self.weight.shape[0], hidden_ND.device.type)
-        arguments = (hidden_ND, self.weight, self.bias, targets_N, weights_N)
-        return _HeadLoss.apply(*arguments, self.multiplier, self.cap, rows, torch.is_grad_enabled())
+        arguments = (hidden_ND, self.weight, self.bias, criterion)
+        total, losses_N = _HeadLoss.apply(*arguments, self.multiplier, self.cap, rows, torch.is_grad_enabled())
+        return total, losses_N
 
 
 def find_head(model: PreTrainedModel) -> Head | None:
@@ -101,7 +125,7 @@ def chunk_rows(vocabulary: int, device_type: str) -> int:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Weighted cross-entropy of a linear head, with its gradients formed in the forward pass."""
+    """The criterion's sum over the logits of a linear head, with its gradients formed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -109,44 +133,42 @@ class _HeadLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        targets_N: Tensor,
-        weights_N: Tensor,
+        criterion: Criterion,
         multiplier: float,
         cap: float | None,
         rows: int,
         learns: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients.zeros(hidden_ND, weight_VD, bias_V, wanted)
         total = torch.zeros((), dtype=_exact(hidden_ND.dtype), device=hidden_ND.device)
+        losses_N = total.new_empty(len(hidden_ND))
         is_plain = bias_V is None and cap is None
-        is_fused = is_plain and are_fit(hidden_ND, weight_VD) and kernels() is not None
-        is_on_gpu = is_plain and hidden_ND.is_cuda and hidden_ND.dtype in TYPES and problem_on(hidden_ND.device) is None
+        is_fused = is_plain and criterion.has_kernel and are_fit(hidden_ND, weight_VD) and kernels() is not None
+        is_on_gpu = is_plain and criterion.has_gpu_kernel and _has_triton(hidden_ND)
         # One place for all chunks: a new one each time would leave holes in the heap that the next does not fit into.
         chunk_RV = hidden_ND.new_empty(min(rows, len(hidden_ND)) if is_fused else 0, len(weight_VD))
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
-            weights_R = weights_N[part].to(total.dtype)
             if is_fused:
                 chosen = hidden_ND[part]
                 logits_grad_RV = torch.mm(chosen, weight_VD.T, out=chunk_RV[: len(chosen)])
-                total += cross_entropy_(logits_grad_RV, targets_N[part], weights_R, multiplier).sum()
+                losses_R = criterion.on_kernel_(logits_grad_RV, part, multiplier)
             elif is_on_gpu:
                 logits_RV = product(hidden_ND[part], weight_VD.T)
-                losses_R, logits_grad_RV = gpu_cross_entropy(
-                    logits_RV, targets_N[part], weights_R, multiplier, hidden_ND.dtype
-                )
-                total += losses_R.sum()
+                losses_R, logits_grad_RV = criterion.on_gpu(logits_RV, part, multiplier, hidden_ND.dtype)
             else:
                 logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier)
-                loss, logits_grad_RV = _chunk_(logits_RV, targets_N[part], weights_R, multiplier, cap)
-                total += loss
+                losses_R, logits_grad_RV = _chunk_(logits_RV, criterion, part, multiplier, cap)
+            total += losses_R.sum()
+            losses_N[part] = losses_R
             if any(wanted):
                 gradients.add(part, logits_grad_RV, hidden_ND, weight_VD)
         ctx.holders = (None, holder_of(weight_VD) if gradients.weight_VD is not None else None, None)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)
-        return total
+        ctx.mark_non_differentiable(losses_N)
+        return total, losses_N
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,7 +176,7 @@ class _HeadLoss(torch.autograd.Function):
             None if gradient is None else _given(gradient, upstream[0], dtype, holder)
             for gradient, dtype, holder in zip(ctx.saved_tensors, ctx.dtypes, ctx.holders, strict=True)
         )
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _given(gradient: Tensor, factor: Tensor, dtype: torch.dtype, holder: Tensor | None) -> Tensor | None:
@@ -195,19 +217,18 @@ class _Gradients:
             self.bias_V += logits_grad_RV.sum(0)
 
 
+def _has_triton(hidden: Tensor) -> bool:
+    return hidden.is_cuda and hidden.dtype in TYPES and problem_on(hidden.device) is None
+
+
 def _chunk_(
-    logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, multiplier: float, cap: float | None
+    logits_RV: Tensor, criterion: Criterion, part: slice, multiplier: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The chunk's loss, and its gradient by hidden @ weight.T + bias, written over `logits_RV`."""
+    """The chunk's losses, and the gradient by hidden @ weight.T + bias, written over `logits_RV`."""
     capped_RV = _cap_(logits_RV, cap)
     slope_RV = None if cap is None else 1 - (capped_RV / cap) ** 2
-    normaliser_R = torch.logsumexp(capped_RV, -1)
-    chosen = targets_R[:, None]
-    loss = ((normaliser_R - capped_RV.gather(-1, chosen)[:, 0]) * weights_R).sum()
-    gradient_RV = capped_RV.sub_(normaliser_R[:, None]).exp_()
-    gradient_RV.scatter_add_(-1, chosen, gradient_RV.new_full((), -1.0).expand(chosen.shape))
-    gradient_RV.mul_((weights_R * multiplier)[:, None])
-    return loss, gradient_RV if slope_RV is None else gradient_RV.mul_(slope_RV)
+    losses_R = criterion.in_torch_(capped_RV, part, multiplier)
+    return losses_R, capped_RV if slope_RV is None else capped_RV.mul_(slope_RV)
 
 
 def _raw_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, multiplier: float) -> Tensor:

@@ -1,0 +1,58 @@
+"""The loss of each source of the data, step by step, gathered on the device and fetched with the step's loss."""
+
+# N trained positions of a pack, S sources
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training_hub.backends.torch_engine.tensors import Term
+from training_hub.data.store import TokenStore
+from training_hub.types import Pack
+
+
+class BySource:
+    """Sums of one step: of the losses and of the weights of each source's trained tokens."""
+
+    def __init__(self, sources: Sequence[str], store: TokenStore, device: torch.device):
+        self.names = metric_names(sources)
+        self._of_sample = store.source_index
+        self._sums_2S = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self._sums_2S.zero_()
+
+    def add(self, term: Term, weights_N: Tensor, pack: Pack) -> None:
+        """Add the losses of a pack; `weights_N` are those of its trained tokens."""
+        assert term.losses is not None
+        documents = np.searchsorted(pack.boundaries, np.flatnonzero(pack.weights[1:]), side="right") - 1
+        sources = torch.from_numpy(self._of_sample[pack.samples[documents]].astype(np.int64))
+        both_2N = torch.stack([term.losses, weights_N.to(term.losses.dtype)]).to(torch.float64)
+        self._sums_2S.index_add_(1, sources.to(both_2N.device, non_blocking=True), both_2N)
+
+    @property
+    def sums(self) -> Tensor:
+        """[2 S] float64: the losses, then the weights."""
+        return self._sums_2S.flatten()
+
+    def means(self, sums: Sequence[float]) -> dict[str, float]:
+        """The mean loss of each source that the step had, from `sums` as numbers."""
+        losses, weights = sums[: len(self.names)], sums[len(self.names) :]
+        return {name: loss / weight for name, loss, weight in zip(self.names, losses, weights, strict=True) if weight}
+
+
+def metric_names(sources: Sequence[str]) -> list[str]:
+    """source_loss/NAME for each: the last part of its path, in characters that every tracker takes, told apart by a
+    number where two have the same."""
+    short = [re.sub(r"[^\w.-]+", "-", Path(source).name).strip("-") or "source" for source in sources]
+    return [
+        f"source_loss/{name}" if short.count(name) == 1 else f"source_loss/{name}-{number}"
+        for number, name in enumerate(short, start=1)
+    ]

@@ -1,0 +1,55 @@
+"""Noise on the embeddings in training: NEFTune (Jain et al. 2023, arXiv:2310.05914)."""
+
+# L tokens of one sample, T of the pack, D width of the model
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from training_hub.backends.torch_engine.tensors import PackTensors, Term
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """`objective` of a model whose embeddings are disturbed, in training mode only: each number by a uniform one of at
+    most alpha / sqrt(L D).
+
+    Drawn for each sample by itself, from the seed of the step (torch.initial_seed) and the sample's number: the same
+    noise however samples are packed, and after a stop.
+    """
+
+    objective: Callable[[Any, PackTensors], Term]
+    alpha: float
+
+    def __call__(self, model: PreTrainedModel, pack: PackTensors) -> Term:
+        if not model.training:
+            return self.objective(model, pack)
+
+        def disturb(layer: Any, given: Any, embedded_1TD: Tensor) -> Tensor:
+            return embedded_1TD + self._noise(pack, embedded_1TD)
+
+        hook = model.get_input_embeddings().register_forward_hook(disturb)
+        try:
+            return self.objective(model, pack)
+        finally:
+            hook.remove()
+
+    def _noise(self, pack: PackTensors, like_1TD: Tensor) -> Tensor:
+        assert pack.on_host is not None
+        width, device = like_1TD.shape[-1], like_1TD.device
+        generator = torch.Generator(device)
+        drawn = []
+        for sample, length in zip(pack.on_host.samples.tolist(), pack.lengths, strict=True):
+            generator.manual_seed((torch.initial_seed() * 1_000_003 + sample) % 2**63)
+            bound = self.alpha / math.sqrt(length * width)
+            drawn.append(torch.rand(length, width, generator=generator, device=device).mul_(2 * bound).sub_(bound))
+        return torch.cat(drawn)[None].to(like_1TD.dtype)
