@@ -4,11 +4,9 @@ Prompt and answer are those of training: what stands before the last trained str
 stretch. So any row format and any chat template can be scored, and nothing is asked otherwise than it was taught.
 """
 
-# B batch, T tokens of prompts, padded on the left
-
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
+from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, load_model
 from training_hub.backends.torch_engine.objectives import OBJECTIVES
@@ -29,8 +28,6 @@ from training_hub.data.store import TokenStore
 from training_hub.evaluation.metrics import exact_match
 from training_hub.recipe import Recipe
 from training_hub.types import Console
-
-TOKENS_AT_ONCE = 16384  # of prompts and answers together, padding included
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
     store = materials.prepared.train
     found = {"rows": float(len(store)), "loss": _mean_loss(recipe, model, store, device, console)}
     if generates:
-        found["exact_match"] = _share_right(model, materials, console, device)
+        found["exact_match"] = _share_right(model, materials, console)
     return found
 
 
@@ -70,20 +67,15 @@ def _mean_loss(recipe: Recipe, model: Any, store: TokenStore, device: torch.devi
     return float(total) / float(store.trained_weight.sum())
 
 
-def _share_right(model: Any, materials: Materials, console: Console, device: torch.device) -> float:
+def _share_right(model: Any, materials: Materials, console: Console) -> float:
     store, stops = materials.prepared.train, stop_ids(materials)
     questions = [question(store[index].ids, store[index].weights) for index in range(len(store))]
-    # Ours attends within documents of a pack, and keeps nothing of what it has read.
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    said: list[str] = []
-    wanted: list[str] = []
+    # One token more than is wanted tells an answer that ends from one that goes on.
+    prompts = [Prompt(one.prompt, len(one.answer) + 1) for one in questions]
     with console.progress("answering", total=len(questions), unit="rows") as advance:
-        for asked in batches(questions):
-            answers = generate(model, asked, stops, device)
-            said += [_text(ids, stops, materials) for ids in answers]
-            wanted += [_text(one.answer, stops, materials) for one in asked]
-            advance(len(asked))
-    return exact_match(said, wanted)
+        given = answers(model, prompts, Decoding(tuple(stops)), advance=advance)
+    said = [_marked(one.ids, one.finish_reason == "stop", materials) for one in given]
+    return exact_match(said, [_wanted(one.answer, stops, materials) for one in questions])
 
 
 def question(ids: np.ndarray, weights: np.ndarray) -> Question:
@@ -94,42 +86,12 @@ def question(ids: np.ndarray, weights: np.ndarray) -> Question:
     return Question(ids[:start].tolist(), ids[start : int(trained[-1]) + 1].tolist())
 
 
-def batches(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """The questions, shortest answers first, in groups that are padded to at most TOKENS_AT_ONCE or hold one."""
-    group: list[Question] = []
-    for one in sorted(questions, key=lambda each: (len(each.answer), len(each.prompt))):
-        longer = [*group, one]
-        size = max(len(each.prompt) for each in longer) + max(len(each.answer) for each in longer)
-        if group and size * len(longer) > TOKENS_AT_ONCE:
-            yield group
-            longer = [one]
-        group = longer
-    if group:
-        yield group
-
-
-def generate(model: Any, asked: Sequence[Question], stops: Sequence[int], device: torch.device) -> list[list[int]]:
-    """What the model says to each question, taking the likeliest token each time, up to one more than is wanted."""
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig()  # its own may ask for sampling, or for a penalty on repetition
-    longest = max(len(one.prompt) for one in asked)
-    ids_BT = torch.tensor([[0] * (longest - len(one.prompt)) + one.prompt for one in asked], device=device)
-    mask_BT = torch.tensor([[0] * (longest - len(one.prompt)) + [1] * len(one.prompt) for one in asked], device=device)
-    made = model.generate(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        max_new_tokens=max(len(one.answer) for one in asked) + 1,
-        do_sample=False,
-        eos_token_id=list(stops) or None,
-        pad_token_id=stops[0] if stops else 0,
-    )
-    return made[:, longest:].tolist()
-
-
-def _text(ids: Sequence[int], stops: Sequence[int], materials: Materials) -> str:
-    """The text up to the first token that ends a turn; with a mark behind it where there is one, so that an answer
-    that goes on is not taken for one that ends."""
+def _wanted(ids: Sequence[int], stops: Sequence[int], materials: Materials) -> str:
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    text = materials.tokenizer.hf.decode(ids[:end]).strip()
-    return text if end == len(ids) else f"{text}\N{END OF TRANSMISSION}"
+    return _marked(ids[:end], end < len(ids), materials)
+
+
+def _marked(ids: Sequence[int], ends: bool, materials: Materials) -> str:
+    """The text, with a mark behind it where it ends, so that an answer that goes on is not taken for one that ends."""
+    text = materials.tokenizer.hf.decode(list(ids)).strip()
+    return f"{text}\N{END OF TRANSMISSION}" if ends else text
