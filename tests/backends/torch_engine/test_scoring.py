@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.invariants.run import recipe, train
-from training_hub.backends.torch_engine.scoring import Question, question, score
+from training_hub.backends.torch_engine.scoring import score
 from training_hub.monitoring.console import SilentConsole
 
 
@@ -78,9 +77,3 @@ def test_the_loss_is_what_a_validation_of_the_same_rows_gives(taught: Path, chat
     # float32; the same sums over other packs.
     assert found["loss"] == pytest.approx(before, rel=1e-5)
     assert found["rows"] == 12 and "exact_match" not in found
-
-
-def test_a_row_is_asked_up_to_its_last_trained_stretch():
-    ids, weights = np.arange(10, 20), np.array([0, 0, 1, 1, 0, 0, 1, 1, 1, 0], np.float32)
-    assert question(ids, weights) == Question(prompt=[10, 11, 12, 13, 14, 15], answer=[16, 17, 18])
-    assert question(ids, np.array([0] * 9 + [1])) == Question(prompt=list(range(10, 19)), answer=[19])

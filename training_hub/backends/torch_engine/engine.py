@@ -21,6 +21,7 @@ from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
+from training_hub.backends.torch_engine.exam import exam_of
 from training_hub.backends.torch_engine.export import export
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
@@ -48,6 +49,8 @@ from training_hub.backends.torch_engine.work import Scale, measured_peak, work_o
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed
 from training_hub.errors import RecipeError, TrainingError
+from training_hub.evaluation.best import Best
+from training_hub.evaluation.judging import objections as metric_objections
 from training_hub.evaluation.metrics import perplexity
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
@@ -71,7 +74,9 @@ class TorchEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
-        return [*self._process_problems(recipe), *self._model_problems(recipe)]
+        asked = recipe.evaluation
+        metrics = metric_objections(asked.metrics) if asked.generate else []
+        return [*self._process_problems(recipe), *self._model_problems(recipe), *metrics]
 
     def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
         """The plan of a run of this recipe here, as its plan.json says it, without loading weights.
@@ -184,7 +189,7 @@ class TorchEngine:
         self, run: Run, folder: RunFolder, plan: dict[str, Any], model_path: Path | None, seconds: float
     ) -> TrainResult:
         history = tuple(read_metrics(folder.metrics))
-        reason = run.watch.reason if run.watch is not None else ""
+        reason = (run.watch.reason if run.watch is not None else "") or early_end(run)
         return TrainResult(
             status="stopped" if reason else "finished",
             output_dir=folder.path,
@@ -234,6 +239,8 @@ def assemble(
         device=device,
         console=console,
         facts={**facts_of(materials, loaded.model), "versions": versions()},
+        best=Best(recipe.evaluation),
+        exam=exam_of(recipe, materials),
     )
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
@@ -310,9 +317,13 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         if run.watch.kept is None:
             return None
         run.updater.masters.load(run.checkpoints.load(run.watch.kept).weights)
-    elif run.recipe.checkpoint.keep_best and run.best is not None and run.best[1] != run.step:
-        console.say(f"final: taking step {run.best[1]}, with the lowest validation loss {run.best[0]:.4f}")
-        run.updater.masters.load(run.checkpoints.load(run.best[1]).weights)
+    elif run.recipe.checkpoint.keep_best and run.best.step not in (None, run.step):
+        console.say(
+            f"final: taking step {run.best.step}, with the best {run.best.settings.best_metric} {run.best.value}"
+        )
+        run.updater.masters.load(run.checkpoints.load(final_step(run)).weights)
+    if run.exam is not None:
+        run.exam.show(final_step(run))
     difference = write_model(run, loaded, materials, folder.final)
     dtype = saved_dtype(run, loaded)
     console.say(
@@ -320,6 +331,19 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         f"training by at most {difference:.1e}"
     )
     return folder.final
+
+
+def final_step(run: Run) -> int:
+    """The step that the final model is of."""
+    if run.watch is not None and run.watch.reason:
+        return run.watch.kept or 0
+    best = run.best.step if run.recipe.checkpoint.keep_best else None
+    return run.step if best is None else best
+
+
+def early_end(run: Run) -> str:
+    """Why the run ended before its last step, for want of a better evaluation; "" where it did not."""
+    return run.best.reason if run.step < run.feed.total_steps else ""
 
 
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
@@ -380,8 +404,11 @@ def final_metrics(run: Run, history: tuple[dict[str, Any], ...]) -> dict[str, fl
         metrics["validation_perplexity"] = perplexity(measured[-1])
     if run.watch is not None:
         metrics |= run.watch.metrics()
-    if run.best is not None:
-        metrics["best_validation_loss"], metrics["best_step"] = run.best
+    if run.exam is not None:
+        metrics |= run.exam.metrics()
+    if run.best.value is not None and run.best.step is not None:
+        metrics[f"best_validation_{run.best.settings.best_metric}"] = run.best.value
+        metrics["best_step"] = run.best.step
     return metrics
 
 

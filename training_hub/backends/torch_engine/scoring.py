@@ -7,10 +7,8 @@ stretch. So any row format and any chat template can be scored, and nothing is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from training_hub.algorithms import find_algorithm
@@ -24,18 +22,11 @@ from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.data.feed import validation_packs
+from training_hub.data.questions import questions_of
 from training_hub.data.store import TokenStore
 from training_hub.evaluation.metrics import exact_match
 from training_hub.recipe import Recipe
 from training_hub.types import Console
-
-
-@dataclass(frozen=True)
-class Question:
-    """Token ids of what is asked and of the answer wanted, which may end with a token that ends the turn."""
-
-    prompt: list[int]
-    answer: list[int]
 
 
 @torch.no_grad()
@@ -69,21 +60,13 @@ def _mean_loss(recipe: Recipe, model: Any, store: TokenStore, device: torch.devi
 
 def _share_right(model: Any, materials: Materials, console: Console) -> float:
     store, stops = materials.prepared.train, stop_ids(materials)
-    questions = [question(store[index].ids, store[index].weights) for index in range(len(store))]
+    questions = questions_of(store)
     # One token more than is wanted tells an answer that ends from one that goes on.
     prompts = [Prompt(one.prompt, len(one.answer) + 1) for one in questions]
     with console.progress("answering", total=len(questions), unit="rows") as advance:
         given = answers(model, prompts, Decoding(tuple(stops)), advance=advance)
     said = [_marked(one.ids, one.finish_reason == "stop", materials) for one in given]
     return exact_match(said, [_wanted(one.answer, stops, materials) for one in questions])
-
-
-def question(ids: np.ndarray, weights: np.ndarray) -> Question:
-    """A row as it is asked: `ids` [T] and `weights` [T], cut before the last stretch of trained tokens."""
-    trained = np.flatnonzero(weights)
-    breaks = np.flatnonzero(np.diff(trained) > 1)
-    start = int(trained[breaks[-1] + 1] if len(breaks) else trained[0])
-    return Question(ids[:start].tolist(), ids[start : int(trained[-1]) + 1].tolist())
 
 
 def _wanted(ids: Sequence[int], stops: Sequence[int], materials: Materials) -> str:
