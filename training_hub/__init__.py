@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from training_hub.frontends.continual import continual
+    from training_hub.frontends.evaluate import evaluate
     from training_hub.frontends.functions import osft, sft
     from training_hub.frontends.registry import (
         Algorithm,
@@ -45,6 +46,7 @@ _HOME_OF = {
     "sft": "training_hub.frontends.functions",
     "osft": "training_hub.frontends.functions",
     "continual": "training_hub.frontends.continual",
+    "evaluate": "training_hub.frontends.evaluate",
     "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
     "AlgorithmRegistry": _REGISTRY,
@@ -92,6 +94,7 @@ __all__ = [
     "__version__",
     "continual",
     "create_algorithm",
+    "evaluate",
     "osft",
     "sft",
 ]

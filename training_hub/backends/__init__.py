@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 from training_hub.errors import BackendError
+from training_hub.evaluation.predictions import Sitting
 from training_hub.recipe import Recipe
 from training_hub.types import Console, StepReport, TrainResult
 
@@ -70,6 +71,26 @@ class Scorer(Protocol):
     def score(self, recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
         """Scores of the model of model.path on the rows of data.path: `rows`, `loss` in nats per trained token, and,
         where it generates answers, `exact_match`, the share of rows answered as the row says."""
+        ...
+
+
+@runtime_checkable
+class Examiner(Protocol):
+    """What an engine may be able to do beside: let a saved model answer rows, and compare."""
+
+    name: str
+
+    def objections(self, recipe: Recipe) -> list[str]:
+        """Why this recipe's model cannot be loaded here, each with its remedy."""
+        ...
+
+    def examine(
+        self, recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
+    ) -> Sitting:
+        """Answers and scores of the model of model.path on the rows of data.path or `given`, as recipe.evaluation asks.
+
+        own: metrics of the user's, as functions.
+        """
         ...
 
 

@@ -38,10 +38,11 @@ class Sitting:
 def side_by_side(sittings: Mapping[str, Sequence[Prediction]]) -> list[dict[str, Any]]:
     """One object for each row: what was asked and wanted, then by name of the model what it said.
 
-    All must have answered the same rows in the same order. Raises DataError.
+    Prompt and reference are as the first has them. All must have answered the same rows in the same order. Raises
+    DataError.
     """
     named = list(sittings.items())
-    asked = [[(one.row, one.reference) for one in said] for _, said in named]
+    asked = [[one.row for one in said] for _, said in named]
     if any(each != asked[0] for each in asked):
         raise DataError(f"predictions: {', '.join(sittings)} answered different rows, which cannot stand side by side.")
     return [

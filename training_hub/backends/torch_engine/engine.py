@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +41,7 @@ from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.profile import table as split_table
 from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
-from training_hub.backends.torch_engine.scoring import score
+from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.watch import Watch
@@ -52,6 +52,7 @@ from training_hub.errors import RecipeError, TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.judging import objections as metric_objections
 from training_hub.evaluation.metrics import perplexity
+from training_hub.evaluation.predictions import Sitting
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.jsonl import read_metrics
@@ -184,6 +185,12 @@ class TorchEngine:
     def score(self, recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
         """How well the model of model.path does the rows of data.path."""
         return score(recipe, console, generates=generates)
+
+    def examine(
+        self, recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
+    ) -> Sitting:
+        """What the model of model.path says to the rows, and its scores."""
+        return examine(recipe, given, console, own)
 
     def _result(
         self, run: Run, folder: RunFolder, plan: dict[str, Any], model_path: Path | None, seconds: float

@@ -1,35 +1,31 @@
-"""How well a model does rows that it was not trained on: answers generated and compared, and the loss on the answers.
-
-Prompt and answer are those of training: what stands before the last trained stretch of a row, token by token, and that
-stretch. So any row format and any chat template can be scored, and nothing is asked otherwise than it was taught.
-"""
+"""How well a saved model does rows: the loss on their trained tokens, and what it says to them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
+from training_hub.backends.torch_engine.exam import examiner_of
 from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
-from training_hub.backends.torch_engine.model import choose_device, choose_dtype, load_model
 from training_hub.backends.torch_engine.objectives import OBJECTIVES
 from training_hub.backends.torch_engine.plan import feed_settings
 from training_hub.backends.torch_engine.preflight import can_pack
-from training_hub.backends.torch_engine.processor import prepare_processor
+from training_hub.backends.torch_engine.saved import load_saved
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.data.feed import validation_packs
 from training_hub.data.questions import questions_of
-from training_hub.data.store import TokenStore
-from training_hub.evaluation.metrics import exact_match
+from training_hub.evaluation.metrics import exact_match, perplexity
+from training_hub.evaluation.predictions import Sitting
 from training_hub.recipe import Recipe
+from training_hub.recipe.evaluation import rows_generated
 from training_hub.types import Console
 
 
-@torch.no_grad()
 def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
     """Scores of the model of model.path on the rows of data.path: `loss`, `rows`, and `exact_match` where it generates.
 
@@ -37,24 +33,45 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
     the reference's, letter by letter but for white space around it, and ends where it does.
     """
     materials = load_materials(recipe, Given(), console)
-    device = choose_device()
-    prepare_processor(device)
-    dtype = choose_dtype(recipe.model.dtype, device)
-    model = load_model(recipe, device, dtype).model
-    store = materials.prepared.train
-    found = {"rows": float(len(store)), "loss": _mean_loss(recipe, model, store, device, console)}
+    model = load_saved(recipe)
+    found = {"rows": float(len(materials.prepared.train)), "loss": _mean_loss(recipe, model, materials, console)}
     if generates:
         found["exact_match"] = _share_right(model, materials, console)
     return found
 
 
-def _mean_loss(recipe: Recipe, model: Any, store: TokenStore, device: torch.device, console: Console) -> float:
+def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()) -> Sitting:
+    """What the model of model.path says to the rows of data.path or `given`, and its scores: also `loss`, `perplexity`
+    and `rows`.
+
+    recipe.evaluation says by what answers are compared and how they are made; where `generate` is false none are. own:
+    metrics of the user's, as functions. Raises DataError for rows that ask nothing, before a weight is loaded.
+    """
+    asked = recipe.evaluation
+    materials = load_materials(recipe, given, console)
+    store = materials.prepared.train
+    most = None if asked.generate is True else rows_generated(asked)
+    examiner = examiner_of(asked, recipe.seed, materials, store, most, own) if asked.generate else None
+    model = load_saved(recipe)
+    loss = _mean_loss(recipe, model, materials, console)
+    scores = {"rows": float(len(store)), "loss": loss, "perplexity": perplexity(loss)}
+    if examiner is None:
+        return Sitting((), scores)
+    sitting = examiner.examine(model, console, f"answering: {recipe.model.path}")
+    return Sitting(sitting.predictions, {**scores, "rows": float(len(sitting.predictions)), **sitting.scores})
+
+
+@torch.no_grad()
+def _mean_loss(recipe: Recipe, model: Any, materials: Materials, console: Console) -> float:
+    store, device = materials.prepared.train, next(model.parameters()).device
     objective, _ = OBJECTIVES[find_algorithm(recipe.algorithm).objective](model)
     is_packed = recipe.data.packing and can_pack(model, objective, model.dtype, console)
     settings = feed_settings(recipe, int(store.lengths.max()), device, is_packed)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for one in validation_packs(store, settings.token_budget, settings.is_packed):
-        total += objective(model, to_device(one, device)).total
+    with console.progress(f"loss: {recipe.model.path}", total=int(store.lengths.sum()), unit="tokens") as advance:
+        for one in validation_packs(store, settings.token_budget, settings.is_packed):
+            total += objective(model, to_device(one, device)).total
+            advance(len(one))
     return float(total) / float(store.trained_weight.sum())
 
 
