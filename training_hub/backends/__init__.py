@@ -14,9 +14,9 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 from training_hub.errors import BackendError
-from training_hub.evaluation.predictions import Sitting
+from training_hub.evaluation.predictions import Reply, Sitting
 from training_hub.recipe import Recipe
-from training_hub.types import Console, StepReport, TrainResult
+from training_hub.types import Console, Message, StepReport, TrainResult
 
 Watcher = Callable[[StepReport], None]
 
@@ -91,6 +91,43 @@ class Examiner(Protocol):
 
         own: metrics of the user's, as functions.
         """
+        ...
+
+
+class Voice(Protocol):
+    """A model that one can talk to."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages are shown to it by a chat template; else it goes on with their text."""
+        ...
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        hear: Callable[[str], None],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Reply:
+        """Its answer to the last message; `hear` is told of the text piece by piece."""
+        ...
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """What an engine may be able to do beside: let a saved model be talked to."""
+
+    name: str
+
+    def objections(self, recipe: Recipe) -> list[str]:
+        """Why this recipe's model cannot be loaded here, each with its remedy."""
+        ...
+
+    def voice(self, recipe: Recipe) -> Voice:
+        """The model of model.path, loaded."""
         ...
 
 

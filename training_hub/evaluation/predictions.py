@@ -83,3 +83,13 @@ def read_predictions(path: Path) -> list[Prediction]:
         return [Prediction(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as predictions: {error}. Delete it.") from error
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said in a conversation. finish_reason: "stop", or "length" where the limit cut it."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    seconds: float

@@ -44,6 +44,7 @@ from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
 from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.backends.torch_engine.voice import Voice, open_voice
 from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale, measured_peak, work_of
 from training_hub.data.agreement import agreement
@@ -191,6 +192,10 @@ class TorchEngine:
     ) -> Sitting:
         """What the model of model.path says to the rows, and its scores."""
         return examine(recipe, given, console, own)
+
+    def voice(self, recipe: Recipe) -> Voice:
+        """The model of model.path, to be talked to."""
+        return open_voice(recipe)
 
     def _result(
         self, run: Run, folder: RunFolder, plan: dict[str, Any], model_path: Path | None, seconds: float

@@ -181,6 +181,32 @@ def can_pad(model: PreTrainedModel) -> bool:
     return True
 
 
+def stream(model: PreTrainedModel, prompt: Prompt, decoding: Decoding, hear: Callable[[int], None]) -> Answer:
+    """The answer to one prompt; `hear` is told of each of its tokens as it is made."""
+    with serving(model):
+        return _answer_batch(model, [prompt], decoding, _Listener(hear))[0]
+
+
+class _Listener:
+    """A streamer that hands on the tokens of one answer, up to the one that ends it."""
+
+    def __init__(self, hear: Callable[[int], None]):
+        self._hear = hear
+        self._is_over = False
+        self.stop_ids: frozenset[int] = frozenset()
+
+    def put(self, tokens: Tensor) -> None:
+        if tokens.dim() > 1:
+            return  # the prompt
+        token = int(tokens[0])
+        self._is_over = self._is_over or token in self.stop_ids
+        if not self._is_over:
+            self._hear(token)
+
+    def end(self) -> None:
+        pass
+
+
 class _Counter:
     """A streamer: what transformers calls with each column of new tokens. Counts rows as they end."""
 
@@ -203,7 +229,7 @@ class _Counter:
 
 
 def _answer_batch(
-    model: PreTrainedModel, asked: Sequence[Prompt], decoding: Decoding, counter: _Counter
+    model: PreTrainedModel, asked: Sequence[Prompt], decoding: Decoding, counter: _Counter | _Listener
 ) -> list[Answer]:
     counter.stop_ids = frozenset(decoding.stop_ids)
     config = _config(decoding, max(prompt.limit for prompt in asked))

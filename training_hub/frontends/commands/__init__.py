@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from training_hub.frontends.commands import check, continual, evaluate, plan, preview
+from training_hub.frontends.commands import chat, check, continual, evaluate, plan, preview
 from training_hub.recipe import Recipe
 
 
@@ -41,6 +41,13 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             evaluate.add_options,
             evaluate.run,
             usage=evaluate.USAGE,
+        ),
+        "chat": Command(
+            "talk to a saved model, beside another if you like",
+            chat.add_options,
+            chat.run,
+            goes_without=("output", "data.path"),
+            usage=chat.USAGE,
         ),
         "continual": Command(
             "learn tasks one after the other by several methods, and measure what each forgets",
