@@ -31,6 +31,8 @@ CLI_HEAD = """# The command line
     training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]
     training-hub preview       # rows as they will be trained, token by token; takes the same settings
     training-hub plan          # what a run will do and take, without loading weights; takes the same settings
+    training-hub eval          # saved models on rows: scores side by side, and what each said
+    training-hub chat          # talk to a saved model, beside another if you like
     training-hub continual     # tasks one after the other by several methods, and what each forgets
     training-hub schema        # the JSON Schema of a recipe file, for editors
     training-hub algorithms    # algorithms and their backends

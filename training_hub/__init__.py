@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from training_hub.frontends.continual import continual
+    from training_hub.frontends.evaluate import evaluate
     from training_hub.frontends.functions import lora_sft, osft, sft
     from training_hub.frontends.registry import (
         Algorithm,
@@ -48,6 +49,7 @@ _HOME_OF = {
     "osft": "training_hub.frontends.functions",
     "lora_sft": "training_hub.frontends.functions",
     "continual": "training_hub.frontends.continual",
+    "evaluate": "training_hub.frontends.evaluate",
     "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
     "AlgorithmRegistry": _REGISTRY,
@@ -99,6 +101,7 @@ __all__ = [
     "__version__",
     "continual",
     "create_algorithm",
+    "evaluate",
     "lora_sft",
     "osft",
     "sft",

@@ -155,8 +155,9 @@ class StepReport:
     of samples, padding is none; `step_seconds` goes from asking for the batch to the end of the update.
     `peak_fraction`: operations that the step needed, over those that matrix products could have done in its time at the
     rate measured at the start; None where none was measured.
-    `validation_loss` is set on the steps at which the validation set was measured. `measures`: what the adaptation
-    measures of its own after the update, and what the watch found, by name.
+    `validation_loss` is set on the steps at which the validation set was measured, `scores` where it was also answered:
+    the scores of the answers by name. `measures`: what the adaptation measures of its own after the update, and what
+    the watch found, by name.
     """
 
     step: int
@@ -178,6 +179,7 @@ class StepReport:
     time: float = 0.0
     peak_fraction: float | None = None
     measures: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def trained_tokens_per_second(self) -> float:
@@ -206,7 +208,7 @@ class TrainResult:
     """What a run returns.
 
     status: "finished" (or "already finished", when the output folder held this very run); "stopped" where
-    evaluation.watch_limit ended the run, and `reason` then says why and which step the final model is of.
+    evaluation.watch_limit or early_stopping_patience ended the run, and `reason` then says why.
     output_dir: the run folder. model_path: the Hugging Face folder to load, None when no final model was asked for.
     metrics: the last values by name. history: one dictionary per logged step, as in metrics.jsonl.
     plan: what was decided before the first step. engine: the engine that ran. versions: of the packages that matter.

@@ -128,7 +128,8 @@ FREE = [
     for path, setting in all_settings().items()
     if path not in {*NEEDS, *(one for pair in RIVALS for one in pair), "data.unmask", "training.max_tokens_per_gpu"}
     and path not in {"processes.node_rank", "processes.master_port"}
-    and path not in {"evaluation.watch_interval", "evaluation.watch_limit"}
+    and (not path.startswith("evaluation.") or path.endswith(("interval", "at_epoch", "at_start", ".watch")))
+    and path != "evaluation.watch_interval"
 ]
 
 

@@ -14,8 +14,9 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 from training_hub.errors import BackendError
+from training_hub.evaluation.predictions import Reply, Sitting
 from training_hub.recipe import Recipe
-from training_hub.types import Console, StepReport, TrainResult
+from training_hub.types import Console, Message, StepReport, TrainResult
 
 Watcher = Callable[[StepReport], None]
 
@@ -70,6 +71,63 @@ class Scorer(Protocol):
     def score(self, recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
         """Scores of the model of model.path on the rows of data.path: `rows`, `loss` in nats per trained token, and,
         where it generates answers, `exact_match`, the share of rows answered as the row says."""
+        ...
+
+
+@runtime_checkable
+class Examiner(Protocol):
+    """What an engine may be able to do beside: let a saved model answer rows, and compare."""
+
+    name: str
+
+    def objections(self, recipe: Recipe) -> list[str]:
+        """Why this recipe's model cannot be loaded here, each with its remedy."""
+        ...
+
+    def examine(
+        self, recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
+    ) -> Sitting:
+        """Answers and scores of the model of model.path on the rows of data.path or `given`, as recipe.evaluation asks.
+
+        own: metrics of the user's, as functions.
+        """
+        ...
+
+
+class Voice(Protocol):
+    """A model that one can talk to."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages are shown to it by a chat template; else it goes on with their text."""
+        ...
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        hear: Callable[[str], None],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Reply:
+        """Its answer to the last message; `hear` is told of the text piece by piece."""
+        ...
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """What an engine may be able to do beside: let a saved model be talked to."""
+
+    name: str
+
+    def objections(self, recipe: Recipe) -> list[str]:
+        """Why this recipe's model cannot be loaded here, each with its remedy."""
+        ...
+
+    def voice(self, recipe: Recipe) -> Voice:
+        """The model of model.path, loaded."""
         ...
 
 

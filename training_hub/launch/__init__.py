@@ -28,6 +28,9 @@ from training_hub.recipe.folder import RunFolder, differences, write_recipe
 from training_hub.types import Console, TrainResult
 
 FINISHED, STOPPED, RUNNING = "finished", "stopped", "running"
+LIMITS = ("watch_limit", "early_stopping_patience", "early_stopping_min_delta", "best_metric", "best_mode")
+"""Settings of evaluation that may end a run early."""
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
@@ -137,7 +140,7 @@ def settle(folder: RunFolder, recipe: Recipe) -> TrainResult | None:
         return None
     result = folder.earlier_result() or {}
     # A run that was stopped at a limit is over until it is given another one.
-    is_over = before.evaluation.watch_limit == recipe.evaluation.watch_limit
+    is_over = all(getattr(before.evaluation, name) == getattr(recipe.evaluation, name) for name in LIMITS)
     endings = (FINISHED, STOPPED) if is_over else (FINISHED,)
     is_finished = result.get("status") in endings and not (result.get("model_path") and not folder.final.exists())
     if not is_finished and not folder.has_checkpoints():

@@ -39,6 +39,7 @@ def metrics_row(report: StepReport) -> dict[str, Any]:
     row |= report.measures
     if report.validation_loss is not None:
         row |= {"validation_loss": report.validation_loss, "validation_perplexity": report.validation_perplexity}
+    row |= {f"validation_{name}": value for name, value in report.scores.items()}
     row["time"] = report.time
     nonfinite = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
     row |= dict.fromkeys(nonfinite)

@@ -45,9 +45,9 @@ def validation_line(report: StepReport) -> str | None:
     if report.validation_loss is None:
         return None
     line = f"validation at step {report.step}: loss {report.validation_loss:.4f}"
-    if report.validation_perplexity is None:
-        return line
-    return f"{line}, perplexity {report.validation_perplexity:.4g}"
+    if report.validation_perplexity is not None:
+        line = f"{line}, perplexity {report.validation_perplexity:.4g}"
+    return ", ".join([line, *(f"{name} {value:.4g}" for name, value in report.scores.items())])
 
 
 def is_due(report: StepReport, interval: int) -> bool:

@@ -27,4 +27,4 @@ def series(report: StepReport) -> dict[str, float]:
         numbers["validation/loss"] = report.validation_loss
     if report.validation_perplexity is not None:
         numbers["validation/perplexity"] = report.validation_perplexity
-    return numbers
+    return numbers | {f"validation/{name}": value for name, value in report.scores.items()}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from training_hub.recipe.evaluation import metric_problems, names_of, needs_validation
 from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
 
@@ -138,6 +139,8 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _osft,
         _lora,
         _watch,
+        _generation,
+        _best,
         _processes,
     )
     unusable = list(_unusable_texts(recipe, names))
@@ -291,6 +294,56 @@ def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             )
 
 
+def _generation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    asked = recipe.evaluation
+    for problem in metric_problems(asked.metrics):
+        yield Contradiction(("evaluation.metrics",), f"{names('evaluation.metrics')}: {problem}")
+    for name in ("metrics", "max_new_tokens", "batch_tokens", "temperature"):
+        path = f"evaluation.{name}"
+        if not asked.generate and not _is_default(recipe, path):
+            yield Contradiction(
+                (path, "evaluation.generate"),
+                f"{names(path)}: {_plainly(value_at(recipe, path))} would change nothing, since nothing is generated. "
+                f"Write {names.write('evaluation.generate', True)}, or leave {path} out.",
+            )
+    if asked.temperature == 0 and not _is_default(recipe, "evaluation.top_p"):
+        yield Contradiction(
+            ("evaluation.top_p", "evaluation.temperature"),
+            f"{names('evaluation.top_p')}: {asked.top_p} would change nothing at temperature 0, which takes the "
+            f"likeliest token. Write {names.write('evaluation.temperature', 0.7)}, or leave evaluation.top_p out.",
+        )
+    if asked.generate and recipe.data.pretraining:
+        yield Contradiction(
+            ("evaluation.generate", "data.pretraining"),
+            f"{names('evaluation.generate')}: blocks of text ({names('data.pretraining')}) ask nothing that could be "
+            "answered. Leave one out.",
+        )
+
+
+def _best(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    asked, metric = recipe.evaluation, "evaluation.best_metric"
+    if asked.best_metric not in names_of(asked):
+        remedy = "" if asked.generate else f" Others need {names.write('evaluation.generate', True)}."
+        yield Contradiction(
+            (metric, "evaluation.generate", "evaluation.metrics"),
+            f"{names(metric)}: {asked.best_metric!r} is not measured; measured: {', '.join(names_of(asked))}.{remedy}",
+        )
+    for path in (metric, "evaluation.best_mode"):
+        if not (recipe.checkpoint.keep_best or asked.early_stopping_patience or _is_default(recipe, path)):
+            yield Contradiction(
+                (path, "checkpoint.keep_best", "evaluation.early_stopping_patience"),
+                f"{names(path)}: {value_at(recipe, path)} would change nothing. Write "
+                f"{names.write('checkpoint.keep_best', True)} or {names.write('evaluation.early_stopping_patience', 3)}"
+                f", or leave {path} out.",
+            )
+    if asked.early_stopping_patience is None and not _is_default(recipe, "evaluation.early_stopping_min_delta"):
+        yield Contradiction(
+            ("evaluation.early_stopping_min_delta", "evaluation.early_stopping_patience"),
+            f"{names('evaluation.early_stopping_min_delta')}: {asked.early_stopping_min_delta} would change nothing. "
+            f"Write {names.write('evaluation.early_stopping_patience', 3)}, or leave it out.",
+        )
+
+
 def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     processes = recipe.processes
     if isinstance(processes.procs, int) and processes.procs < 1:
@@ -343,16 +396,12 @@ def _homes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 def _validation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     if recipe.data.validation or recipe.data.validation_fraction:
         return
-    for path, value in (
-        ("checkpoint.keep_best", recipe.checkpoint.keep_best),
-        ("evaluation.interval", recipe.evaluation.interval),
-    ):
-        if value:
-            yield Contradiction(
-                (path, "data.validation", "data.validation_fraction"),
-                f"{names(path)}: {_plainly(value)} needs validation rows, and there are none. "
-                f"Write {names.write('data.validation_fraction', 0.05)}, or give a file as data.validation.",
-            )
+    for path, value in needs_validation(recipe):
+        yield Contradiction(
+            (path, "data.validation", "data.validation_fraction"),
+            f"{names(path)}: {_plainly(value)} needs validation rows, and there are none. "
+            f"Write {names.write('data.validation_fraction', 0.05)}, or give a file as data.validation.",
+        )
 
 
 def _plainly(value: Any) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pydantic import Field, ValidationInfo, model_validator
 
 from training_hub.recipe.check import Names, contradictions
+from training_hub.recipe.evaluation import Evaluation
 from training_hub.recipe.lora import Lora
 from training_hub.recipe.loss import Loss
 from training_hub.recipe.osft import Osft
 from training_hub.recipe.sections import (
     Checkpoint,
     Data,
-    Evaluation,
     Index,
     LRScheduler,
     Model,

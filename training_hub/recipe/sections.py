@@ -282,7 +282,7 @@ class Checkpoint(Section):
     """How many of the newest checkpoints stay on disk; null keeps all."""
 
     keep_best: bool = False
-    """Also keep the checkpoint with the lowest validation loss, and make it the final model."""
+    """Also keep the checkpoint that is best by evaluation.best_metric, and make it the final model."""
 
     final: bool = True
     """Write the final model as a Hugging Face folder."""
@@ -290,32 +290,6 @@ class Checkpoint(Section):
     resume: Literal["auto", "restart", "never"] = "auto"
     """auto: go on with an unfinished run of the same recipe in the output folder, refuse a different one.
     restart: move what is there aside and begin anew. never: refuse a folder that holds a run."""
-
-
-class Evaluation(Section):
-    """When the validation set and rows that must not be forgotten are measured."""
-
-    interval: Count | None = None
-    """Every so many optimizer steps."""
-
-    at_epoch: bool = True
-    """At the end of each epoch."""
-
-    at_start: bool = True
-    """Before the first step."""
-
-    watch: str | None = None
-    """File, folder, glob or hub name of rows that must not be forgotten, such as general text or an earlier task. Their
-    loss is measured before the first step, during the run and at its end: watch_loss, and its rise, watch_drift. The
-    format is recognised by the keys."""
-
-    watch_interval: Count | None = None
-    """Measure the watched rows every so many optimizer steps. Default: at the end of each epoch."""
-
-    watch_limit: Positive | None = None
-    """Stop the run once the loss on the watched rows has risen by more than this, in nats per token: 0.1 is 10.5 % more
-    perplexity, whatever the model. The last step found within it becomes the final model, so each look that finds the
-    run within it saves a checkpoint."""
 
 
 class Monitoring(Section):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.invariants.run import recipe, train
-from training_hub.backends.torch_engine import scoring
-from training_hub.backends.torch_engine.scoring import Question, batches, question, score
+from training_hub.backends.torch_engine.scoring import score
 from training_hub.monitoring.console import SilentConsole
 
 
@@ -51,15 +49,11 @@ def right_by_itself(folder: Path, file: Path) -> float:
     return right / len(rows)
 
 
-def test_answers_are_those_of_greedy_generation_in_any_batches(
-    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_answers_are_those_of_greedy_generation_row_by_row(taught: Path, tmp_path: Path):
     file = rows_of(tmp_path / "test.jsonl", 24)
     wanted = right_by_itself(taught, file)
     assert 0 < wanted < 1, "the score must be able to be too high and too low"
     asked = recipe(taught, file, tmp_path / "out")
-    assert score(asked, SilentConsole(), generates=True)["exact_match"] == wanted
-    monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 1)  # each row by itself
     assert score(asked, SilentConsole(), generates=True)["exact_match"] == wanted
 
 
@@ -83,19 +77,3 @@ def test_the_loss_is_what_a_validation_of_the_same_rows_gives(taught: Path, chat
     # float32; the same sums over other packs.
     assert found["loss"] == pytest.approx(before, rel=1e-5)
     assert found["rows"] == 12 and "exact_match" not in found
-
-
-def test_a_row_is_asked_up_to_its_last_trained_stretch():
-    ids, weights = np.arange(10, 20), np.array([0, 0, 1, 1, 0, 0, 1, 1, 1, 0], np.float32)
-    assert question(ids, weights) == Question(prompt=[10, 11, 12, 13, 14, 15], answer=[16, 17, 18])
-    assert question(ids, np.array([0] * 9 + [1])) == Question(prompt=list(range(10, 19)), answer=[19])
-
-
-def test_every_question_is_in_one_batch_and_none_is_over_the_limit():
-    questions = [Question([1] * (300 * place % 1700), [2] * (1 + place % 40)) for place in range(1, 200)]
-    groups = list(batches(questions))
-    assert sorted(map(repr, (one for group in groups for one in group))) == sorted(map(repr, questions))
-    for group in groups:
-        size = max(len(one.prompt) for one in group) + max(len(one.answer) for one in group)
-        assert len(group) == 1 or size * len(group) <= scoring.TOKENS_AT_ONCE
-    assert 1 < len(groups) < 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.beforehand import Outline, facts_of, out
 from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
+from training_hub.backends.torch_engine.exam import exam_of
 from training_hub.backends.torch_engine.export import export
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
@@ -43,15 +44,19 @@ from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.profile import table as split_table
 from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
-from training_hub.backends.torch_engine.scoring import score
+from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.backends.torch_engine.voice import Voice, open_voice
 from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale, measured_peak, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed
 from training_hub.errors import RecipeError, TrainingError
+from training_hub.evaluation.best import Best
+from training_hub.evaluation.judging import objections as metric_objections
 from training_hub.evaluation.metrics import perplexity
+from training_hub.evaluation.predictions import Sitting
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.jsonl import read_metrics
@@ -74,11 +79,13 @@ class TorchEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
+        asked = recipe.evaluation
         return [
             *self._process_problems(recipe),
             *self._number_problems(recipe),
             *self._model_problems(recipe),
             *adaptation_problems(recipe),
+            *(metric_objections(asked.metrics) if asked.generate else []),
         ]
 
     def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
@@ -193,11 +200,21 @@ class TorchEngine:
         """How well the model of model.path does the rows of data.path."""
         return score(recipe, console, generates=generates)
 
+    def examine(
+        self, recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
+    ) -> Sitting:
+        """What the model of model.path says to the rows, and its scores."""
+        return examine(recipe, given, console, own)
+
+    def voice(self, recipe: Recipe) -> Voice:
+        """The model of model.path, to be talked to."""
+        return open_voice(recipe)
+
     def _result(
         self, run: Run, folder: RunFolder, plan: dict[str, Any], model_path: Path | None, seconds: float
     ) -> TrainResult:
         history = tuple(read_metrics(folder.metrics))
-        reason = run.watch.reason if run.watch is not None else ""
+        reason = (run.watch.reason if run.watch is not None else "") or early_end(run)
         return TrainResult(
             status="stopped" if reason else "finished",
             output_dir=folder.path,
@@ -247,6 +264,8 @@ def assemble(
         device=device,
         console=console,
         facts={**facts_of(materials, loaded.model), "versions": versions()},
+        best=Best(recipe.evaluation),
+        exam=exam_of(recipe, materials),
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
@@ -335,9 +354,13 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         if run.watch.kept is None:
             return None
         run.updater.masters.load(run.checkpoints.load(run.watch.kept).weights)
-    elif run.recipe.checkpoint.keep_best and run.best is not None and run.best[1] != run.step:
-        console.say(f"final: taking step {run.best[1]}, with the lowest validation loss {run.best[0]:.4f}")
-        run.updater.masters.load(run.checkpoints.load(run.best[1]).weights)
+    elif run.recipe.checkpoint.keep_best and run.best.step not in (None, run.step):
+        console.say(
+            f"final: taking step {run.best.step}, with the best {run.best.settings.best_metric} {run.best.value}"
+        )
+        run.updater.masters.load(run.checkpoints.load(final_step(run)).weights)
+    if run.exam is not None:
+        run.exam.show(final_step(run))
     difference = write_model(run, loaded, materials, folder.final)
     dtype = saved_dtype(run, loaded)
     console.say(
@@ -345,6 +368,19 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         f"training by at most {difference:.1e}"
     )
     return folder.final
+
+
+def final_step(run: Run) -> int:
+    """The step that the final model is of."""
+    if run.watch is not None and run.watch.reason:
+        return run.watch.kept or 0
+    best = run.best.step if run.recipe.checkpoint.keep_best else None
+    return run.step if best is None else best
+
+
+def early_end(run: Run) -> str:
+    """Why the run ended before its last step, for want of a better evaluation; "" where it did not."""
+    return run.best.reason if run.step < run.feed.total_steps else ""
 
 
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
@@ -408,8 +444,11 @@ def final_metrics(run: Run, history: tuple[dict[str, Any], ...]) -> dict[str, fl
         metrics["validation_perplexity"] = perplexity(measured[-1])
     if run.watch is not None:
         metrics |= run.watch.metrics()
-    if run.best is not None:
-        metrics["best_validation_loss"], metrics["best_step"] = run.best
+    if run.exam is not None:
+        metrics |= run.exam.metrics()
+    if run.best.value is not None and run.best.step is not None:
+        metrics[f"best_validation_{run.best.settings.best_metric}"] = run.best.value
+        metrics["best_step"] = run.best.step
     return metrics
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
+from training_hub.backends.torch_engine.exam import Exam
 from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.room import disk_errors_explained
@@ -29,6 +30,7 @@ from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore
 from training_hub.errors import Interrupted, TrainingError
+from training_hub.evaluation.best import Best
 from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
 from training_hub.recipe import Recipe
@@ -41,8 +43,8 @@ ROWS_NAMED = 20  # in the error about a loss that is not finite
 
 @dataclass
 class Run:
-    """A run in progress: its parts, and the little that changes: the step it has reached, its best validation (loss and
-    step), and how many steps up to now were left out without a break.
+    """A run in progress: its parts, and the little that changes: the step it has reached, its best evaluation, and how
+    many steps up to now were left out without a break.
 
     objective: what is minimised. plain: cross-entropy, by which validation and watch measure whatever is minimised.
     """
@@ -59,13 +61,14 @@ class Run:
     device: torch.device
     console: Console
     facts: dict[str, Any]
+    best: Best
     step: int = 0
-    best: tuple[float, int] | None = None
     skipped_in_row: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
     validation_before: float | None = None
     watch: Watch | None = None
+    exam: Exam | None = None
     scale: Scale | None = None
     profile: StepProfile | None = None
     by_source: BySource | None = None
@@ -84,6 +87,8 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         run.validation_before = evaluate(run, run.validation)
         before = run.validation_before
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
+        if run.exam is not None:
+            run.exam.begin(run.model, run.console)
     if run.watch is not None and run.watch.before is None:
         run.watch.begin(run.step, run.console)
     while run.step < run.feed.total_steps:
@@ -96,8 +101,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
             run.console.say(slow)
         run.step = report.step
         if run.validation is not None and is_evaluation_due(run):
-            loss = evaluate(run, run.validation)
-            report = replace(report, validation_loss=loss, validation_perplexity=perplexity(loss))
+            report = validate(run, run.validation, report)
         is_watched = run.watch is not None and run.watch.is_due(run.step, run.feed)
         if run.watch is not None and is_watched:
             report = replace(report, measures={**report.measures, **run.watch.look(run.step, run.console)})
@@ -105,11 +109,15 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         if run.watch is not None and run.watch.reason:
             run.console.say(f"stopped: {run.watch.reason}")
             return
-        is_best = report.validation_loss is not None and note_best(run, report.validation_loss)
+        is_best = report.validation_loss is not None and run.best.note(measured(report), run.step)
         if stop.number is not None or is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best):
             save(run)
-        if stop.number is not None and run.step < run.feed.total_steps:
-            raise interrupted(run, stop.number)
+        if run.step < run.feed.total_steps:
+            if run.best.reason:
+                run.console.say(f"stopped: {run.best.reason}")
+                return
+            if stop.number is not None:
+                raise interrupted(run, stop.number)
 
 
 def profiled(run: Run) -> AbstractContextManager[Any]:
@@ -208,6 +216,19 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
     return float(total) / float(store.trained_weight.sum())
 
 
+def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
+    """The report with what the validation rows say: their loss, and scores of answers where these are asked for."""
+    loss = evaluate(run, store)
+    scores = run.exam.take(run.model, run.step, run.console) if run.exam is not None else {}
+    return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), scores=scores)
+
+
+def measured(report: StepReport) -> dict[str, float]:
+    """What evaluation.best_metric may name, of a step that was evaluated."""
+    loss, doubt = report.validation_loss, report.validation_perplexity
+    return {**({"loss": loss, "perplexity": doubt} if loss is not None and doubt is not None else {}), **report.scores}
+
+
 def dry_step(run: Run) -> None:
     """Forward and backward on the largest pack, so that memory runs out in minute one or not at all."""
     run.model.train()
@@ -248,23 +269,16 @@ def samples_seen(feed: Feed, step: int) -> int:
     return epochs * feed.samples_per_epoch + min(steps * feed.settings.samples_per_step, feed.samples_per_epoch)
 
 
-def note_best(run: Run, loss: float) -> bool:
-    """Remember the lowest validation loss and its step; whether this is it."""
-    if run.best is not None and run.best[0] <= loss:
-        return False
-    run.best = (loss, run.step)
-    return True
-
-
 def save(run: Run) -> None:
     """Write a checkpoint of the step the run has reached, once."""
     if run.saved_step == run.step and run.step > 0:
         return
-    best = run.best[1] if run.recipe.checkpoint.keep_best and run.best is not None else None
+    best = run.best.step if run.recipe.checkpoint.keep_best else None
     kept = run.watch.kept if run.watch is not None else None
     facts = {
         **run.facts,
-        "best": run.best,
+        "best": run.best.state(),
+        "exam": run.exam.state() if run.exam is not None else None,
         "validation_before": run.validation_before,
         "seed": run.recipe.seed,
         "skipped_in_row": run.skipped_in_row,
@@ -297,7 +311,9 @@ def resume(run: Run, step: int) -> None:
     run.updater.masters.load(state.weights)
     run.updater.load_state(state.optimizer)
     run.step = run.saved_step = state.step
-    run.best = tuple(state.facts["best"]) if state.facts.get("best") else None
+    run.best.load(state.facts.get("best") or {})
+    if run.exam is not None:
+        run.exam.load(state.facts.get("exam") or {})
     run.validation_before = state.facts.get("validation_before")
     run.skipped_in_row = state.facts.get("skipped_in_row", 0)
     if run.watch is not None:

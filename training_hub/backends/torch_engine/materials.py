@@ -10,11 +10,13 @@ from typing import Any
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.model import Limits, limits_of, read_limits
 from training_hub.data.prepare import Prepared, prepare
+from training_hub.data.questions import questions_of
 from training_hub.data.store import TokenStore
 from training_hub.data.templates import ChatTemplate, resolve_template
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import DataError
 from training_hub.recipe import Recipe
+from training_hub.recipe.evaluation import rows_generated
 from training_hub.types import Console
 
 SAMPLES_FOR_STOP = 1000
@@ -52,6 +54,8 @@ def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path
         validation_rows=given.validation_rows,
         rejects=rejects,
     )
+    if recipe.evaluation.generate and prepared.validation is not None:
+        questions_of(prepared.validation, rows_generated(recipe.evaluation))  # refuses rows that ask nothing
     watch = watched_rows(recipe, tokenizer, template, console) if recipe.evaluation.watch else None
     limits = read_limits(recipe.model) if given.model is None else limits_of(given.model.config)
     for store in (prepared.train, prepared.validation, watch):

@@ -1,46 +1,30 @@
-"""How well a model does rows that it was not trained on: answers generated and compared, and the loss on the answers.
-
-Prompt and answer are those of training: what stands before the last trained stretch of a row, token by token, and that
-stretch. So any row format and any chat template can be scored, and nothing is asked otherwise than it was taught.
-"""
-
-# B batch, T tokens of prompts, padded on the left
+"""How well a saved model does rows: the loss on their trained tokens, and what it says to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from training_hub.backends import Given
+from training_hub.backends.torch_engine.exam import examiner_of
+from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
-from training_hub.backends.torch_engine.model import choose_device, choose_dtype, load_model
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.plan import feed_settings
 from training_hub.backends.torch_engine.preflight import can_pack
-from training_hub.backends.torch_engine.processor import prepare_processor
+from training_hub.backends.torch_engine.saved import load_saved
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.data.feed import validation_packs
-from training_hub.data.store import TokenStore
-from training_hub.evaluation.metrics import exact_match
+from training_hub.data.questions import questions_of
+from training_hub.evaluation.metrics import exact_match, perplexity
+from training_hub.evaluation.predictions import Sitting
 from training_hub.recipe import Recipe
+from training_hub.recipe.evaluation import rows_generated
 from training_hub.types import Console
 
-TOKENS_AT_ONCE = 16384  # of prompts and answers together, padding included
 
-
-@dataclass(frozen=True)
-class Question:
-    """Token ids of what is asked and of the answer wanted, which may end with a token that ends the turn."""
-
-    prompt: list[int]
-    answer: list[int]
-
-
-@torch.no_grad()
 def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
     """Scores of the model of model.path on the rows of data.path: `loss`, `rows`, and `exact_match` where it generates.
 
@@ -48,87 +32,65 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
     the reference's, letter by letter but for white space around it, and ends where it does.
     """
     materials = load_materials(recipe, Given(), console)
-    device = choose_device()
-    prepare_processor(device)
-    dtype = choose_dtype(recipe.model.dtype, device)
-    model = load_model(recipe, device, dtype).model
-    store = materials.prepared.train
-    found = {"rows": float(len(store)), "loss": _mean_loss(recipe, model, store, device, console)}
+    model = load_saved(recipe)
+    found = {"rows": float(len(materials.prepared.train)), "loss": _mean_loss(recipe, model, materials, console)}
     if generates:
-        found["exact_match"] = _share_right(model, materials, console, device)
+        found["exact_match"] = _share_right(model, materials, console)
     return found
 
 
-def _mean_loss(recipe: Recipe, model: Any, store: TokenStore, device: torch.device, console: Console) -> float:
+def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()) -> Sitting:
+    """What the model of model.path says to the rows of data.path or `given`, and its scores: also `loss`, `perplexity`
+    and `rows`.
+
+    recipe.evaluation says by what answers are compared and how they are made; where `generate` is false none are. own:
+    metrics of the user's, as functions. Raises DataError for rows that ask nothing, before a weight is loaded.
+    """
+    asked = recipe.evaluation
+    materials = load_materials(recipe, given, console)
+    store = materials.prepared.train
+    most = None if asked.generate is True else rows_generated(asked)
+    examiner = examiner_of(asked, recipe.seed, materials, store, most, own) if asked.generate else None
+    model = load_saved(recipe)
+    loss = _mean_loss(recipe, model, materials, console)
+    scores = {"rows": float(len(store)), "loss": loss, "perplexity": perplexity(loss)}
+    if examiner is None:
+        return Sitting((), scores)
+    sitting = examiner.examine(model, console, f"answering: {recipe.model.path}")
+    return Sitting(sitting.predictions, {**scores, "rows": float(len(sitting.predictions)), **sitting.scores})
+
+
+@torch.no_grad()
+def _mean_loss(recipe: Recipe, model: Any, materials: Materials, console: Console) -> float:
+    store, device = materials.prepared.train, next(model.parameters()).device
     objective, _ = cross_entropy(model)
     is_packed = recipe.data.packing and can_pack(model, objective, model.dtype, console)
     settings = feed_settings(recipe, int(store.lengths.max()), device, is_packed)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for one in validation_packs(store, settings.token_budget, settings.is_packed):
-        total += objective(model, to_device(one, device)).total
+    with console.progress(f"loss: {recipe.model.path}", total=int(store.lengths.sum()), unit="tokens") as advance:
+        for one in validation_packs(store, settings.token_budget, settings.is_packed):
+            total += objective(model, to_device(one, device)).total
+            advance(len(one))
     return float(total) / float(store.trained_weight.sum())
 
 
-def _share_right(model: Any, materials: Materials, console: Console, device: torch.device) -> float:
+def _share_right(model: Any, materials: Materials, console: Console) -> float:
     store, stops = materials.prepared.train, stop_ids(materials)
-    questions = [question(store[index].ids, store[index].weights) for index in range(len(store))]
-    # Ours attends within documents of a pack, and keeps nothing of what it has read.
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    said: list[str] = []
-    wanted: list[str] = []
+    questions = questions_of(store)
+    # One token more than is wanted tells an answer that ends from one that goes on.
+    prompts = [Prompt(one.prompt, len(one.answer) + 1) for one in questions]
     with console.progress("answering", total=len(questions), unit="rows") as advance:
-        for asked in batches(questions):
-            answers = generate(model, asked, stops, device)
-            said += [_text(ids, stops, materials) for ids in answers]
-            wanted += [_text(one.answer, stops, materials) for one in asked]
-            advance(len(asked))
-    return exact_match(said, wanted)
+        given = answers(model, prompts, Decoding(tuple(stops)), advance=advance)
+    said = [_marked(one.ids, one.finish_reason == "stop", materials) for one in given]
+    return exact_match(said, [_wanted(one.answer, stops, materials) for one in questions])
 
 
-def question(ids: np.ndarray, weights: np.ndarray) -> Question:
-    """A row as it is asked: `ids` [T] and `weights` [T], cut before the last stretch of trained tokens."""
-    trained = np.flatnonzero(weights)
-    breaks = np.flatnonzero(np.diff(trained) > 1)
-    start = int(trained[breaks[-1] + 1] if len(breaks) else trained[0])
-    return Question(ids[:start].tolist(), ids[start : int(trained[-1]) + 1].tolist())
-
-
-def batches(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """The questions, shortest answers first, in groups that are padded to at most TOKENS_AT_ONCE or hold one."""
-    group: list[Question] = []
-    for one in sorted(questions, key=lambda each: (len(each.answer), len(each.prompt))):
-        longer = [*group, one]
-        size = max(len(each.prompt) for each in longer) + max(len(each.answer) for each in longer)
-        if group and size * len(longer) > TOKENS_AT_ONCE:
-            yield group
-            longer = [one]
-        group = longer
-    if group:
-        yield group
-
-
-def generate(model: Any, asked: Sequence[Question], stops: Sequence[int], device: torch.device) -> list[list[int]]:
-    """What the model says to each question, taking the likeliest token each time, up to one more than is wanted."""
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig()  # its own may ask for sampling, or for a penalty on repetition
-    longest = max(len(one.prompt) for one in asked)
-    ids_BT = torch.tensor([[0] * (longest - len(one.prompt)) + one.prompt for one in asked], device=device)
-    mask_BT = torch.tensor([[0] * (longest - len(one.prompt)) + [1] * len(one.prompt) for one in asked], device=device)
-    made = model.generate(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        max_new_tokens=max(len(one.answer) for one in asked) + 1,
-        do_sample=False,
-        eos_token_id=list(stops) or None,
-        pad_token_id=stops[0] if stops else 0,
-    )
-    return made[:, longest:].tolist()
-
-
-def _text(ids: Sequence[int], stops: Sequence[int], materials: Materials) -> str:
-    """The text up to the first token that ends a turn; with a mark behind it where there is one, so that an answer
-    that goes on is not taken for one that ends."""
+def _wanted(ids: Sequence[int], stops: Sequence[int], materials: Materials) -> str:
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    text = materials.tokenizer.hf.decode(ids[:end]).strip()
-    return text if end == len(ids) else f"{text}\N{END OF TRANSMISSION}"
+    return _marked(ids[:end], end < len(ids), materials)
+
+
+def _marked(ids: Sequence[int], ends: bool, materials: Materials) -> str:
+    """The text, with a mark behind it where it ends, so that an answer that goes on is not taken for one that ends."""
+    text = materials.tokenizer.hf.decode(list(ids)).strip()
+    return f"{text}\N{END OF TRANSMISSION}" if ends else text

@@ -8,7 +8,7 @@ from typing import Any
 
 from training_hub.data.feed import Feed
 from training_hub.data.store import TokenStore
-from training_hub.recipe.sections import Evaluation
+from training_hub.recipe.evaluation import Evaluation
 from training_hub.types import Console
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from training_hub.frontends.commands import check, continual, plan, preview
+from training_hub.frontends.commands import chat, check, continual, evaluate, plan, preview
 from training_hub.recipe import Recipe
 
 
@@ -36,6 +36,19 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "prove on the model and its rows what training relies on, without training", check.add_options, check.run
         ),
         "plan": Command("say what a run will do and take, without loading weights", plan.add_options, plan.run),
+        "eval": Command(
+            "let saved models answer rows, and compare what they say with what the rows say",
+            evaluate.add_options,
+            evaluate.run,
+            usage=evaluate.USAGE,
+        ),
+        "chat": Command(
+            "talk to a saved model, beside another if you like",
+            chat.add_options,
+            chat.run,
+            goes_without=("output", "data.path"),
+            usage=chat.USAGE,
+        ),
         "continual": Command(
             "learn tasks one after the other by several methods, and measure what each forgets",
             continual.add_options,

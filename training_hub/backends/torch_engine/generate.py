@@ -1,0 +1,269 @@
+"""What a model says: answers to many prompts at once, and everything about the model as it was before.
+
+Decoding is transformers' own `model.generate`, which knows the cache of every architecture; its StoppingCriteria,
+streamer and GenerationConfig are enough, so there is no loop of ours to keep right beside it. What is ours: rows sorted
+and batched by tokens, padding on the left only where the model at hand says the same with it, and leaving no trace, so
+that a run that generates ends in the same bits as one that does not. Against one row at a time it is several times as
+fast (benchmarks/generation.py).
+"""
+
+# B batch, T tokens of prompts padded on the left, V vocabulary
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, relative_difference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS_AT_ONCE = 16384
+"""Of prompts and answers together, padding included."""
+
+PROBE_LENGTHS = (5, 12)
+"""Tokens of the two prompts on which padding is tried."""
+
+LEFT_OUT_BY_SDPA = ("attn_logit_softcapping",)
+"""Settings of a config that transformers' fused attention leaves out without a word; its plain one does them."""
+
+Advance = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of what is asked, and the most tokens that the answer may have."""
+
+    ids: Sequence[int]
+    limit: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: the likeliest each time, or drawn where temperature is not 0.
+
+    top_p: drawn among the likeliest tokens that hold this share together. stop_ids: what ends an answer.
+    """
+
+    stop_ids: tuple[int, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids without the one that ended it; "stop" where one did, "length" where the limit cut it."""
+
+    ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+def answers(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    advance: Advance = lambda count: None,
+) -> list[Answer]:
+    """One answer to each prompt, in their order; `advance` is told of each that is done.
+
+    Batches are groups of like length, padded to at most `tokens_at_once` tokens or holding one row. Equal prompts are
+    asked once where nothing is drawn. With the likeliest tokens a row's answer does not depend on the batch it is in,
+    but for rounding that decides between two tokens that are as likely as each other.
+    """
+    found: dict[int, Answer] = {}
+    with serving(model):
+        is_padded = len(prompts) > 1 and can_pad(model)
+        for group in batches(prompts, tokens_at_once, is_padded, merges=decoding.temperature == 0):
+            numbers = [places[0] for places in group]
+            given = _answer_batch(model, [prompts[number] for number in numbers], decoding, _Counter(group, advance))
+            for places, answer in zip(group, given, strict=True):
+                found.update(dict.fromkeys(places, answer))
+    return [found[number] for number in range(len(prompts))]
+
+
+def batches(
+    prompts: Sequence[Prompt], tokens_at_once: int, is_padded: bool = True, merges: bool = True
+) -> Iterator[list[list[int]]]:
+    """The numbers of the prompts in groups; equal prompts stand together, as one row, where `merges`.
+
+    Shortest limits first, then shortest prompts. Not padded: only prompts of one length share a group.
+    """
+    rows: dict[Any, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        rows.setdefault((tuple(prompt.ids), prompt.limit) if merges else number, []).append(number)
+    group: list[list[int]] = []
+    width = limit = 0
+    for places in sorted(rows.values(), key=lambda row: (prompts[row[0]].limit, len(prompts[row[0]].ids), row[0])):
+        one = prompts[places[0]]
+        wider, longer = max(width, len(one.ids)), max(limit, one.limit)
+        is_full = (wider + longer) * (len(group) + 1) > tokens_at_once
+        if group and (is_full or (not is_padded and len(one.ids) != width)):
+            yield group
+            group, wider, longer = [], len(one.ids), one.limit
+        group.append(places)
+        width, limit = wider, longer
+    if group:
+        yield group
+
+
+@contextmanager
+def serving(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model generates as it would by itself, afterwards it is as before, and so is what is random.
+
+    Evaluation mode, so no dropout and no activation checkpointing; attention with a cache; none of the habits that its
+    generation config may ask for. What a long answer made rotary embeddings grow to is put back too.
+    """
+    from transformers import GenerationConfig
+
+    modes = [(module, module.training) for module in model.modules()]
+    grown = [
+        (module, dict(module._buffers), module.max_seq_len_cached)
+        for module in model.modules()
+        if hasattr(module, "max_seq_len_cached")
+    ]
+    attention, habits = model.config._attn_implementation, model.generation_config
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            model.eval()
+            model.generation_config = GenerationConfig()
+            model.set_attn_implementation(attention_with_cache(model))
+            yield
+        finally:
+            model.set_attn_implementation(attention)
+            model.generation_config = habits
+            for module, was_training in modes:
+                module.training = was_training
+            for module, buffers, longest in grown:
+                module._buffers.update(buffers)
+                module.max_seq_len_cached = longest
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the cache of keys and values is gone; its blocks fit no step of training
+
+
+def attention_with_cache(model: PreTrainedModel) -> str:
+    """transformers' attention that does all that this architecture wants: fused, or plain where that leaves some out.
+
+    Ours keeps the documents of a pack apart and keeps nothing of what it has read.
+    """
+    text = model.config.get_text_config()
+    is_whole = all(getattr(text, name, None) is None for name in LEFT_OUT_BY_SDPA)
+    return "sdpa" if model._supports_sdpa and is_whole else "eager"
+
+
+def can_pad(model: PreTrainedModel) -> bool:
+    """Whether the model says behind padding what it says without; tried on two random prompts, to the second token.
+
+    Where it does not (state that runs through padding, positions that count it), only prompts of one length are asked
+    together.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, vocabulary, length).tolist() for length in PROBE_LENGTHS]
+    config = _config(Decoding(()), 2, output_logits=True, return_dict_in_generate=True)
+    padded, alone = _generate(model, rows, config), _generate(model, rows[:1], config)
+    limit = SAME_LOGITS.get(next(model.parameters()).dtype, ROUGH)
+    for place in range(2):
+        if place and padded.sequences[0, -2] != alone.sequences[0, -2]:
+            break  # two tokens as likely as each other: what follows is another text
+        if not relative_difference(padded.logits[place][0].float(), alone.logits[place][0].float()) <= limit:
+            return False
+    return True
+
+
+def stream(model: PreTrainedModel, prompt: Prompt, decoding: Decoding, hear: Callable[[int], None]) -> Answer:
+    """The answer to one prompt; `hear` is told of each of its tokens as it is made."""
+    with serving(model):
+        return _answer_batch(model, [prompt], decoding, _Listener(hear))[0]
+
+
+class _Listener:
+    """A streamer that hands on the tokens of one answer, up to the one that ends it."""
+
+    def __init__(self, hear: Callable[[int], None]):
+        self._hear = hear
+        self._is_over = False
+        self.stop_ids: frozenset[int] = frozenset()
+
+    def put(self, tokens: Tensor) -> None:
+        if tokens.dim() > 1:
+            return  # the prompt
+        token = int(tokens[0])
+        self._is_over = self._is_over or token in self.stop_ids
+        if not self._is_over:
+            self._hear(token)
+
+    def end(self) -> None:
+        pass
+
+
+class _Counter:
+    """A streamer: what transformers calls with each column of new tokens. Counts rows as they end."""
+
+    def __init__(self, group: Sequence[Sequence[int]], advance: Advance):
+        self._counts = [len(places) for places in group]
+        self._advance = advance
+        self.stop_ids: frozenset[int] = frozenset()
+
+    def put(self, tokens: Tensor) -> None:
+        if tokens.dim() > 1:
+            return  # the prompts
+        for row, token in enumerate(tokens.tolist()):
+            if token in self.stop_ids and self._counts[row]:
+                self._advance(self._counts[row])
+                self._counts[row] = 0
+
+    def end(self) -> None:
+        self._advance(sum(self._counts))
+        self._counts = [0] * len(self._counts)
+
+
+def _answer_batch(
+    model: PreTrainedModel, asked: Sequence[Prompt], decoding: Decoding, counter: _Counter | _Listener
+) -> list[Answer]:
+    counter.stop_ids = frozenset(decoding.stop_ids)
+    config = _config(decoding, max(prompt.limit for prompt in asked))
+    torch.manual_seed(decoding.seed)
+    made = _generate(model, [prompt.ids for prompt in asked], config, counter)
+    width = max(len(prompt.ids) for prompt in asked)
+    return [_cut(row[: one.limit], decoding) for row, one in zip(made[:, width:].tolist(), asked, strict=True)]
+
+
+def _cut(ids: Sequence[int], decoding: Decoding) -> Answer:
+    end = next((place for place, token in enumerate(ids) if token in decoding.stop_ids), None)
+    return Answer(tuple(ids), "length") if end is None else Answer(tuple(ids[:end]), "stop")
+
+
+def _config(decoding: Decoding, limit: int, **more: Any) -> Any:
+    from transformers import GenerationConfig
+
+    drawn = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.temperature else {}
+    return GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=decoding.temperature > 0,
+        use_cache=True,
+        eos_token_id=list(decoding.stop_ids) or None,
+        pad_token_id=decoding.stop_ids[0] if decoding.stop_ids else 0,
+        **drawn,
+        **more,
+    )
+
+
+def _generate(model: PreTrainedModel, rows: Sequence[Sequence[int]], config: Any, streamer: Any = None) -> Any:
+    longest, device = max(map(len, rows)), next(model.parameters()).device
+    ids_BT = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    with warnings.catch_warnings():
+        # Of architectures whose config sets a limit of its own for generation: ours is what holds.
+        warnings.filterwarnings("ignore", message="Both `max_new_tokens`")
+        return model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, streamer=streamer)
