@@ -35,7 +35,7 @@ RANKS = {
     "demo": 8,  # a user of the public names
 }
 ENGINES = {
-    "torch_engine": ("torch", "torchao", "bitsandbytes", "peft"),
+    "torch_engine": ("torch", "torchao", "bitsandbytes", "peft", "lion_pytorch", "schedulefree", "galore_torch"),
     "jax_engine": ("jax", "jaxlib", "optax", "flax"),
 }
 HEAVY = ("transformers", "tokenizers", "huggingface_hub", "pyarrow", "datasets", "pandas")

@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.beforehand import Outline, facts_of, out
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.export import export
+from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
@@ -35,6 +36,7 @@ from training_hub.backends.torch_engine.model import (
 from training_hub.backends.torch_engine.model_folder import hub_problem
 from training_hub.backends.torch_engine.objectives import OBJECTIVES
 from training_hub.backends.torch_engine.optim import Masters, Updater
+from training_hub.backends.torch_engine.optimizers.library import problems, table_names
 from training_hub.backends.torch_engine.plan import describe, feed_settings, memory_of, plan, summary
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
@@ -75,6 +77,7 @@ class TorchEngine:
         return [
             *self._process_problems(recipe),
             *self._number_problems(recipe),
+            *problems(recipe.optimizer),
             *self._model_problems(recipe),
             *adaptation_problems(recipe),
         ]
@@ -238,13 +241,14 @@ def assemble(
         model=model,
         objective=objective,
         adaptation=adaptation,
-        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm),
+        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model)),
         feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
         device=device,
         console=console,
         facts={**facts_of(materials, loaded.model), "versions": versions()},
+        thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
     )
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
@@ -329,10 +333,10 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
     if run.watch is not None and run.watch.reason:
         if run.watch.kept is None:
             return None
-        run.updater.masters.load(run.checkpoints.load(run.watch.kept).weights)
+        go_back(run, run.watch.kept)
     elif run.recipe.checkpoint.keep_best and run.best is not None and run.best[1] != run.step:
         console.say(f"final: taking step {run.best[1]}, with the lowest validation loss {run.best[0]:.4f}")
-        run.updater.masters.load(run.checkpoints.load(run.best[1]).weights)
+        go_back(run, run.best[1])
     difference = write_model(run, loaded, materials, folder.final)
     dtype = saved_dtype(run, loaded)
     console.say(
@@ -353,18 +357,26 @@ def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
 def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Path) -> float:
     """Write the model as it stands into `folder`; the largest difference of logits once it is loaded again."""
     dtype = saved_dtype(run, loaded)
-    return export(
-        run.model,
-        run.adaptation.export(run.updater.masters.all_exact(), dtype),
-        dtype,
-        folder,
-        materials.tokenizer.hf,
-        materials.template.source if materials.template else None,
-        stop_ids(materials),
-        trust_remote_code=run.recipe.model.trust_remote_code,
-        beside=run.adaptation.beside(),
-        files=run.adaptation.files,
-    )
+    with run.updater.averaged():
+        return export(
+            run.model,
+            run.adaptation.export(run.updater.masters.all_exact(), dtype),
+            dtype,
+            folder,
+            materials.tokenizer.hf,
+            materials.template.source if materials.template else None,
+            stop_ids(materials),
+            trust_remote_code=run.recipe.model.trust_remote_code,
+            beside=run.adaptation.beside(),
+            files=run.adaptation.files,
+        )
+
+
+def go_back(run: Run, step: int) -> None:
+    """Take the weights of checkpoint `step`, and what the optimizer needs to average them."""
+    state = run.checkpoints.load(step)
+    run.updater.masters.load(state.weights)
+    run.updater.load_state(state.optimizer)
 
 
 def speed_lines(run: Run, folder: RunFolder) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
+from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.room import disk_errors_explained
@@ -63,6 +64,7 @@ class Run:
     watch: Watch | None = None
     scale: Scale | None = None
     profile: StepProfile | None = None
+    thaw: Thaw | None = None
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
@@ -170,6 +172,8 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
     """Add up the gradients of the batch's packs; its mean loss per trained token, as a float64 scalar."""
     torch.manual_seed(step_seed(run.recipe.seed, batch.step))
     run.model.train()
+    if run.thaw is not None:
+        run.thaw.begin(batch.step, run.console)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for one in batch.packs:
         term = run.objective(run.model, to_device(one, run.device))
@@ -189,7 +193,7 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
-    with run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
+    with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for one in packs:
             total += run.objective(run.model, to_device(one, run.device)).total
             advance(len(one))
