@@ -32,6 +32,7 @@ RANKS = {
     "__main__": 8,
     "apps": 8,
     "scripts": 8,
+    "trainers": 8,
     "demo": 8,  # a user of the public names
 }
 ENGINES = {

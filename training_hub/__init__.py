@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         RecipeError,
         TrainingError,
     )
+    from training_hub.frontends.autotrain.params import LLMTrainingParams
+    from training_hub.frontends.autotrain.trainer import CustomSFTTrainer
     from training_hub.frontends.continual import continual
     from training_hub.frontends.functions import lora_sft, osft, sft
     from training_hub.frontends.registry import (
@@ -48,6 +50,8 @@ _HOME_OF = {
     "osft": "training_hub.frontends.functions",
     "lora_sft": "training_hub.frontends.functions",
     "continual": "training_hub.frontends.continual",
+    "LLMTrainingParams": "training_hub.frontends.autotrain.params",
+    "CustomSFTTrainer": "training_hub.frontends.autotrain.trainer",
     "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
     "AlgorithmRegistry": _REGISTRY,
@@ -79,11 +83,13 @@ __all__ = [
     "Backend",
     "BackendError",
     "CheckpointError",
+    "CustomSFTTrainer",
     "DataError",
     "DiskError",
     "HubError",
     "InstructLabTrainingSFTBackend",
     "Interrupted",
+    "LLMTrainingParams",
     "LaunchError",
     "LoRASFTAlgorithm",
     "MiniTrainerOSFTBackend",

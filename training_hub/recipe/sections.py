@@ -117,6 +117,10 @@ class Data(Section):
     unmask: bool = False
     """Train every role but system, not only the assistant. A row's own `unmask` key says it for one row."""
 
+    end_token: bool = True
+    """Close plain text (text, prompt and completion) with the end-of-sequence token, trained like the text before it.
+    In conversations the chat template says what closes a turn."""
+
     turns: Literal["all", "last", "unroll"] = "all"
     """Which assistant turns are trained. unroll makes one sample per turn, in exactly the bytes serving would show."""
 
