@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training_hub import LLMTrainingParams, RecipeError
-from training_hub.frontends.autotrain.command import config_of, flag_of
+from training_hub.frontends.autotrain.command import GROUPS, config_of, flag_of
 from training_hub.frontends.autotrain.meaning import OPTIMIZERS, asked
 from training_hub.frontends.autotrain.run import recipe_of
 from training_hub.recipe import Recipe
@@ -238,3 +238,8 @@ def test_reports_and_saving(texts: Path):
     assert (found.monitoring.log_interval, found.processes.procs, found.model.dtype) == (5, "gpu", "bfloat16")
     assert (found.training.activation_checkpointing, found.data.unmask) == ("full", True)
     assert (found.data.end_token, found.data.max_rows, found.seed) == (False, 9, 1)
+
+
+def test_the_help_page_has_every_flag():
+    named = [name for names in GROUPS.values() for name in names]
+    assert sorted(named) == sorted(set(LLMTrainingParams.model_fields) - {"overrides"})

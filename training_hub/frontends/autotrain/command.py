@@ -107,7 +107,7 @@ def _add_flag(group: Any, name: str) -> None:
     default = "required" if name in ("model", "data_path", "project_name") else f"default: {shown(field.default)}"
     text = f"{' '.join((field.description or '').split())} ({default})".replace("%", "%%")
     shared = {"dest": name, "action": _Take, "default": argparse.SUPPRESS, "help": text}
-    if _is_boolean(name):
+    if is_boolean(name):
         group.add_argument(flag, f"--no-{flag[2:]}", nargs="?", metavar="BOOL", **shared)
     else:
         choices = [str(choice) for part in (field.annotation, *get_args(field.annotation)) for choice in get_args(part)]
@@ -120,7 +120,7 @@ def _with_dashes(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else word
 
 
-def _is_boolean(name: str) -> bool:
+def is_boolean(name: str) -> bool:
     annotation = LLMTrainingParams.model_fields[name].annotation
     return bool in (annotation, *get_args(annotation))
 
@@ -132,7 +132,7 @@ def _kinds(name: str) -> tuple[Any, ...]:
 
 def _value(name: str, text: str, problems: list[str]) -> Any:
     """The value that a flag's text stands for; what is not understood goes to `problems`."""
-    if _is_boolean(name):
+    if is_boolean(name):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         problems.append(f"{flag_of(name)}: found {text!r}; allowed: true or false, or {flag_of('no_' + name)}.")
