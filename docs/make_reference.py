@@ -9,6 +9,8 @@ from pathlib import Path
 
 from training_hub import errors
 from training_hub.algorithms import ALGORITHMS
+from training_hub.frontends.autotrain.command import GROUPS, flag_of, is_boolean
+from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.cli import SHORTCUTS
 from training_hub.frontends.commands import COMMANDS
 from training_hub.frontends.dialects import KEYWORDS, KEYWORDS_OF
@@ -29,6 +31,8 @@ CLI_HEAD = """# The command line
 
     training-hub sft --model M --data D --output O [--section.field VALUE ...] [section.field=VALUE ...]
     training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]
+    training-hub llm           # the flags and defaults of AutoTrain's guide; below
+    training-hub --config FILE.yml      # AutoTrain's file
     training-hub preview       # rows as they will be trained, token by token; takes the same settings
     training-hub plan          # what a run will do and take, without loading weights; takes the same settings
     training-hub eval          # saved models on rows: scores side by side, and what each said
@@ -54,7 +58,7 @@ def recipe_page() -> str:
 
 def cli_page() -> str:
     """The page with commands, flags and exit codes."""
-    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags()])
+    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags(), *_autotrain()])
 
 
 def write(folder: Path = FOLDER) -> None:
@@ -141,6 +145,18 @@ def _flags() -> Iterator[str]:
         default = "required" if setting.default is REQUIRED else f"`{_default(setting)}`"
         yield f"| {flag} | {setting.allowed} | {default} |"
     yield ""
+
+
+def _autotrain() -> Iterator[str]:
+    yield "## Flags of `training-hub llm`\n"
+    yield "Those of AutoTrain; [the guide](../guides/autotrain.md) says what they become in a recipe.\n"
+    for title, names in GROUPS.items():
+        yield f"{title[0].upper()}{title[1:]}:\n"
+        for name in names:
+            field, flag = LLMTrainingParams.model_fields[name], flag_of(name)
+            both = f"`{flag}`" + (f", `--no-{flag[2:]}`" if is_boolean(name) else "")
+            yield f"- {both} (`{json.dumps(field.default)}`): {_one_line(field.description)}"
+        yield ""
 
 
 def _default(setting: Setting) -> str:

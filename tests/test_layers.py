@@ -32,10 +32,11 @@ RANKS = {
     "__main__": 8,
     "apps": 8,
     "scripts": 8,
+    "trainers": 8,
     "demo": 8,  # a user of the public names
 }
 ENGINES = {
-    "torch_engine": ("torch", "torchao", "bitsandbytes", "peft"),
+    "torch_engine": ("torch", "torchao", "bitsandbytes", "peft", "lion_pytorch", "schedulefree", "galore_torch"),
     "jax_engine": ("jax", "jaxlib", "optax", "flax"),
 }
 HEAVY = ("transformers", "tokenizers", "huggingface_hub", "pyarrow", "datasets", "pandas")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         RecipeError,
         TrainingError,
     )
+    from training_hub.frontends.autotrain.params import LLMTrainingParams
+    from training_hub.frontends.autotrain.trainer import CustomSFTTrainer
     from training_hub.frontends.continual import continual
     from training_hub.frontends.evaluate import evaluate
     from training_hub.frontends.functions import lora_sft, osft, sft
@@ -50,6 +52,8 @@ _HOME_OF = {
     "lora_sft": "training_hub.frontends.functions",
     "continual": "training_hub.frontends.continual",
     "evaluate": "training_hub.frontends.evaluate",
+    "LLMTrainingParams": "training_hub.frontends.autotrain.params",
+    "CustomSFTTrainer": "training_hub.frontends.autotrain.trainer",
     "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
     "AlgorithmRegistry": _REGISTRY,
@@ -81,11 +85,13 @@ __all__ = [
     "Backend",
     "BackendError",
     "CheckpointError",
+    "CustomSFTTrainer",
     "DataError",
     "DiskError",
     "HubError",
     "InstructLabTrainingSFTBackend",
     "Interrupted",
+    "LLMTrainingParams",
     "LaunchError",
     "LoRASFTAlgorithm",
     "MiniTrainerOSFTBackend",

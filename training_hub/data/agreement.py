@@ -84,6 +84,7 @@ def _rows_again(data: Data, rows: Any) -> Iterator[Row]:
         columns=data.columns,
         roles=data.roles,
         unmask=data.unmask,
+        end_token=data.end_token,
         pretraining=data.pretraining,
         template_arguments=data.template_arguments,
     )

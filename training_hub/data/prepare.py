@@ -95,7 +95,7 @@ class Kitchen:
         if any(fingerprint is None for *_, fingerprint in parts):
             return None
         data = self.recipe.data
-        chosen = ("columns", "roles", "template_arguments", "unmask", "turns", "overlong", "pretraining")
+        chosen = ("columns", "roles", "template_arguments", "unmask", "end_token", "turns", "overlong", "pretraining")
         bounds = ("on_bad_row", "max_row_bytes")
         return key_of(
             {
@@ -119,6 +119,7 @@ class Kitchen:
             columns=data.columns,
             roles=data.roles,
             unmask=data.unmask,
+            end_token=data.end_token,
             pretraining=data.pretraining,
             template_arguments=data.template_arguments,
         )

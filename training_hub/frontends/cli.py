@@ -24,6 +24,7 @@ from training_hub.recipe.yaml_text import read_yaml
 from training_hub.version import VERSION
 
 ALGORITHM = "sft"  # of a command that is not an algorithm's own
+AUTOTRAIN = "llm"
 NONE = "(none)"  # for what a command goes without
 BACKEND = "torch"
 
@@ -111,6 +112,11 @@ def recipe_of(words: Sequence[str]) -> Recipe:
 
 
 def _run(words: list[str]) -> int:
+    first = next((word for word in words if word != "--debug"), "")
+    if first == AUTOTRAIN or first.partition("=")[0] == "--config":  # AutoTrain's flags, and its file
+        from training_hub.frontends.autotrain.command import main as autotrain
+
+        return autotrain(words[words.index(AUTOTRAIN) + 1 :] if first == AUTOTRAIN else words)
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
     if parsed.command is None:
@@ -228,6 +234,7 @@ def _parser() -> Parser:
         parser_of = commands.add_parser(name, help=command.help, description=command.help, usage=usage)
         command.add_options(parser_of)
         _add_settings(parser_of, names_algorithm=True)
+    commands.add_parser(AUTOTRAIN, help="train with the flags, the file and the defaults of AutoTrain's SFT guide")
     commands.add_parser("schema", help="print the JSON Schema of a recipe file, for editors")
     commands.add_parser("algorithms", help="list algorithms and their backends")
     commands.add_parser("version", help="print the versions of this package and of those that matter to a run")

@@ -27,7 +27,10 @@ RIVALS: tuple[tuple[str, str], ...] = (
     ("osft.unfreeze_rank_ratio", "osft.energy"),
 )
 
-ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
+TORCH_ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
+# Whose steps have about the size of the learning rate, and which have an eps.
+ADAM = (*TORCH_ADAM, "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit")
+LION = ("Lion", "Lion8bit")
 # Peak learning rate of the Adam family above which a run says so.
 HIGH_RATE = 1e-2
 
@@ -52,11 +55,18 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "data.cache_size": ("data.cache", (True,)),
     "data.max_bad_share": ("data.on_bad_row", ("skip",)),
     "training.max_skipped": ("training.on_nonfinite", ("skip",)),
-    "optimizer.beta1": ("optimizer.name", ADAM),
-    "optimizer.beta2": ("optimizer.name", ADAM),
+    "optimizer.beta1": ("optimizer.name", (*ADAM, *LION)),
+    "optimizer.beta2": ("optimizer.name", (*ADAM, *LION)),
     "optimizer.eps": ("optimizer.name", (*ADAM, "Adagrad", "RMSprop")),
-    "optimizer.momentum": ("optimizer.name", ("SGD", "RMSprop")),
+    "optimizer.momentum": ("optimizer.name", ("SGD", "RMSprop", "Muon")),
+    "optimizer.galore_rank": ("optimizer.name", ("GaLoreAdamW",)),
+    "optimizer.galore_interval": ("optimizer.name", ("GaLoreAdamW",)),
+    "optimizer.galore_scale": ("optimizer.name", ("GaLoreAdamW",)),
     "optimizer.state": ("optimizer.name", ("AdamW",)),
+    **{
+        f"freezing.{name}": ("algorithm", ("sft",))
+        for name in ("blocks", "embeddings", "weights", "unfreeze_interval", "unfrozen_blocks")
+    },
     "lr_scheduler.min_lr": ("lr_scheduler.name", ("cosine", "linear", "wsd")),
     "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
     **{
@@ -136,6 +146,8 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _pretraining,
         _learning_rate,
         _optimizer_state,
+        _averaging,
+        _freezing,
         _osft,
         _lora,
         _watch,
@@ -246,11 +258,46 @@ def _learning_rate(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 
 def _optimizer_state(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    if recipe.optimizer.name.endswith("8bit") and recipe.model.dtype == "float64":
+        yield Contradiction(
+            ("optimizer.name", "model.dtype"),
+            f"{names('optimizer.name')}: {recipe.optimizer.name} computes in float32, {names('model.dtype')} is "
+            f"float64. Write {names.write('optimizer.name', 'AdamW')}.",
+        )
     if recipe.optimizer.state != "full" and recipe.model.dtype == "float64":
         yield Contradiction(
             ("optimizer.state", "model.dtype"),
             f"{names('optimizer.state')}: {recipe.optimizer.state} computes in float32, {names('model.dtype')} is "
             f"float64. Write {names.write('optimizer.state', 'full')}.",
+        )
+
+
+def _averaging(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    if recipe.optimizer.name != "AdamWScheduleFree":
+        return
+    schedule, thaw = "lr_scheduler.name", "freezing.unfreeze_interval"
+    if recipe.lr_scheduler.name != "constant":
+        yield Contradiction(
+            ("optimizer.name", schedule),
+            f"{names('optimizer.name')}: AdamWScheduleFree averages its steps in place of a falling rate, and "
+            f"{names(schedule)} is {recipe.lr_scheduler.name}. Write {names.write(schedule, 'constant')}; warm-up is "
+            "kept.",
+        )
+    if recipe.freezing.unfreeze_interval is not None:
+        yield Contradiction(
+            ("optimizer.name", thaw),
+            f"{names(thaw)}: AdamWScheduleFree counts its steps once for all weights, so that none can begin later. "
+            f"Write {names.write('optimizer.name', 'AdamW')}, or leave {thaw} out.",
+        )
+
+
+def _freezing(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    path, interval = "freezing.unfrozen_blocks", "freezing.unfreeze_interval"
+    if recipe.freezing.unfreeze_interval is None and not _is_default(recipe, path):
+        yield Contradiction(
+            (path, interval),
+            f"{names(path)}: {recipe.freezing.unfrozen_blocks} would change nothing while {names(interval)} is null. "
+            f"Write {names.write(interval, 100)}, or leave {path} out.",
         )
 
 
@@ -269,6 +316,13 @@ def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             ("optimizer.name",),
             f"{names('optimizer.name')}: Adafactor makes its steps in proportion to a weight, and OSFT trains "
             f"differences that begin at 0. Write {names.write('optimizer.name', 'AdamW')}",
+        )
+    if recipe.optimizer.name in ("Muon", "GaLoreAdamW", "AdamWScheduleFree"):
+        yield Contradiction(
+            ("optimizer.name", "algorithm"),
+            f"{names('optimizer.name')}: {recipe.optimizer.name} makes its steps from whole matrices or averages "
+            "weights, and OSFT projects after each step what it moved. "
+            f"Write {names.write('optimizer.name', 'AdamW')}",
         )
 
 
@@ -420,7 +474,7 @@ def cautions(recipe: Recipe) -> list[str]:
     and the recipe does not tell which it is. A switch to force it would be set once, in a file, and forgotten.
     """
     peak = recipe.optimizer.lr
-    if recipe.optimizer.name in ADAM and peak > HIGH_RATE:
+    if recipe.optimizer.name in (*ADAM, *LION) and peak > HIGH_RATE:
         return [
             f"optimizer.lr: {peak:g} is far above what a pretrained model takes with {recipe.optimizer.name} "
             "(1e-6 to 1e-4); go on only with a small model that is trained from scratch"

@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from training_hub.recipe.check import Names, contradictions
 from training_hub.recipe.evaluation import Evaluation
+from training_hub.recipe.freezing import Freezing
 from training_hub.recipe.lora import Lora
 from training_hub.recipe.loss import Loss
 from training_hub.recipe.osft import Osft
@@ -52,6 +53,7 @@ class Recipe(Section):
     lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
     osft: Osft = Field(default_factory=Osft)
     lora: Lora = Field(default_factory=Lora)
+    freezing: Freezing = Field(default_factory=Freezing)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitoring: Monitoring = Field(default_factory=Monitoring)

@@ -117,6 +117,10 @@ class Data(Section):
     unmask: bool = False
     """Train every role but system, not only the assistant. A row's own `unmask` key says it for one row."""
 
+    end_token: bool = True
+    """Close plain text (text, prompt and completion) with the end-of-sequence token, trained like the text before it.
+    In conversations the chat template says what closes a turn."""
+
     turns: Literal["all", "last", "unroll"] = "all"
     """Which assistant turns are trained. unroll makes one sample per turn, in exactly the bytes serving would show."""
 
@@ -215,19 +219,24 @@ class Training(Section):
 
 
 class Optimizer(Section):
-    """The update rule, from torch.optim."""
+    """The update rule: from torch.optim, or from a package that is installed for it."""
 
-    name: Literal["AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adagrad", "RMSprop"] = "AdamW"
-    """Class in torch.optim."""
+    name: Literal[
+        "AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adagrad", "RMSprop",
+        "Lion", "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit", "Lion8bit",
+    ] = "AdamW"  # fmt: skip
+    """Class in torch.optim, lion-pytorch (Lion), schedulefree, galore-torch or bitsandbytes (8bit). Muon moves the
+    matrices inside the blocks, AdamW beside it embeddings, head, norms and biases, at one learning rate.
+    AdamWScheduleFree averages its steps in place of a falling rate: it needs lr_scheduler.name: constant."""
 
     lr: Positive = 1e-5
     """Learning rate at its peak."""
 
     beta1: Decay = 0.9
-    """Decay of the mean of gradients (Adam family)."""
+    """Decay of the mean of gradients (Adam family, Lion)."""
 
     beta2: Decay = 0.95
-    """Decay of the mean of squared gradients (Adam family)."""
+    """Decay of the mean of squared gradients (Adam family); in Lion, of the mean of gradients that is kept."""
 
     eps: Positive = 1e-8
     """Added to the denominator (Adam family, Adagrad, RMSprop)."""
@@ -235,8 +244,17 @@ class Optimizer(Section):
     weight_decay: NotNegative = 0.0
     """Decay of weights per step, times the learning rate. Applies to matrices, not to norms and biases."""
 
-    momentum: Decay = 0.0
-    """Momentum (SGD, RMSprop)."""
+    momentum: Decay | None = None
+    """Momentum. Default: 0 for SGD and RMSprop, 0.95 for Muon."""
+
+    galore_rank: Count = 128
+    """Rank in which GaLoreAdamW keeps the moments of each matrix inside the blocks."""
+
+    galore_interval: Count = 200
+    """Steps after which GaLoreAdamW finds new directions for a matrix, by a singular value decomposition."""
+
+    galore_scale: Positive = 0.25
+    """What GaLoreAdamW multiplies the updates of projected matrices by."""
 
     state: Literal["full", "split", "8bit"] = "full"
     """What AdamW keeps of each bfloat16 weight beside it. full: a float32 master and two float32 moments, 12 bytes.

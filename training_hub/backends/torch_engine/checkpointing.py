@@ -48,6 +48,11 @@ def checkpoint_layers(model: nn.Module, how: str, contexts: Contexts | None = No
     return bool(layers)
 
 
+def layers_of(model: nn.Module) -> list[Any]:
+    """The decoder layers of a transformers model, the lowest first; [] where it has none that are known as such."""
+    return list(_layers(model))
+
+
 def num_layers(model: nn.Module) -> int:
     """Layers that can forget what they made."""
     return sum(1 for _ in _layers(model))

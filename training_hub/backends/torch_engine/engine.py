@@ -24,6 +24,7 @@ from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_la
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.exam import exam_of
 from training_hub.backends.torch_engine.export import export
+from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
@@ -38,6 +39,7 @@ from training_hub.backends.torch_engine.model_folder import hub_problem
 from training_hub.backends.torch_engine.objectives import make_objective
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
+from training_hub.backends.torch_engine.optimizers.library import problems, table_names
 from training_hub.backends.torch_engine.plan import describe, feed_settings, memory_of, plan, summary
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
@@ -83,6 +85,7 @@ class TorchEngine:
         return [
             *self._process_problems(recipe),
             *self._number_problems(recipe),
+            *problems(recipe.optimizer),
             *self._model_problems(recipe),
             *adaptation_problems(recipe),
             *(metric_objections(asked.metrics) if asked.generate else []),
@@ -257,7 +260,7 @@ def assemble(
         objective=make_objective(recipe, plain),
         plain=plain,
         adaptation=adaptation,
-        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm),
+        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model)),
         feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
@@ -266,6 +269,7 @@ def assemble(
         facts={**facts_of(materials, loaded.model), "versions": versions()},
         best=Best(recipe.evaluation),
         exam=exam_of(recipe, materials),
+        thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
@@ -353,12 +357,12 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
     if run.watch is not None and run.watch.reason:
         if run.watch.kept is None:
             return None
-        run.updater.masters.load(run.checkpoints.load(run.watch.kept).weights)
+        go_back(run, run.watch.kept)
     elif run.recipe.checkpoint.keep_best and run.best.step not in (None, run.step):
         console.say(
             f"final: taking step {run.best.step}, with the best {run.best.settings.best_metric} {run.best.value}"
         )
-        run.updater.masters.load(run.checkpoints.load(final_step(run)).weights)
+        go_back(run, final_step(run))
     if run.exam is not None:
         run.exam.show(final_step(run))
     difference = write_model(run, loaded, materials, folder.final)
@@ -394,18 +398,26 @@ def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
 def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Path) -> float:
     """Write the model as it stands into `folder`; the largest difference of logits once it is loaded again."""
     dtype = saved_dtype(run, loaded)
-    return export(
-        run.model,
-        run.adaptation.export(run.updater.masters.all_exact(), dtype),
-        dtype,
-        folder,
-        materials.tokenizer.hf,
-        materials.template.source if materials.template else None,
-        stop_ids(materials),
-        trust_remote_code=run.recipe.model.trust_remote_code,
-        beside=run.adaptation.beside(),
-        files=run.adaptation.files,
-    )
+    with run.updater.averaged():
+        return export(
+            run.model,
+            run.adaptation.export(run.updater.masters.all_exact(), dtype),
+            dtype,
+            folder,
+            materials.tokenizer.hf,
+            materials.template.source if materials.template else None,
+            stop_ids(materials),
+            trust_remote_code=run.recipe.model.trust_remote_code,
+            beside=run.adaptation.beside(),
+            files=run.adaptation.files,
+        )
+
+
+def go_back(run: Run, step: int) -> None:
+    """Take the weights of checkpoint `step`, and what the optimizer needs to average them."""
+    state = run.checkpoints.load(step)
+    run.updater.masters.load(state.weights)
+    run.updater.load_state(state.optimizer)
 
 
 def speed_lines(run: Run, folder: RunFolder) -> Iterator[str]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
 from training_hub.backends.torch_engine.exam import Exam
+from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.room import disk_errors_explained
@@ -72,6 +73,7 @@ class Run:
     scale: Scale | None = None
     profile: StepProfile | None = None
     by_source: BySource | None = None
+    thaw: Thaw | None = None
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
@@ -185,6 +187,8 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
     """Add up the gradients of the batch's packs; its mean loss per trained token, as a float64 scalar."""
     torch.manual_seed(step_seed(run.recipe.seed, batch.step))
     run.model.train()
+    if run.thaw is not None:
+        run.thaw.begin(batch.step, run.console)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     if run.by_source is not None:
         run.by_source.begin()
@@ -209,7 +213,7 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
-    with run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
+    with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for one in packs:
             total += run.plain(run.model, to_device(one, run.device)).total
             advance(len(one))
@@ -219,7 +223,8 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
 def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
     """The report with what the validation rows say: their loss, and scores of answers where these are asked for."""
     loss = evaluate(run, store)
-    scores = run.exam.take(run.model, run.step, run.console) if run.exam is not None else {}
+    with run.updater.averaged():
+        scores = run.exam.take(run.model, run.step, run.console) if run.exam is not None else {}
     return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), scores=scores)
 
 

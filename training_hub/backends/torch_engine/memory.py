@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEnt
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
+from training_hub.backends.torch_engine.optimizers.library import KINDS, kept_bytes, table_names
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 from training_hub.types import Pack
@@ -86,7 +87,7 @@ def estimate(
         + (holdings.copied * dtype.itemsize if is_low else 0),
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
         "gradients": (sum(p.numel() for p in trained) + holdings.gradients) * exact,
-        "optimizer": optimizer_bytes([*trained, own], optimizer, exact),
+        "optimizer": optimizer_bytes([*trained, own], optimizer, exact, tables_in(model)),
         "activations": None,
         "logits": logit_bytes(model, dtype, device, int((largest.weights != 0).sum()), on_kernels=on_kernels),
     }
@@ -139,8 +140,19 @@ def optimizer_numbers(weights: Iterable[Tensor], settings: Optimizer) -> int:
     return sum(weight.numel() for weight in weights) * each
 
 
-def optimizer_bytes(weights: Iterable[Tensor], settings: Optimizer, width: int) -> int:
-    """What the optimizer keeps for these weights, `width` bytes for each number that is not one byte."""
+def tables_in(model: nn.Module) -> frozenset[int]:
+    """`id` of the parameters that are embeddings or the head."""
+    names = table_names(model)
+    return frozenset(id(parameter) for name, parameter in model.named_parameters() if name in names)
+
+
+def optimizer_bytes(weights: Iterable[Tensor], settings: Optimizer, width: int, tables: Collection[int] = ()) -> int:
+    """What the optimizer keeps for these weights, `width` bytes for each number that is not one byte.
+
+    tables: `id` of those that are embeddings or the head.
+    """
+    if settings.name in KINDS:
+        return kept_bytes(weights, settings, width, tables)
     if settings.state == "8bit":
         return sum(moment_bytes(weight.numel()) for weight in weights)
     return optimizer_numbers(weights, settings) * width

@@ -7,13 +7,15 @@ has 8 bits of mantissa, so without a master a step at learning rate 1e-6 rounds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
+from training_hub.backends.torch_engine.optimizers import library, saved
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
 from training_hub.backends.torch_engine.optimizers.split import join, split
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
@@ -135,12 +137,12 @@ def _move_grad_to(master: Tensor) -> Callable[[Tensor], None]:
 
 
 class Updater:
-    """torch's optimizer over the masters: clip, step, publish."""
+    """The optimizer over the masters: clip, step, publish. tables: names of embeddings and the head."""
 
-    def __init__(self, masters: Masters, settings: OptimizerSettings, max_norm: float):
+    def __init__(self, masters: Masters, settings: OptimizerSettings, max_norm: float, tables: Collection[str] = ()):
         self.masters = masters
         self.max_norm = max_norm
-        self.optimizer = build_optimizer(masters.weights, settings, masters.added, masters.extras)
+        self.optimizer = build_optimizer(masters.weights, settings, masters.added, masters.extras, tables)
 
     @torch.no_grad()
     def clip(self) -> Tensor:
@@ -158,26 +160,41 @@ class Updater:
         self.masters.publish()
         self.masters.drop_gradients()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, model and masters are what is measured and exported: the average of a schedule-free optimizer's
+        steps, of any other the weights as they are. After it they are as before, bit for bit."""
+        with library.averaged(self.optimizer):
+            self.masters.publish()
+            yield
+        self.masters.publish()
+
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors by `weight name/state name`; empty before the first step."""
-        return {
+        """What the optimizer keeps, by `weight name/state name`; empty before the first step."""
+        kept = {
             f"{name}/{key}": value
             for name, weight in self.masters.weights.items()
-            for key, value in self.optimizer.state.get(weight, {}).items()
-            if isinstance(value, Tensor)
+            for key, value in saved.tensors_of(self.optimizer.state.get(weight, {})).items()
         }
+        return {**kept, **saved.numbers_of(self.optimizer.param_groups)} if kept else {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `state` gave, bit for bit."""
-        packed = self.optimizer.state_dict()
-        numbers = {id(weight): name for name, weight in self.masters.weights.items()}
-        order = [numbers[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
+        names = {id(weight): name for name, weight in self.masters.weights.items()}
         by_weight: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, state = key.rpartition("/")
             by_weight.setdefault(name, {})[state] = tensor
-        packed["state"] = {number: by_weight[name] for number, name in enumerate(order) if name in by_weight}
+        order = [(weight, group) for group in self.optimizer.param_groups for weight in group["params"]]
+        packed: dict[str, Any] = self.optimizer.state_dict()
+        packed["state"] = {
+            number: saved.state_of(by_weight[names[id(weight)]], group, weight.device)
+            for number, (weight, group) in enumerate(order)
+            if names[id(weight)] in by_weight
+        }
         self.optimizer.load_state_dict(packed)
+        of_groups = {key: value for key, value in tensors.items() if key.startswith("@")}
+        saved.load_numbers(self.optimizer.param_groups, of_groups)
 
 
 def build_optimizer(
@@ -185,17 +202,27 @@ def build_optimizer(
     settings: OptimizerSettings,
     undecayed: Collection[str] = (),
     extras: Mapping[str, Tensor] | None = None,
+    tables: Collection[str] = (),
 ) -> torch.optim.Optimizer:
-    """torch's optimizer `settings.name`; weight decay on tensors of two or more dimensions that are not `undecayed`.
+    """The optimizer `settings.name`; weight decay on tensors of two or more dimensions that are not `undecayed`.
 
-    extras: by name what makes a bfloat16 weight a float32 one.
+    extras: by name what makes a bfloat16 weight a float32 one. tables: names of embeddings and the head, which some
+    optimizers do not move as matrices.
     """
-    decayed = [name for name, weight in weights.items() if weight.dim() >= 2 and name not in undecayed]
-    both = [
-        {"params": [weights[name] for name in decayed], "weight_decay": settings.weight_decay},
-        {"params": [weight for name, weight in weights.items() if name not in decayed], "weight_decay": 0.0},
+    library_kind = library.KINDS.get(settings.name)
+    tells_matrices = library_kind is not None and library_kind.tells_matrices
+    sorts: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, weight in weights.items():
+        is_matrix = tells_matrices and weight.dim() == 2 and name not in tables
+        sorts.setdefault((is_matrix, weight.dim() >= 2 and name not in undecayed), []).append(weight)
+    groups: list[dict[str, Any]] = [
+        {"params": sorts[sort], "weight_decay": settings.weight_decay if sort[1] else 0.0, "is_matrix": sort[0]}
+        for sort in sorted(sorts, reverse=True)
     ]
-    groups = [group for group in both if group["params"]]
+    if library_kind is not None:
+        return library_kind.build(groups, settings)
+    for group in groups:
+        del group["is_matrix"]
     kind = getattr(torch.optim, settings.name)
     arguments = ARGUMENTS[settings.name](settings)
     if settings.state != "full":
@@ -211,7 +238,7 @@ def _adam(settings: OptimizerSettings) -> dict[str, object]:
 
 
 def _rmsprop(settings: OptimizerSettings) -> dict[str, object]:
-    return {"momentum": settings.momentum, "eps": settings.eps}
+    return {"momentum": settings.momentum or 0.0, "eps": settings.eps}
 
 
 ARGUMENTS: dict[str, Callable[[OptimizerSettings], dict[str, object]]] = {
@@ -219,7 +246,7 @@ ARGUMENTS: dict[str, Callable[[OptimizerSettings], dict[str, object]]] = {
     "Adam": _adam,
     "NAdam": _adam,
     "RAdam": _adam,
-    "SGD": lambda settings: {"momentum": settings.momentum},
+    "SGD": lambda settings: {"momentum": settings.momentum or 0.0},
     "RMSprop": _rmsprop,
     "Adagrad": lambda settings: {"eps": settings.eps},
     "Adafactor": lambda settings: {},

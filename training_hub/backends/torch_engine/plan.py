@@ -14,6 +14,7 @@ from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
+from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.materials import Materials, load_materials
 from training_hub.backends.torch_engine.memory import Estimate, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, read_blank_model
@@ -88,6 +89,7 @@ def describe(
         "save_dtype": str(save_dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in moved) + holdings.trained,
+        "frozen_at_first": Thaw(model, recipe.freezing).frozen_at_first(),
         "samples": len(store),
         "tokens": int(store.lengths.sum()),
         "trained_tokens": int(store.trained_tokens.sum()),

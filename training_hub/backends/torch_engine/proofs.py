@@ -26,6 +26,7 @@ from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.objectives.cross_entropy import losses_of_logits, model_logits
 from training_hub.backends.torch_engine.objectives.token_loss import TokenLoss
 from training_hub.backends.torch_engine.optim import build_optimizer
+from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.backends.torch_engine.preflight import evaluating, packed_equals_alone
 from training_hub.backends.torch_engine.tensors import PackTensors, to_device
 from training_hub.data.agreement import Agreement
@@ -52,7 +53,7 @@ SMALL_RATE = 1e-6
 """The learning rate at which bfloat16 weights without float32 masters do not move: 1e-6 is far below half a unit in
 the last place of a weight of 0.02."""
 
-MOVED = {"Adam": 0.9, "AdamW": 0.9, "NAdam": 0.9, "RAdam": 0.9, "Adagrad": 0.9}
+MOVED = dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "Lion", "AdamWScheduleFree"), 0.9)
 """Share of weights with a gradient that must move; others (SGD) move by rate x gradient, so that some must."""
 
 LOGITS_APART = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -304,7 +305,7 @@ def _moved(run: Run) -> Proof:
     if not copies:
         return Proof(name, "left out", "", f"above {limit:.0%}", "every weight is too large to copy")
     has_gradient = {key: copy.grad.ne(0) for key, copy in copies.items() if copy.grad is not None}
-    build_optimizer(copies, settings).step()
+    build_optimizer(copies, settings, tables=table_names(run.model)).step()
     changed = sum(int((copies[key].ne(masters.exact(key)) & mask).sum()) for key, mask in has_gradient.items())
     share = changed / max(1, sum(int(mask.sum()) for mask in has_gradient.values()))
     remedy = "" if share > limit else "Weights this precise cannot be trained: write model.dtype: auto."

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
-from training_hub.backends.torch_engine.memory import optimizer_bytes
+from training_hub.backends.torch_engine.memory import optimizer_bytes, tables_in
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.errors import DiskError
 from training_hub.recipe import Recipe
@@ -64,7 +64,7 @@ def room(
     weights.append(torch.empty(holdings.trained, device="meta"))
     width = 4 if dtype in LOW_PRECISION else dtype.itemsize
     numbers = sum(weight.numel() for weight in weights) + holdings.saved
-    checkpoint = numbers * width + optimizer_bytes(weights, recipe.optimizer, width) + BESIDE_TENSORS
+    checkpoint = numbers * width + optimizer_bytes(weights, recipe.optimizer, width, tables_in(model)) + BESIDE_TENSORS
     everything = sum(p.numel() for p in model.parameters())
     exported = everything if holdings.exported is None else holdings.exported
     final = exported * final_dtype.itemsize if recipe.checkpoint.final else 0

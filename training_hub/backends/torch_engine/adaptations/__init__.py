@@ -82,7 +82,11 @@ class Adaptation(Protocol):
         ...
 
 
-ADAPTATIONS: dict[str, Callable[[Recipe], Adaptation]] = {"full": lambda recipe: Full(), "osft": Osft, "lora": Lora}
+ADAPTATIONS: dict[str, Callable[[Recipe], Adaptation]] = {
+    "full": lambda recipe: Full(recipe.freezing),
+    "osft": Osft,
+    "lora": Lora,
+}
 """By name: recipe -> adaptation."""
 
 PROBLEMS: dict[str, Callable[[Recipe], list[str]]] = {"lora": lora_problems}

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight may move."""
+"""Full fine-tuning: every weight may move that is not frozen."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.export import ModelFiles
+from training_hub.backends.torch_engine.freezing import freeze
+from training_hub.recipe.freezing import Freezing
 from training_hub.types import Console, Proof
 
 
 class Full:
-    """The adaptation that adapts everything: nothing is replaced, nothing happens around a step."""
+    """The adaptation that adapts everything but what is frozen: nothing is replaced, nothing happens around a step."""
 
     claimed: frozenset[str] = frozenset()
     """Parameters that the adaptation moves itself; the optimizer leaves them alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, freezing: Freezing | None = None) -> None:
+        self._freezing = freezing
         self._model: nn.Module = nn.Module()
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """The same model, with a gradient for each of its floating-point parameters."""
+        """The same model, with a gradient for each of its floating-point parameters that is not frozen."""
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+        if self._freezing is not None:
+            freeze(model, self._freezing)
         self._model = model
         return model
 

@@ -24,6 +24,9 @@ from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
+DECOUPLED = ("AdamW", "Lion", "AdamW8bit", "Lion8bit")
+"""Optimizers that decay weights themselves, apart from gradients."""
+
 
 class Osft:
     """The adaptation that keeps every update out of the protected directions."""
@@ -115,7 +118,7 @@ class Osft:
 
     def before_step(self, rate: float) -> None:
         """Project the gradients, and decay the factors."""
-        is_decoupled = self._optimizer.name == "AdamW"
+        is_decoupled = self._optimizer.name in DECOUPLED
         self._spaces.before_step(rate, self._optimizer.weight_decay, is_decoupled=is_decoupled)
 
     def after_step(self) -> None:

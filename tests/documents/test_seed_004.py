@@ -1,0 +1,463 @@
+"""AutoTrain's guide "Supervised Fine-Tuning (SFT)": each of its snippets, here, on a CPU.
+
+Names, flags and defaults are the guide's; models are tiny ones, `aitraining` is `training-hub`, and `autotrain.` in an
+import is `training_hub.`. What the guide gets wrong, and what one machine cannot do, is answered by an error that says
+what to write; the tests of these are named so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from training_hub.frontends.cli import main
+from training_hub.recipe.names import all_settings, sections
+from training_hub.trainers.clm import train
+from training_hub.trainers.clm.params import LLMTrainingParams
+from training_hub.trainers.clm.train_clm_sft import CustomSFTTrainer
+
+needs_lora = pytest.mark.skipif("lora" not in sections(), reason="LoRA is not in this version yet")
+needs_teacher = pytest.mark.skipif("distillation" not in sections(), reason="distillation is not in this version yet")
+needs_answers = pytest.mark.skipif(
+    "evaluation.generate" not in all_settings(), reason="generation is not in this version yet"
+)
+
+TEXTS = [
+    "Question: What is Python? Answer: Python is a programming language.",
+    "Question: What is ML? Answer: Machine Learning is a subset of AI.",
+]
+CHAT = [
+    {
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "What is Python?"},
+            {"role": "assistant", "content": "Python is a high-level programming language."},
+        ]
+    }
+]
+
+
+@pytest.fixture(scope="session")
+def gpt2(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny GPT-2 with its tokenizer, without a chat template, as GPT-2 has none."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2") / "gpt2"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=2,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with the files that the guide speaks of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, rows in {
+        "data/train.jsonl": [{"text": text} for text in TEXTS],
+        "chat_data/train.jsonl": CHAT,
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "instructions.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    (tmp_path / "conversations.json").write_text(json.dumps(CHAT))
+    return tmp_path
+
+
+def command(line: str, capsys: pytest.CaptureFixture[str] | None = None) -> tuple[int, str]:
+    """The exit code of a line of the guide, and what it says of errors."""
+    code = main(shlex.split(line.replace("aitraining", "").replace("\\\n", " "), comments=True))
+    return code, capsys.readouterr().err if capsys else ""
+
+
+def recipe_in(folder: str) -> dict[str, Any]:
+    return yaml.safe_load((Path(folder) / "recipe.yaml").read_text())
+
+
+def error_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    code, said = command(line, capsys)
+    assert code != 0
+    return said
+
+
+# Quick start
+
+
+def test_basic_sft_training_without_the_flag_train(gpt2: str):
+    code, _ = command(f"""aitraining llm \\
+      --model {gpt2} \\
+      --trainer sft \\
+      --data-path ./data \\
+      --text-column text \\
+      --project-name my-sft-model \\
+      --epochs 3 \\
+      --batch-size 8 \\
+      --lr 5e-5
+    """)
+    assert code == 0
+    assert (Path("my-sft-model") / "final" / "model.safetensors").is_file()
+    assert recipe_in("my-sft-model")["training"]["global_batch_size"] == 32, "8, times the guide's accumulation of 4"
+
+
+@needs_lora
+def test_with_peft_and_int4(tiny_model_folder: Path):
+    code, _ = command(f"""aitraining llm \\
+      --model {tiny_model_folder} \\
+      --trainer sft \\
+      --data-path ./data \\
+      --text-column text \\
+      --project-name llama-sft-lora \\
+      --peft \\
+      --lora-r 16 \\
+      --lora-alpha 32 \\
+      --quantization int4 \\
+      --epochs 3
+    """)
+    assert code == 0
+    found = recipe_in("llama-sft-lora")
+    assert (found["lora"]["r"], found["lora"]["alpha"], found["model"]["quantization"]) == (16, 32, "int4")
+    assert (Path("llama-sft-lora") / "final" / "adapter_config.json").is_file()
+
+
+def test_chat_style_training(gpt2: str):
+    code, _ = command(f"""aitraining llm \\
+      --model {gpt2} \\
+      --trainer sft \\
+      --data-path ./chat_data \\
+      --text-column messages \\
+      --chat-template chatml \\
+      --project-name chat-model \\
+      --epochs 3
+    """)
+    assert code == 0
+
+
+@needs_lora
+def test_the_python_api_gives_a_model(gpt2: str):
+    config = LLMTrainingParams(
+        model=gpt2,
+        trainer="sft",
+        data_path="./data",
+        text_column="text",
+        project_name="my-sft-model",
+        epochs=3,
+        batch_size=8,
+        lr=5e-5,
+        warmup_ratio=0.1,
+        gradient_accumulation=4,
+        peft=True,
+        lora_r=16,
+        lora_alpha=32,
+        mixed_precision="fp16",
+        gradient_checkpointing=True,
+        use_flash_attention_2=True,
+    )
+    model = train(config)
+    assert model.status == "finished"
+    assert isinstance(model.generate("Question: What is Python?", max_new_tokens=4), str)
+
+
+# Parameters: the tables are held by tests/frontends/autotrain, with their defaults
+
+
+# Training features
+
+
+@needs_teacher
+def test_knowledge_distillation(gpt2: str):
+    code, _ = command(f"""aitraining llm \\
+      --model {gpt2} \\
+      --trainer sft \\
+      --use-distillation \\
+      --teacher-model {gpt2} \\
+      --distill-temperature 3.0 \\
+      --distill-alpha 0.7 \\
+      --data-path ./data \\
+      --project-name distilled-model
+    """)
+    assert code == 0
+    found = recipe_in("distilled-model")["distillation"]
+    assert (found["teacher"], found["temperature"], found["alpha"]) == (gpt2, 3.0, 0.7)
+
+
+@pytest.mark.parametrize("template", ["chatml", "zephyr", "llama", "alpaca", "vicuna", "mistral"])
+def test_each_of_the_six_templates_trains_a_single_file(template: str, gpt2: str):
+    code, _ = command(f"""aitraining llm \\
+      --model {gpt2} \\
+      --trainer sft \\
+      --data-path ./conversations.json \\
+      --text-column messages \\
+      --chat-template {template} \\
+      --project-name chatbot --epochs 1
+    """)
+    assert code == 0
+    tokenizer = json.loads((Path("chatbot") / "final" / "tokenizer_config.json").read_text())
+    beside = Path("chatbot") / "final" / "chat_template.jinja"
+    assert beside.is_file() or tokenizer.get("chat_template"), "who serves the model needs the template"
+
+
+@needs_answers
+def test_custom_metrics_are_measured_and_answers_kept(gpt2: str):
+    config = LLMTrainingParams(
+        trainer="sft",
+        use_enhanced_eval=True,
+        eval_metrics="perplexity,bleu,rouge",
+        eval_save_predictions=True,
+        # ... other params
+        model=gpt2,
+        data_path=CHAT * 20,
+        text_column="messages",
+        chat_template="chatml",
+        project_name="measured",
+        epochs=1,
+    )
+    model = train(config)
+    for name in ("validation_perplexity", "bleu", "rouge1", "rougeL"):
+        assert any(name in key for line in model.history for key in _keys(line)), name
+    assert any(path.name.startswith("predictions") for path in Path("measured").rglob("*.jsonl"))
+
+
+def _keys(line: dict[str, Any]) -> list[str]:
+    return [*line, *line.get("measures", {})]
+
+
+# Examples
+
+
+def test_example_1_a_csv_file_by_its_name(gpt2: str):
+    import pandas as pd
+
+    data = pd.DataFrame({"text": TEXTS})
+    data.to_csv("./train.csv", index=False)
+    config = LLMTrainingParams(
+        model=gpt2,
+        trainer="sft",
+        data_path="./train.csv",
+        text_column="text",
+        project_name="gpt2-qa",
+        epochs=5,
+        batch_size=4,
+        lr=2e-5,
+        max_seq_length=512,
+    )
+    model = train(config)
+    assert [line["step"] for line in model.history] == [1, 2, 3, 4, 5]
+    model.save_pretrained("elsewhere")
+    assert Path("elsewhere/model.safetensors").is_file()
+    of_frame = train(
+        LLMTrainingParams(model=gpt2, data_path=data, project_name="frame", epochs=5, batch_size=4, lr=2e-5)
+    )
+    assert [line["loss"] for line in of_frame.history] == [line["loss"] for line in model.history]
+
+
+@needs_lora
+def test_example_2_lora(tiny_model_folder: Path):
+    config = LLMTrainingParams(
+        model=str(tiny_model_folder),
+        trainer="sft",
+        data_path="./instructions.json",
+        text_column="text",
+        project_name="llama2-lora",
+        peft=True,
+        lora_r=64,
+        lora_alpha=128,
+        lora_dropout=0.1,
+        target_modules="q_proj,v_proj,k_proj,o_proj",
+        quantization="int4",
+        mixed_precision="fp16",
+        gradient_checkpointing=True,
+        epochs=3,
+        batch_size=1,
+        gradient_accumulation=16,
+        lr=1e-4,
+    )
+    model = train(config)
+    adapter = json.loads((model.model_path / "adapter_config.json").read_text())
+    assert sorted(adapter["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (64, 128, 0.1)
+
+
+def test_example_3_chat(gpt2: str):
+    with open("chat_data.json", "w") as file:
+        json.dump(CHAT, file)
+    config = LLMTrainingParams(
+        model=gpt2,
+        trainer="sft",
+        data_path="chat_data.json",
+        text_column="messages",
+        chat_template="chatml",
+        project_name="chatbot",
+        epochs=3,
+        batch_size=4,
+    )
+    model = train(config)
+    asked = [{"role": "user", "content": "What is Python?"}]
+    assert isinstance(model.generate(asked, max_new_tokens=4), str)
+    # The answer and the token that ends it are trained, and nothing else: 44 characters in some tokens, and one more.
+    assert 0 < model.plan["trained_tokens"] < model.plan["tokens"]
+
+
+# Advanced usage
+
+
+def test_custom_data_preprocessing_is_called(gpt2: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    seen: list[str] = []
+
+    class MySFTTrainer(CustomSFTTrainer):
+        def preprocess_function(self, examples):
+            texts = []
+            for text in examples[self.text_column]:
+                seen.append(text)
+                formatted = f"### Instruction: {text}\n### Response: "
+                texts.append(formatted)
+            return {"text": texts}
+
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    training_args = LLMTrainingParams(project_name="custom", text_column="question", epochs=1, batch_size=1)
+    trainer = MySFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(gpt2),
+        args=training_args,
+        train_dataset=[{"question": "What is Python?"}, {"question": "What is ML?"}],
+        tokenizer=tokenizer,
+    )
+    model = trainer.train()
+    assert seen == ["What is Python?", "What is ML?"]
+    texts = [f"### Instruction: {text}\n### Response: " for text in seen]
+    length = sum(len(ids) + 1 for ids in tokenizer(texts)["input_ids"])
+    assert model.plan["tokens"] == length, "what it gave back, and an end-of-sequence token for each"
+
+
+def test_weights_and_biases(gpt2: str):
+    from training_hub.frontends.autotrain.meaning import asked
+    from training_hub.frontends.autotrain.run import recipe_of
+
+    config = LLMTrainingParams(
+        trainer="sft",
+        log="wandb",  # Enable W&B logging
+        project_name="my-project",
+        # ... other params
+        model=gpt2,
+        data_path="./data",
+    )
+    monitoring = recipe_of(asked(config)).monitoring
+    assert (monitoring.wandb, monitoring.wandb_project) == (True, "my-project")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="several GPUs")
+def test_ddp_on_one_device_is_one_process(gpt2: str):
+    code, _ = command(f"""aitraining llm \\
+      --trainer sft \\
+      --distributed-backend "ddp" \\
+      --model {gpt2} --data-path ./data --project-name ddp --epochs 1   # ... other params
+    """)
+    assert code == 0
+
+
+def test_wrong_in_the_guide_accelerate_starts_this_command_once_for_each_process(
+    gpt2: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as `accelerate launch --multi_gpu --num_processes 4` sets it
+    line = f"aitraining llm --trainer sft --model {gpt2} --data-path ./data --project-name nested"
+    assert "starts its own. Run it alone, with --distributed-backend ddp" in error_of(line, capsys)
+    assert not Path("nested").exists()
+
+
+# Troubleshooting
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--batch-size 1 --gradient-accumulation 32",
+        pytest.param("--gradient-checkpointing --quantization int4 --peft --lora-r 8", marks=needs_lora),
+        pytest.param("--peft --lora-r 8", marks=needs_lora),
+        "--lr 1e-5",
+        "--warmup-ratio 0.2",
+        "--use-flash-attention-2",
+        "--mixed-precision fp16",
+        "--packing",
+    ],
+)
+def test_each_remedy_of_the_guide_is_taken(flags: str, tiny_model_folder: Path):
+    line = f"aitraining llm --model {tiny_model_folder} --data-path ./data --project-name remedy --epochs 1 {flags}"
+    assert command(line)[0] == 0
+
+
+def test_wrong_in_the_guide_quantization_without_peft_says_what_it_needs(gpt2: str, capsys: pytest.CaptureFixture[str]):
+    line = f"aitraining llm --model {gpt2} --data-path ./data --project-name out --gradient-checkpointing"
+    assert "--quantization: 'int4' would change nothing without --peft" in error_of(
+        f"{line} --quantization int4", capsys
+    )
+
+
+@needs_answers
+def test_early_stopping_is_a_flag(gpt2: str):
+    line = f"aitraining llm --model {gpt2} --data-path ./data --project-name early --early-stopping-patience 2"
+    (Path("data") / "valid.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    assert command(f"{line} --valid-split valid --epochs 2")[0] == 0
+    assert recipe_in("early")["evaluation"]["early_stopping_patience"] == 2
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "ppo", "orpo", "reward"])
+def test_what_its_next_steps_name_is_refused_by_name(trainer: str, gpt2: str, capsys: pytest.CaptureFixture[str]):
+    line = f"aitraining llm --trainer {trainer} --model {gpt2} --data-path ./data --project-name out"
+    assert f"--trainer: found '{trainer}'; only sft is here" in error_of(line, capsys)
+
+
+# What else AutoTrain documents of the same command
+
+
+def test_its_file_is_a_command_of_its_own(gpt2: str):
+    Path("run.yml").write_text(
+        f"task: llm-sft\nbase_model: {gpt2}\nproject_name: from-file\nlog: none\nbackend: local\n"
+        "data:\n  path: ./data\n  train_split: train\n  valid_split: null\n  chat_template: none\n"
+        "  column_mapping: {text_column: text}\n"
+        "params: {epochs: 1, batch_size: 2, lr: 3.0e-5, mixed_precision: fp16, block_size: 128}\n"
+        "hub: {username: '${HF_USERNAME}', token: '${HF_TOKEN}', push_to_hub: false}\n"
+    )
+    assert command("aitraining --config run.yml")[0] == 0
+    assert Path("from-file/final/model.safetensors").is_file()
+
+
+def test_text_without_an_end_token(gpt2: str):
+    line = f"aitraining llm --model {gpt2} --data-path ./data --epochs 1"
+    assert command(f"{line} --project-name with")[0] == 0
+    assert command(f"{line} --project-name without --no-add-eos-token")[0] == 0
+    plans = [json.loads((Path(name) / "plan.json").read_text()) for name in ("with", "without")]
+    assert plans[0]["tokens"] - plans[1]["tokens"] == len(TEXTS)
+
+
+def test_pushing_without_a_token_is_refused_in_words(gpt2: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HOME", str(Path.cwd() / "nobody"))
+    model = train(LLMTrainingParams(model=gpt2, data_path="./data", project_name="mine", epochs=1))
+    with pytest.raises(RuntimeError, match="no token for me/mine"):
+        model.push_to_hub("me/mine")
+
+
+def test_a_trainer_that_is_given_something_else_says_so(gpt2: str):
+    with pytest.raises(ValueError, match=r"args: found a dict; allowed: LLMTrainingParams"):
+        CustomSFTTrainer(model=gpt2, args={"lr": 1})  # type: ignore[arg-type]
+
+    class Short(CustomSFTTrainer):
+        def preprocess_function(self, examples):
+            return {"text": examples["text"], "more": []}
+
+    trainer = Short(model=gpt2, args=LLMTrainingParams(project_name="short"), train_dataset=[{"text": "a"}])
+    with pytest.raises(ValueError, match="all must have as many"):
+        trainer.train()

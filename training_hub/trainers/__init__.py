@@ -1,0 +1,1 @@
+"""AutoTrain's paths: what its guide imports from `autotrain.trainers` is here under `training_hub.trainers`."""

@@ -1,0 +1,7 @@
+"""Causal language models: `train`, and `params` and `train_clm_sft` beside it."""
+
+from __future__ import annotations
+
+from training_hub.frontends.autotrain.run import TrainedModel, train
+
+__all__ = ["TrainedModel", "train"]
