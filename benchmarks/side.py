@@ -224,6 +224,7 @@ def _lengths(batch: Any) -> list[int]:
 SIDES: dict[str, Callable[[Order], Measured]] = {
     "ours": ours,
     "trl": trl,
+    "trl-kept": trl,
     "trl-best": trl_best,
     "transformers": transformers,
 }
