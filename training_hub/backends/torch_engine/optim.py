@@ -146,7 +146,7 @@ class Updater:
         self.masters.drop_gradients()
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors by `weight name/state name`; empty before the first step."""
+        """The optimizer's tensors by `weight name/state name`; of torch's own there are none before the first step."""
         return {
             f"{name}/{key}": value
             for name, weight in self.masters.weights.items()
