@@ -1,8 +1,9 @@
-"""How fast rows become packs, and a run begins: `python benchmarks/data_path.py` prints four tables.
+"""How fast rows become packs, and a run begins: `python benchmarks/data_path.py` prints five tables.
 
     tokenise   rows of a JSONL file to packs from a cold cache, against the tokenizer's own batch encoding of the same
                text with the same number of threads; and a second run, from the cache
     trl        the same with every core, against TRL: until the data set of its trainer is ready
+    defaults   the same as `trl` with the number of processes unset: TRL takes one, we take one for each core
     packing    one million samples of chat-like lengths, all at once and step by step
     startup    from the command to the first step, against importing torch and transformers and loading the model
 
@@ -31,7 +32,8 @@ from materials import MARKED_TEMPLATE, gsm8k, made_up, make_model, texts_of, wri
 
 HERE = Path(__file__).parent
 PACKAGES = ("tokenizers", "transformers", "trl", "datasets", "torch", "numpy")
-TABLES = ("tokenise", "trl", "packing", "startup")
+TABLES = ("tokenise", "trl", "defaults", "packing", "startup")
+UNSET = 0
 SAMPLES_PER_STEP, TOKEN_BUDGET = 256, 8192
 
 
@@ -50,7 +52,10 @@ def raw(folder: Path, threads: int) -> dict[str, Any]:
 
 
 def ours(folder: Path, threads: int) -> dict[str, Any]:
-    """Rows to packs of a whole epoch, first with an empty cache and then again; one thread is no further process."""
+    """Rows to packs of a whole epoch, first with an empty cache and then again; one thread is no further process.
+
+    UNSET threads: as many processes as by default.
+    """
     from training_hub.data.feed import Feed, FeedSettings
     from training_hub.data.prepare import prepare
     from training_hub.data.templates import resolve_template
@@ -59,7 +64,9 @@ def ours(folder: Path, threads: int) -> dict[str, Any]:
     from training_hub.recipe import Recipe
 
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        data = {"path": str(folder / "rows.jsonl"), "cache_dir": cache, "workers": threads if threads > 1 else 0}
+        data: dict[str, Any] = {"path": str(folder / "rows.jsonl"), "cache_dir": cache}
+        if threads != UNSET:
+            data["workers"] = threads if threads > 1 else 0
         described = {"output": "out", "model": {"path": str(folder / "model")}, "training": {"max_seq_len": 4096}}
         recipe = Recipe.model_validate({**described, "data": data})
         tokenizer = ChatTokenizer.load(recipe.model.path)
@@ -179,14 +186,14 @@ SIDES: dict[str, Callable[[Path, int], dict[str, Any]]] = {"raw": raw, "ours": o
 
 
 def environment(threads: int) -> dict[str, str]:
-    return {
-        **os.environ,
+    always = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    counts = {
         "OMP_NUM_THREADS": str(threads),
         "RAYON_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
     }
+    left = {name: value for name, value in os.environ.items() if name not in counts}
+    return {**left, **always, **({} if threads == UNSET else counts)}
 
 
 def run_side(side: str, folder: Path, threads: int) -> dict[str, Any]:
@@ -217,7 +224,8 @@ def compare(
         median = statistics.median(a[name] for a in first) / statistics.median(b[name] for b in second)
         cells.append(f"ratio of {name} {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     warm = [one["warm_seconds"] for one in made["ours"]]
-    print(f"{title}, {threads} thread(s): {'; '.join(cells)}; ours again, from the cache {spread(warm)} s", flush=True)
+    how = f"{threads} thread(s)" if threads != UNSET else "as by default"
+    print(f"{title}, {how}: {'; '.join(cells)}; ours again, from the cache {spread(warm)} s", flush=True)
 
 
 def main() -> None:
@@ -249,6 +257,8 @@ def main() -> None:
                 compare("tokenise", folder, ("raw", "ours"), threads, options.rounds, keep)
         if "trl" in options.tables:
             compare("trl", folder, ("trl", "ours"), os.cpu_count() or 1, max(2, options.rounds // 2), keep)
+        if "defaults" in options.tables:
+            compare("defaults", folder, ("trl", "ours"), UNSET, max(2, options.rounds // 2), keep)
         if "packing" in options.tables:
             found = [run_side("packing", folder, 1) for _ in range(options.rounds)]
             for one in found:

@@ -40,9 +40,13 @@ class Order:
 
 @dataclass
 class Measured:
-    """What one side did, step by step, warm-up left out; `losses` of all steps. operations: those the tokens need."""
+    """What one side did, step by step, warm-up left out; `losses` of all steps. operations: those the tokens need.
+
+    processor_seconds: of all threads together, in all of these steps.
+    """
 
     seconds: list[float]
+    processor_seconds: float
     tokens: list[int]
     trained_tokens: list[int]
     operations: float
@@ -53,6 +57,7 @@ class Measured:
 def ours(order: Order) -> Measured:
     from training_hub import sft
 
+    spent: list[float] = []
     result = sft(
         order.model,
         order.data,
@@ -62,6 +67,7 @@ def ours(order: Order) -> Measured:
         effective_batch_size=order.batch,
         max_seq_len=order.max_length,
         learning_rate=LEARNING_RATE,
+        callbacks=lambda _: spent.append(time.process_time()),
         overrides={
             "model.dtype": order.dtype,
             "lr_scheduler.name": "constant",
@@ -80,6 +86,7 @@ def ours(order: Order) -> Measured:
     peak = result.metrics["peak_tflops"] * 1e12
     return Measured(
         seconds=[b - a for a, b in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)],
+        processor_seconds=spent[-1] - spent[WARM_UP - 1],
         tokens=[row["tokens"] for row in rows],
         trained_tokens=[row["trained_tokens"] for row in rows],
         operations=sum(row["peak_fraction"] * row["step_seconds"] * peak for row in rows),
@@ -179,10 +186,12 @@ def _watched(trainer: Any) -> Measured:
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
+            self.spent: list[float] = []
             self.losses: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.ends.append(time.perf_counter())
+            self.spent.append(time.process_time())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
@@ -204,6 +213,7 @@ def _watched(trainer: Any) -> Measured:
     taken = batches[WARM_UP : WARM_UP + len(spans)]
     return Measured(
         seconds=spans,
+        processor_seconds=clock.spent[-1] - clock.spent[WARM_UP - 1],
         tokens=[sum(lengths) for lengths, _, _ in taken],
         trained_tokens=[trained for _, trained, _ in taken],
         operations=sum(work.of_lengths(lengths, trained) for lengths, trained, _ in taken),
@@ -224,6 +234,7 @@ def _lengths(batch: Any) -> list[int]:
 SIDES: dict[str, Callable[[Order], Measured]] = {
     "ours": ours,
     "trl": trl,
+    "trl-kept": trl,
     "trl-best": trl_best,
     "transformers": transformers,
 }
@@ -243,6 +254,7 @@ def main() -> None:
     made = {
         "side": side,
         "tokens_per_second": sum(measured.tokens) / seconds,
+        "tokens_per_processor_second": sum(measured.tokens) / measured.processor_seconds,
         "trained_tokens_per_second": sum(measured.trained_tokens) / seconds,
         "step_tokens_per_second": [
             round(tokens / taken, 1) for tokens, taken in zip(measured.tokens, measured.seconds, strict=True)

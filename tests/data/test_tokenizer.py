@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.data.tiny import CHATML, chat_tokenizer, hf_tokenizer
-from training_hub.data.tokenizer import ChatTokenizer
+from training_hub.data.tokenizer import ChatTokenizer, Tokenised
 from training_hub.errors import DataError
 
 TEXT = "Hello there,  four\n\n漢字 é<|im_end|>\n<|im_start|>user <think>x"
@@ -45,7 +45,7 @@ def test_places_tile_the_text_also_where_the_tokenizer_trims_them(trim_offsets):
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_tokens_between_two_characters_are_those_that_the_places_of_all_tell(trim_offsets):
     tokenizer = chat_tokenizer(trim_offsets=trim_offsets)
-    (quick,) = tokenizer.tokenise([TEXT])
+    quick = Tokenised(tokenizer._backend.encode(TEXT, add_special_tokens=False))
     ids, starts, ends = quick.arrays()
     assert quick.ids.tolist() == ids.tolist()
     told = 0

@@ -42,6 +42,9 @@ class CompactAdamW(torch.optim.Optimizer):
     ):
         super().__init__(groups, settings)
         self._extras, self._is_8bit = extras, is_8bit
+        # Made before the first step, lest they lie where activations were, and these find no room the next time.
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            self.state[weight].update(self._fresh(weight))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -62,8 +65,6 @@ class CompactAdamW(torch.optim.Optimizer):
 
     def _move(self, weight: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight]
-        if not state:
-            state.update(self._fresh(weight))
         state["step"] += 1
         extra = self._extras.get(weight)
         if weight.is_cuda and find_spec("triton") is not None:
