@@ -170,7 +170,7 @@ class Updater:
         self.masters.publish()
 
     def state(self) -> dict[str, Tensor]:
-        """What the optimizer keeps, by `weight name/state name`; of torch's own there is nothing before the first step."""
+        """What the optimizer keeps, by `weight name/state name`; of torch's own nothing before the first step."""
         kept = {
             f"{name}/{key}": value
             for name, weight in self.masters.weights.items()
