@@ -1,7 +1,7 @@
 """What OSFT costs beside SFT: seconds of a step, peak memory, and the decomposition at the start.
 
     python benchmarks/osft.py steps           # SFT and OSFT at ratios 0.1, 0.2, 0.3, a process each, in turn
-    python benchmarks/osft.py decomposition   # full SVDs and ours on matrices of 1024 x 2816 and 2048 x 5632
+    python benchmarks/osft.py decomposition   # full SVDs and ours on matrices of three sizes
 
 Each run is the package's own `run` on random tokens. The lines it prints, with the machine and the versions, are what
 docs/guides/osft.md quotes.
@@ -10,6 +10,7 @@ docs/guides/osft.md quotes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,16 @@ TOKENS_PER_STEP = 8192
 SAMPLE = 512
 WARM_STEPS = 2  # left out: allocators and caches fill
 RATIOS = (0.1, 0.2, 0.3)
-SHAPES = ((1024, 2816), (2048, 5632))
+SHAPES = ((1024, 1024), (1024, 2816), (2048, 5632))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["steps", "decomposition", "one"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gradients", default="step")
     parser.add_argument("--packs", type=int, default=1, help="micro-batches per step")
@@ -61,26 +62,34 @@ def processor() -> str:
 
 
 def compare_steps(arguments: argparse.Namespace) -> None:
-    """Each variant in a process of its own, all of them in turn, several rounds; medians of all steps but the first."""
-    seconds: dict[float | None, list[float]] = {ratio: [] for ratio in (None, *RATIOS)}
-    memory: dict[float | None, list[float]] = {ratio: [] for ratio in seconds}
+    """Each variant in a process of its own, all of them in turn, several rounds; a line as each ends, then the table.
+
+    A round's ratio is its median step over that of SFT in the same round: what else the machine does changes slowly.
+    """
+    found: dict[float | None, list[dict[str, Any]]] = {ratio: [] for ratio in (None, *RATIOS)}
     with tempfile.TemporaryDirectory() as folder:
         write_materials(Path(folder), arguments)
-        for _ in range(arguments.rounds):
-            for ratio in seconds:
-                found = in_a_process(arguments, folder, ratio)
-                seconds[ratio] += found["seconds"]
-                memory[ratio].append(found["memory"])
-    base_seconds, base_memory = statistics.median(seconds[None]), statistics.median(memory[None])
-    for ratio in seconds:
-        median, peak = statistics.median(seconds[ratio]), statistics.median(memory[ratio])
-        spread = f"{min(seconds[ratio]):.2f} to {max(seconds[ratio]):.2f}"
-        fastest = min(seconds[ratio]) / min(seconds[None])
-        print(
-            f"{'SFT' if ratio is None else f'OSFT {ratio}':<10} step {median:7.3f} s ({spread})  "
-            f"x {median / base_seconds:.3f}, of the fastest x {fastest:.3f}   "
-            f"peak {peak:7.3f} GiB  x {peak / base_memory:.3f}"
-        )
+        for number in range(arguments.rounds):
+            for ratio, runs in found.items():
+                one = in_a_process(arguments, folder, ratio)
+                runs.append(one)
+                steps = ", ".join(f"{step:.2f}" for step in one["seconds"])
+                print(f"round {number + 1}, {named(ratio)}: {steps} s, {one['memory']:.3f} GiB", flush=True)
+    print("| run | step: median (range) | over SFT's: median (range) | of the processor | over SFT's | peak memory |")
+    print("|---|---|---|---|---|---|")
+    peak = statistics.median(one["memory"] for one in found[None])
+    for ratio, runs in found.items():
+        cells = [named(ratio)]
+        for what in ("seconds", "processor"):
+            pairs = zip(runs, found[None], strict=True)
+            over = [statistics.median(mine[what]) / statistics.median(theirs[what]) for mine, theirs in pairs]
+            cells += [told_spread([step for one in runs for step in one[what]]), told_spread(over)]
+        mine = statistics.median(one["memory"] for one in runs)
+        print(f"| {' | '.join(cells)} | {mine:.3f} GiB, {mine / peak:.3f} of SFT's |")
+
+
+def named(ratio: float | None) -> str:
+    return "SFT" if ratio is None else f"OSFT {ratio}"
 
 
 def in_a_process(arguments: argparse.Namespace, folder: str, ratio: float | None) -> dict[str, Any]:
@@ -125,7 +134,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each step after the first ones, and the process's peak memory in GiB at the end of them."""
+    """Seconds of each step after the first ones, by the clock and of all processors, and the process's peak memory in
+    GiB at the end of them."""
+    from training_hub.backends import Given
     from training_hub.launch import run
     from training_hub.recipe import Recipe
 
@@ -150,51 +161,81 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "monitoring": {"console": "off"},
             }
         )
-        history = run(recipe).history[WARM_STEPS:]
-    return {"seconds": [row["step_seconds"] for row in history], "memory": history[-1]["memory_gib"]}
+        clock = [time.process_time()]
+        given = Given(watchers=[lambda report: clock.append(time.process_time())])
+        history = run(recipe, given).history[WARM_STEPS:]
+    processor = [after - before for before, after in itertools.pairwise(clock)][WARM_STEPS:]
+    seconds = [row["step_seconds"] for row in history]
+    return {"seconds": seconds, "processor": processor, "memory": history[-1]["memory_gib"]}
 
 
 def compare_decompositions(arguments: argparse.Namespace) -> None:
-    """Full SVDs and our split, in turn; and how far the low subspaces are from those of the SVD in float64."""
+    """Full SVDs and our split, in turn; how far the subspaces are from those of the SVD in float64, and what its
+    eigenvectors and its products take by themselves, below which no such split can get."""
     import torch
 
-    from training_hub.backends.torch_engine.adaptations.osft.decompose import rank_kept, split
+    from training_hub.backends.torch_engine.adaptations.osft import decompose
+    from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("| matrix | way | seconds: median (range) | of the processor | over ours | V off by | U off by |")
+    print("|---|---|---|---|---|---|---|")
     for shape in SHAPES:
-        weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+        weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device).T.contiguous()
         kept = rank_kept(min(shape), 0.3)
+        gram = weight.T.double() @ weight.double()
         ways: dict[str, Callable[[], Any]] = {
-            "SVD float32": lambda w=weight: torch.linalg.svd(w, full_matrices=False)[0].T,
-            "SVD float64": lambda w=weight: torch.linalg.svd(w.double(), full_matrices=False)[0].T,
-            "split": lambda w=weight, k=kept: split(w.T, k).right,
+            "SVD float64": lambda w=weight: torch.linalg.svd(w.double(), full_matrices=False),
+            "SVD float32": lambda w=weight: torch.linalg.svd(w, full_matrices=False),
+            "ours": lambda w=weight, k=kept: split(w, k),
+            "eigenvectors alone": lambda g=gram: torch.linalg.eigh(g),
+            "Gram matrix alone": lambda w=weight: decompose.lower_gram(w),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         found: dict[str, Any] = {}
-        for _ in range(arguments.rounds):
+        for number in range(arguments.rounds + 1):
             for name, work in ways.items():
                 seconds, found[name] = timed(work, device)
-                times[name].append(seconds)
-        ours = statistics.median(times["split"])
-        exact = found["SVD float64"][kept:]
-        for name, low in found.items():
-            low = (low if name == "split" else low[kept:]).double()
-            apart = torch.linalg.matrix_norm(low.T @ low - exact.T @ exact, 2)
-            median, spread = statistics.median(times[name]), f"{min(times[name]):.2f} to {max(times[name]):.2f}"
+                times[name] += [seconds] if number else []  # the first round warms up
+        ours = statistics.median(processor for _, processor in times["ours"])
+        u, _, v = found["SVD float64"]
+        for name, one in found.items():
+            apart = ["", ""]
+            if name == "SVD float32":
+                apart = [told_apart(one[2][kept:].T, v[kept:].T), told_apart(one[0][:, :kept], u[:, :kept])]
+            if isinstance(one, Split):
+                left, basis = (one.left, u[:, kept:]) if one.is_square else (one.protected, u[:, :kept])
+                apart = [told_apart(one.right.T, v[kept:].T), told_apart(left, basis)]
+            walls, processors = zip(*times[name], strict=True)
             print(
-                f"{shape[0]} x {shape[1]}  {name:<11} {median:7.3f} s ({spread})  x {median / ours:.1f}  "
-                f"low projector off by {float(apart):.0e}"
+                f"| {shape[0]} x {shape[1]} | {name} | {told_spread(walls)} | {told_spread(processors)} | "
+                f"{statistics.median(processors) / ours:.2f} | {apart[0]} | {apart[1]} |",
+                flush=True,
             )
 
 
-def timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
+def told_spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def told_apart(basis: Any, exact: Any) -> str:
+    """The norm of the difference of the projectors on two spaces, by their orthonormal columns."""
     import torch
 
-    began = time.perf_counter()
+    outside = basis.double() - exact @ (exact.T @ basis.double())
+    return f"{float(torch.linalg.matrix_norm(outside, 2)):.0e}"
+
+
+def timed(work: Callable[[], Any], device: str) -> tuple[tuple[float, float], Any]:
+    """Seconds by the clock and, on a CPU, of all processors: those say more where the machine does other work too."""
+    import torch
+
+    began, busy = time.perf_counter(), time.process_time()
     done = work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began, done
+    elapsed = time.perf_counter() - began
+    return (elapsed, elapsed if device == "cuda" else time.process_time() - busy), done
 
 
 if __name__ == "__main__":

@@ -10,14 +10,18 @@ itself; on the long side it is, only where the matrix is square.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-# U = W V^T / sigma, with V from the Gram matrix, is orthonormal to 2e-16 (sigma_1 / sigma)^2: 2e-10 at this share of
-# sigma_1. Smaller ones are made orthonormal by a QR decomposition.
-WELL_CONDITIONED = 1e-3
+# U = W V^T / sigma, with V from the Gram matrix, is orthonormal to 2e-16 (sigma_1 / sigma)^2: 2e-8 at this share of
+# sigma_1, a third of what rounding to float32 costs. Smaller ones are made orthonormal by a QR decomposition.
+WELL_CONDITIONED = 1e-4
+# Rows of a float32 weight that are float64 at a time: a copy of the whole would take longer to get than to multiply.
+ROWS_AT_A_TIME = 512
+GRAM_PARTS = 8  # of the columns: the symmetric product of so many parts costs 9/16 of the whole one
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,16 @@ class Split:
     def is_square(self) -> bool:
         return self.left.shape[-2] == self.right.shape[-1]
 
-    def project_left(self, x: Tensor) -> Tensor:
-        """(I - U_h U_h^T) x, for x [..., N, r]."""
-        if self.is_square:
-            return self.left @ (self.left.mT @ x)
-        return x - self.protected @ (self.protected.mT @ x)
+    def project_left(self, x: Tensor, products: torch.dtype | None = None) -> Tensor:
+        """(I - U_h U_h^T) x, for x [..., N, r]; products: the format that is multiplied in, if not that of x."""
+        basis = (self.left if self.is_square else self.protected).to(products or x.dtype)
+        inside = (basis @ (basis.mT @ x.to(basis.dtype))).to(x.dtype)
+        return inside if self.is_square else x - inside
 
-    def project_right(self, x: Tensor) -> Tensor:
+    def project_right(self, x: Tensor, products: torch.dtype | None = None) -> Tensor:
         """x (I - V_h^T V_h), for x [..., r, M]."""
-        return (x @ self.right.mT) @ self.right
+        basis = self.right.to(products or x.dtype)
+        return ((x.to(basis.dtype) @ basis.mT) @ basis).to(x.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -88,7 +93,7 @@ def split(weight: Tensor, kept: int | None, before: Split | None = None, energy:
     stack = weight.reshape(-1, *weight.shape[-2:])
     earlier = [None] * len(stack) if before is None else _matrices_of(before, weight.shape[:-2])
     if kept is None:
-        spectra = [_spectrum(matrix.double(), one) for matrix, one in zip(stack, earlier, strict=True)]
+        spectra = [_spectrum(matrix, one) for matrix, one in zip(stack, earlier, strict=True)]
         kept = rank_of_energy(torch.stack(spectra), energy)
     # One matrix at a time: a stack of experts in float64 would be large.
     parts = [_split_matrix(matrix, kept, one, dtype) for matrix, one in zip(stack, earlier, strict=True)]
@@ -108,71 +113,142 @@ def _matrices_of(stack: Split, lead: torch.Size) -> list[Split]:
 
 
 def _split_matrix(matrix: Tensor, kept: int, before: Split | None, dtype: torch.dtype) -> Split:
-    exact = matrix.double()
     is_square = matrix.shape[0] == matrix.shape[1]
-    earlier = exact[:, :0] if before is None else before.protected.double()
-    u, s, v = _singular(_free_part(exact, before), earlier, is_exact=matrix.dtype == torch.float64)
+    earlier = matrix.new_zeros(matrix.shape[0], 0, dtype=dtype) if before is None else before.protected
+    found = _singular(_free_part(matrix, before), earlier, kept, is_exact=matrix.dtype == torch.float64)
+    v, v_high, u, u_high = found.right, found.right_high, found.left, found.left_high
     if before is not None:
-        v = v @ before.right.double()
+        v, v_high = v @ before.right.double(), v_high @ before.right.double()
         u = before.left.double() @ u if is_square else u
-    left, right = u[:, kept:].to(dtype), v[kept:].to(dtype)
-    overlap_left = _gram(u[:, :kept].T @ left.double()) if is_square else exact.new_zeros(0, 0)
-    overlap_right = _gram(v[:kept] @ right.double().T)
+        u_high = before.left.double() @ u_high.double() if is_square and u_high is not None else u_high
+    left, right = u.to(dtype), v.to(dtype)
+    overlap_left = matrix.new_zeros(0, 0, dtype=torch.float64)
+    if is_square:
+        overlap_left = _rounding(left, u) if u_high is None else _gram(u_high.T.double() @ left.double())
+    overlap_right = _gram(v_high @ right.double().T)
     if before is not None:  # the rounding of the earlier cut is still there
-        overlap_right += _turned(before.overlap_right, before.right.double() @ v[kept:].T)
+        overlap_right += _turned(before.overlap_right, before.right.double() @ v.T)
         if is_square:
-            overlap_left += _turned(before.overlap_left, before.left.double().T @ u[:, kept:])
+            overlap_left += _turned(before.overlap_left, before.left.double().T @ u)
+    protected = earlier if is_square or u_high is None else torch.cat([earlier, u_high.to(dtype)], dim=1)
     return Split(
         left=left.contiguous(),
-        values=s[kept:].to(dtype),
+        values=found.values.to(dtype),
         right=right.contiguous(),
-        protected=(exact[:, :0] if is_square else torch.cat([earlier, u[:, :kept]], dim=1)).to(dtype).contiguous(),
+        protected=protected.contiguous(),
         overlap_left=overlap_left.to(dtype),
         overlap_right=overlap_right.to(dtype),
-        norm=torch.linalg.matrix_norm(exact).to(dtype),
+        norm=torch.linalg.matrix_norm(matrix.to(dtype)),
     )
+
+
+def _rounding(rounded: Tensor, exact: Tensor) -> Tensor:
+    """Of the columns of `rounded`, what lies outside the span of those they are the rounding of: X^T X."""
+    apart = rounded.double() - exact
+    return _gram(apart - exact @ (exact.T @ apart))
 
 
 def _turned(overlap: Tensor, turn: Tensor) -> Tensor:
     return turn.T @ overlap.double() @ turn
 
 
-def _free_part(exact: Tensor, before: Split | None) -> Tensor:
+def _free_part(matrix: Tensor, before: Split | None) -> Tensor:
     """What of a matrix [N, M] may still be cut, in the coordinates of the free directions: [N or r, r]."""
     if before is None:
-        return exact
-    inside = exact @ before.right.double().T
+        return matrix
+    inside = matrix.double() @ before.right.double().T
     if before.is_square:
         return before.left.double().T @ inside
     basis = before.protected.double()
     return inside - basis @ (basis.T @ inside)
 
 
-def _spectrum(exact: Tensor, before: Split | None) -> Tensor:
-    return torch.linalg.eigvalsh(_gram(_free_part(exact, before))).clamp_min(0).sqrt().flip(-1)
+def _spectrum(matrix: Tensor, before: Split | None) -> Tensor:
+    return torch.linalg.eigvalsh(lower_gram(_free_part(matrix, before))).clamp_min(0).sqrt().flip(-1)
 
 
 def _gram(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-def _singular(x: Tensor, earlier: Tensor, *, is_exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, M] = U diag(s) V with falling s: U [N, M], s [M], V [M, M], in float64; U is orthogonal to `earlier`.
+def lower_gram(x: Tensor) -> Tensor:
+    """Of x^T x in float64 what eigh reads: the lower triangle, and a little of the rest."""
+    width = x.shape[1]
+    gram = x.new_zeros(width, width, dtype=torch.float64)
+    part = -(-width // GRAM_PARTS)
+    for _, rows in _in_float64(x):
+        for start in range(0, width, part):
+            end = start + part
+            gram[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
+    return gram
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """x y in float64."""
+    product = x.new_empty(x.shape[0], y.shape[1], dtype=torch.float64)
+    for start, rows in _in_float64(x):
+        torch.mm(rows, y, out=product[start : start + rows.shape[0]])
+    return product
+
+
+def _in_float64(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A few rows at a time, with the number of the first; in float32 they are overwritten by the next."""
+    if x.dtype == torch.float64:
+        yield 0, x
+        return
+    room = x.new_empty(min(ROWS_AT_A_TIME, x.shape[0]), x.shape[1], dtype=torch.float64)
+    for start in range(0, x.shape[0], ROWS_AT_A_TIME):
+        source = x[start : start + ROWS_AT_A_TIME]
+        yield start, room[: source.shape[0]].copy_(source)
+
+
+@dataclass(frozen=True)
+class _Singular:
+    """x [N, M] = U diag(s) V, cut in two: the low part, and bases of what is protected.
+
+    left [N, r], values [r], right [r, M] in float64; right_high [k, M]; left_high [N, k] where it was needed.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    right_high: Tensor
+    left_high: Tensor | None
+
+
+def _singular(x: Tensor, earlier: Tensor, kept: int, *, is_exact: bool) -> _Singular:
+    """The singular value decomposition of x [N, M], as far as a cut needs it; U is orthogonal to `earlier`.
 
     is_exact: x says something down to the last bit of float64, which a Gram matrix loses: then by a full decomposition.
-    Else V is the eigenvectors of x^T x: many times faster, and exact to about 1e-8 of the largest singular value.
+    Else V is the eigenvectors of x^T x: faster, and exact to about 1e-8 of the largest singular value.
     """
     if is_exact:
         u, s, v = torch.linalg.svd(x, full_matrices=False)
-    else:
-        v = torch.linalg.eigh(_gram(x)).eigenvectors.flip(-1).T
-        moved = x @ v.T
-        s = torch.linalg.vector_norm(moved, dim=0)
-        u = moved / s.clamp_min(torch.finfo(torch.float64).tiny)
-    if float(s.min()) > WELL_CONDITIONED * float(s.max()):
-        return u, s, v
-    columns = torch.cat([earlier, u], dim=1)
-    basis, triangle = torch.linalg.qr(columns)
+        if _is_well_conditioned(s[-1:], s[0]):
+            return _Singular(u[:, kept:], s[kept:], v[kept:], v[:kept], u[:, :kept])
+        return _made_orthonormal(u, s, v, earlier, kept)
+    squares, vectors = torch.linalg.eigh(lower_gram(x))
+    largest, v = squares[-1].clamp_min(0).sqrt(), vectors.flip(-1).T
+    low = _times(x, v[kept:].T)
+    s = torch.linalg.vector_norm(low, dim=0)
+    if not _is_well_conditioned(s, largest):
+        u = torch.cat([_times(x, v[:kept].T), low], dim=1)
+        s = torch.linalg.vector_norm(u, dim=0)
+        return _made_orthonormal(u / s.clamp_min(torch.finfo(torch.float64).tiny), s, v, earlier, kept)
+    high = None  # on the long side of a matrix that is not square the low part does not span the complement
+    if x.shape[0] > x.shape[1]:
+        high = _times(x, v[:kept].T)
+        high /= torch.linalg.vector_norm(high, dim=0)
+    return _Singular(low / s, s, v[kept:], v[:kept], high)
+
+
+def _is_well_conditioned(low: Tensor, largest: Tensor) -> bool:
+    return float(low.min()) > WELL_CONDITIONED * float(largest)
+
+
+def _made_orthonormal(u: Tensor, s: Tensor, v: Tensor, earlier: Tensor, kept: int) -> _Singular:
+    basis, triangle = torch.linalg.qr(torch.cat([earlier.double(), u], dim=1))
     # QR may turn a column around, and finds directions of its own for those that x sends to nothing.
     signs = torch.where(torch.diagonal(triangle) < 0, -1.0, 1.0).to(basis.dtype)
-    return (basis * signs)[:, earlier.shape[1] :], s, v
+    u = (basis * signs)[:, earlier.shape[1] :]
+    return _Singular(u[:, kept:], s[kept:], v[kept:], v[:kept], u[:, :kept])
