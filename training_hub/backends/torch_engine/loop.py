@@ -192,9 +192,11 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     if run.by_source is not None:
         run.by_source.begin()
-    for one in batch.packs:
+    for number, one in enumerate(batch.packs, 1):
         tensors = to_device(one, run.device)
         term = run.objective(run.model, tensors)
+        if number == len(batch.packs):
+            run.adaptation.expect_last_backward()
         (term.total / batch.trained_weight).backward()
         total += term.total.detach()
         if run.by_source is not None:
@@ -239,6 +241,7 @@ def dry_step(run: Run) -> None:
     run.model.train()
     torch.manual_seed(step_seed(run.recipe.seed, 0))
     one = run.feed.largest_pack()
+    run.adaptation.expect_last_backward()
     (run.objective(run.model, to_device(one, run.device)).total / max(float(one.weights.sum()), 1.0)).backward()
     run.updater.masters.drop_gradients()
 

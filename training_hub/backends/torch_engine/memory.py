@@ -86,7 +86,8 @@ def estimate(
         + (holdings.trained + holdings.fixed) * exact
         + (holdings.copied * dtype.itemsize if is_low else 0),
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
-        "gradients": (sum(p.numel() for p in trained) + holdings.gradients) * exact,
+        "gradients": (sum(p.numel() for p in trained) + (holdings.gradients if accumulates else holdings.complete))
+        * exact,
         "optimizer": optimizer_bytes([*trained, own], optimizer, exact, tables_in(model)),
         "activations": None,
         "logits": logit_bytes(model, dtype, device, int((largest.weights != 0).sum()), on_kernels=on_kernels),

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tests.backends.torch_engine.osft.oracle import dense_weights, factored, step
-from training_hub.backends.torch_engine.adaptations.osft.decompose import rank_kept
+from training_hub.backends.torch_engine.adaptations.osft.decompose import rank_kept, split
 from training_hub.backends.torch_engine.adaptations.osft.optimizer import OsftOptimizer
-from training_hub.backends.torch_engine.adaptations.osft.spaces import leak_and_size
+from training_hub.backends.torch_engine.adaptations.osft.spaces import FORMS, leak_and_size
 
 STEPS = 60
 RATIO = 0.3
@@ -213,3 +213,35 @@ def test_ratio_0_freezes_the_targets_and_ratio_1_trains_them_in_full(ratio, trai
         start = network().get_parameter(name)
         expected = plain.get_parameter(name) if trains or not is_target else start
         assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_backward_of_a_step_frees_each_dense_gradient_and_changes_nothing(dtype):
+    def gradients(*, is_told: bool) -> dict[str, torch.Tensor]:
+        model = network(dtype)
+        spaces = OsftOptimizer(model, unfreeze_rank_ratio=RATIO, lr=1e-3).spaces
+        loss_of(model, 0, dtype).backward()
+        if is_told:
+            spaces.expect_last_backward()
+        loss_of(model, 1, dtype).backward()
+        if is_told:
+            assert all(parameter.grad is None for parameter in spaces.parameters.values())
+        spaces.gather()
+        return {name: weight.grad for name, weight in spaces.weights().items()}
+
+    told, untold = gradients(is_told=True), gradients(is_told=False)
+    assert len(told) == 9
+    assert all(torch.equal(told[name], untold[name]) for name in untold)
+
+
+def test_products_with_bfloat16_gradients_are_those_of_float32_but_for_rounding():
+    weight = torch.randn(64, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gradient = torch.randn(64, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for form in FORMS.values():
+        trained = form(split(weight, 16))
+        exact, quick = trained.gradients(gradient.float()), trained.gradients(gradient)
+        for name, wanted in trained.project(exact).items():
+            found = trained.project(quick, torch.bfloat16)[name]
+            assert found.dtype == torch.float32
+            # Three roundings to 8 bits of mantissa, each 2^-9 of a number.
+            assert (found - wanted).norm() < 3 * 2**-8 * wanted.norm(), name

@@ -45,6 +45,10 @@ class Adaptation(Protocol):
         """What the optimizer moves beside the model's own parameters, by name."""
         ...
 
+    def expect_last_backward(self) -> None:
+        """The next backward completes the gradients of a step."""
+        ...
+
     def gather(self) -> None:
         """The gradients of a step are complete: make those of `weights` from them."""
         ...

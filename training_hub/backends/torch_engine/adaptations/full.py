@@ -44,6 +44,9 @@ class Full:
         """What the optimizer moves beside the model's own parameters: nothing."""
         return {}
 
+    def expect_last_backward(self) -> None:
+        """Nothing to do with a gradient before all are there."""
+
     def gather(self) -> None:
         """Nothing to do once the gradients of a step are complete."""
 

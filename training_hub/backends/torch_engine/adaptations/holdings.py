@@ -11,9 +11,9 @@ class Holdings:
 
     claimed: parameters that it moves itself. trained: numbers that the optimizer moves for them. fixed: numbers that it
     keeps, in float32. copied: numbers that it keeps in the format of the model, where that is 16 bits wide. gradients:
-    numbers of the gradients that wait for a step in place of those of the claimed parameters. saved: numbers in a
-    checkpoint beside those that the optimizer moves. exported: numbers of the final model's files, where these are not
-    the whole model.
+    numbers of the gradients that wait for further packs of a step in place of those of the claimed parameters.
+    complete: the same once those of a step are complete. saved: numbers in a checkpoint beside those that the optimizer
+    moves. exported: numbers of the final model's files, where these are not the whole model.
     """
 
     claimed: frozenset[str] = frozenset()
@@ -21,6 +21,7 @@ class Holdings:
     fixed: int = 0
     copied: int = 0
     gradients: int = 0
+    complete: int = 0
     saved: int = 0
     exported: int | None = None
 

@@ -87,6 +87,9 @@ class Lora:
         """What the optimizer moves beside the model's own parameters: nothing, the adapter's are among them."""
         return {}
 
+    def expect_last_backward(self) -> None:
+        """Nothing to do with a gradient before all are there."""
+
     def gather(self) -> None:
         """Nothing to do once the gradients of a step are complete."""
 

@@ -78,8 +78,8 @@ class Osft:
             beside = low**2 if is_square else rows * (columns - low)
             fixed += stack * (per_factors + low**2 + beside + 1)
         dense = sum(stack * rows * columns for stack, rows, columns in shapes)
-        is_layerwise = self._settings.gradients == "layer"
-        return Holdings(self.claimed, trained, fixed, dense, trained if is_layerwise else dense, dense + fixed)
+        waiting = trained if self._settings.gradients == "layer" else dense
+        return Holdings(self.claimed, trained, fixed, dense, waiting, trained, dense + fixed)
 
     @torch.no_grad()
     def begin(self, console: Console) -> None:
@@ -107,6 +107,10 @@ class Osft:
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters, by name."""
         return self._spaces.weights()
+
+    def expect_last_backward(self) -> None:
+        """Let the next backward turn each dense gradient into those of `weights` as soon as it is there."""
+        self._spaces.expect_last_backward()
 
     def gather(self) -> None:
         """Turn the dense gradients of the claimed parameters into those of `weights`."""

@@ -35,13 +35,15 @@ class Core:
 
     def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
         """dC = Q_U^T G Q_V^T from G = dL/dW [..., N, M], or dL = (I - U_h U_h^T) G V0^T."""
-        at = self.split
-        long = gradient @ at.right.mT
-        return {"core": at.left.mT @ long if at.is_square else at.project_left(long)}
+        at, products = self.split, gradient.dtype
+        long = gradient @ at.right.to(products).mT
+        if at.is_square:
+            return {"core": (at.left.to(products).mT @ long).to(at.left.dtype)}
+        return {"core": at.project_left(long.to(at.left.dtype), products)}
 
-    def project(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights or their gradients, without what points into the protected space."""
-        return tensors if self.split.is_square else {"core": self.split.project_left(tensors["core"])}
+    def project(self, tensors: dict[str, Tensor], products: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Weights or their gradients, without what points into the protected space; products: as for Factors."""
+        return tensors if self.split.is_square else {"core": self.split.project_left(tensors["core"], products)}
 
     def low(self) -> Tensor:
         """L [..., N, r], for which the weight has moved by D = L V0."""

@@ -34,19 +34,23 @@ class Factors:
         return {"left": at.left + self.left, "values": at.values + self.values, "right": at.right + self.right}
 
     def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
-        """The chain rule from G = dL/dW [..., N, M]: with GV = G V^T,
+        """The chain rule from G = dL/dW [..., N, M], in whose format it is multiplied: with GV = G V^T,
 
         dU = GV diag(S), dS_i = <U_i, GV_i>, dV = diag(S) U^T G.
         """
         now = self.totals()
         u, s, v = now["left"], now["values"], now["right"]
-        gv = gradient @ v.mT
-        return {"left": gv * s[..., None, :], "values": (u * gv).sum(-2), "right": s[..., None] * (u.mT @ gradient)}
+        gv = (gradient @ v.to(gradient.dtype).mT).to(v.dtype)
+        ug = (u.to(gradient.dtype).mT @ gradient).to(u.dtype)
+        return {"left": gv * s[..., None, :], "values": (u * gv).sum(-2), "right": s[..., None] * ug}
 
-    def project(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights or their gradients, without what points into the protected space."""
-        at = self.split
-        return {**tensors, "left": at.project_left(tensors["left"]), "right": at.project_right(tensors["right"])}
+    def project(self, tensors: dict[str, Tensor], products: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Weights or their gradients, without what points into the protected space.
+
+        products: the format that is multiplied in, if not that of the tensors.
+        """
+        left = self.split.project_left(tensors["left"], products)
+        return {**tensors, "left": left, "right": self.split.project_right(tensors["right"], products)}
 
     def low(self) -> Tensor:
         """L [..., N, r], for which the weight has moved by D = L V0.

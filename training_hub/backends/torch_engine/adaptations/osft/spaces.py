@@ -43,7 +43,8 @@ class LowSpaces:
     """The low parts of all targets.
 
     A parameter in float32 or float64 is moved by the difference of its D = L V0 from the last, so that its start needs
-    no memory. One in bfloat16 keeps its start, and is the rounding of start + D.
+    no memory. One in bfloat16 keeps its start, and is the rounding of start + D; its gradients are in bfloat16, and so
+    are the products with them (a sum over several packs is in float32). D and all that it comes from is in float32.
     """
 
     def __init__(self, pairs: Iterable[tuple[Target, Split]], form: str, *, is_layerwise: bool = False):
@@ -58,9 +59,9 @@ class LowSpaces:
         self._sums: dict[str, Tensor] = {}
         self._before: list[Tensor] = []
         self._moved = [(torch.zeros(()), torch.zeros(())) for _ in self.spaces]
+        self._is_layerwise, self._is_last_backward = is_layerwise, False
         for name, parameter in self.parameters.items():
-            if is_layerwise or name in self._starts:
-                parameter.register_post_accumulate_grad_hook(self._taken(name, is_layerwise))
+            parameter.register_post_accumulate_grad_hook(self._taken(name))
 
     def pairs(self) -> list[tuple[Target, Split]]:
         """The targets and their splits."""
@@ -70,9 +71,14 @@ class LowSpaces:
         """What the optimizer moves, by name: `<target>.osft.<factor>`."""
         return {name: tensor for one in self.spaces for name, tensor in one.weights().items()}
 
+    def expect_last_backward(self) -> None:
+        """The next backward completes the gradients of a step: each dense one is free once it is there."""
+        self._is_last_backward = True
+
     @torch.no_grad()
     def gather(self) -> None:
-        """Turn the dense gradients of the step into those of what trains, and free them."""
+        """Turn the dense gradients of the step that are still there into those of what trains, and free them."""
+        self._is_last_backward = False
         for name, parameter in self.parameters.items():
             gradient = self._sums.pop(name, parameter.grad)
             parameter.grad = None
@@ -81,6 +87,7 @@ class LowSpaces:
 
     def drop_gradients(self) -> None:
         """Forget all gradients, and free their memory."""
+        self._is_last_backward = False
         self._sums.clear()
         for tensor in (*self.parameters.values(), *self.weights().values()):
             tensor.grad = None
@@ -99,7 +106,9 @@ class LowSpaces:
             gradients = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
             if not gradients:
                 continue
-            gradients = one.trained.project(gradients)
+            # Like the gradients themselves; what the optimizer makes of them is projected exactly afterwards.
+            is_low = one.target.parameter.dtype == torch.bfloat16
+            gradients = one.trained.project(gradients, torch.bfloat16 if is_low else None)
             for key, total in one.trained.totals().items() if decay else ():
                 moved, factor = (weights[key], -rate * decay) if is_decoupled else (gradients[key], decay)
                 moved.add_(total, alpha=factor)
@@ -157,25 +166,28 @@ class LowSpaces:
         for name, start in self._starts.items():
             self.parameters[name].data.copy_(self._sum(name, start))
 
-    def _taken(self, name: str, is_layerwise: bool) -> Callable[[Tensor], None]:
+    def _taken(self, name: str) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def take(parameter: Tensor) -> None:
+            is_complete = self._is_layerwise or self._is_last_backward
+            if parameter.grad is None or not (is_complete or name in self._starts):
+                return  # float32 adds up where backward puts it
             gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                return
-            if is_layerwise:
-                self._add_gradient(name, gradient)
-            elif name in self._sums:
-                self._sums[name].add_(gradient)
+            before = self._sums.pop(name, None)
+            total = gradient if before is None else before.add_(gradient)
+            if is_complete:
+                self._add_gradient(name, total)
             else:
-                self._sums[name] = gradient.float()
+                self._sums[name] = total.float()
 
         return take
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         for one in self._of(name):
             weights = one.trained.weights()
-            dense = one.target.view(gradient).to(one.trained.split.left.dtype)
+            dense = one.target.view(gradient)
+            if dense.dtype != torch.bfloat16:
+                dense = dense.to(one.trained.split.left.dtype)
             for key, part in one.trained.gradients(dense).items():
                 sum_so_far = weights[key].grad
                 weights[key].grad = part if sum_so_far is None else sum_so_far.add_(part)
