@@ -67,6 +67,7 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
         f"freezing.{name}": ("algorithm", ("sft",))
         for name in ("blocks", "embeddings", "weights", "unfreeze_interval", "unfrozen_blocks")
     },
+    "osft.least_kept": ("osft.importance", (True,)),
     "lr_scheduler.min_lr": ("lr_scheduler.name", ("cosine", "linear", "wsd")),
     "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
     **{
@@ -74,6 +75,7 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
         for name in (
             "unfreeze_rank_ratio",
             "energy",
+            "importance",
             "targets",
             "others",
             "form",
@@ -311,6 +313,8 @@ def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names(ratio)}: not given; allowed: a number of at least 0 and at most 1. "
             f"Write {names.write(ratio, 0.3)}",
         )
+    if recipe.osft.importance:
+        yield from _osft_importance(recipe, names)
     if recipe.optimizer.name == "Adafactor":
         yield Contradiction(
             ("optimizer.name",),
@@ -336,6 +340,29 @@ def _lora(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
                     f"{names(path)}: {_plainly(value_at(recipe, path))} beside {names('lora.adapter')}, whose "
                     f"adapter_config.json says it for the adapter that the run goes on with. Leave {path} out.",
                 )
+
+
+def _osft_importance(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    importance, ratio, least = "osft.importance", "osft.unfreeze_rank_ratio", "osft.least_kept"
+    share = recipe.osft.unfreeze_rank_ratio
+    if recipe.evaluation.watch is None:
+        yield Contradiction(
+            (importance, "evaluation.watch"),
+            f"{names(importance)}: measured on the rows of {names('evaluation.watch')}, which is not given. Write "
+            f"{names.write('evaluation.watch', 'general.jsonl')}, with rows of what must not be forgotten.",
+        )
+    if share is None or share in (0, 1):
+        yield Contradiction(
+            (importance, ratio),
+            f"{names(importance)}: shares out {names(ratio)}, which is {_plainly(share)}; allowed: between 0 and 1. "
+            f"Write {names.write(ratio, 0.3)}, or leave {importance} out.",
+        )
+    elif recipe.osft.least_kept > 1 - share:
+        yield Contradiction(
+            (least, ratio),
+            f"{names(least)}: found {recipe.osft.least_kept:g}, but with {names(ratio)} {share:g} blocks keep "
+            f"{1 - share:g} on average. Write {names.write(least, 0.1)}, or a smaller {ratio}.",
+        )
 
 
 def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:

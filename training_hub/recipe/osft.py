@@ -19,6 +19,13 @@ class Osft(Section):
     """Protect in each matrix the fewest directions that hold this share of the sum of its squared singular values,
     instead of unfreeze_rank_ratio."""
 
+    importance: bool = False
+    """Share unfreeze_rank_ratio out over the model's blocks by the paper's rule: a block is protected more, the less it
+    changes the hidden states of the rows of evaluation.watch (mean cosine of what it is given and what it gives)."""
+
+    least_kept: Share = 0.1
+    """With importance, the share of directions that a block without any would keep (the paper's minimum)."""
+
     targets: list[str] | None = None
     """Parts of the names of weights to protect. Default: the weights of all linear layers inside the model's blocks,
     and of experts."""
@@ -34,8 +41,8 @@ class Osft(Section):
     """Cut each projection of a fused weight (query, key and value; gate and up) by itself."""
 
     gradients: Literal["step", "layer"] = "step"
-    """When dense gradients become those of what trains: once per optimizer step, or layer by layer in each backward,
-    which needs less memory and more time where a step has several packs."""
+    """When dense gradients become those of what trains, each as soon as it is there: in the last backward of a step, or
+    in the backward of each of its packs, which needs less memory and more time where a step has several."""
 
     carry: bool = False
     """Protect over a sequence of tasks: go on from the osft_state.safetensors beside the model, where there is one,

@@ -17,6 +17,8 @@ import torch
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
+from training_hub.backends.torch_engine.adaptations.osft import Osft
+from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
 from training_hub.backends.torch_engine.by_source import BySource
@@ -247,6 +249,8 @@ def assemble(
         raise TrainingError([*broken, f"{recipe.model.path} came with them. Download or convert it again."])
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(loaded.model)
+    if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
+        adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
     adaptation.begin(console)
     plain, note = cross_entropy(model)
     for line in (*loaded.notes, *([note] if note else [])):

@@ -15,6 +15,7 @@ from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, read_state, state_of
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
+from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
 from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
 from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, parameters_of
 from training_hub.backends.torch_engine.adaptations.osft.table import told
@@ -26,6 +27,9 @@ from training_hub.types import Console, Proof
 
 DECOUPLED = ("AdamW", "Lion", "AdamW8bit", "Lion8bit")
 """Optimizers that decay weights themselves, apart from gradients."""
+
+NEARLY_NOTHING = 1e-12
+"""A ratio of 0 freezes a weight; a block that is to be kept whole still trains one direction."""
 
 
 class Osft:
@@ -39,6 +43,7 @@ class Osft:
         self._full = Full()
         self._targets: list[Target] = []
         self._spaces = LowSpaces([], self._settings.form)
+        self._shares: dict[str, float] = {}
         self.claimed: frozenset[str] = frozenset()
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -51,7 +56,7 @@ class Osft:
         is_carried = settings.carry and (self._came_from / FILE).is_file()
         if ratio == 0:
             self._targets = []
-        elif ratio is None or is_carried:
+        elif ratio is None or is_carried or settings.importance:
             self._targets = found
         else:
             # A weight of which no part has a direction to protect trains in full.
@@ -64,6 +69,12 @@ class Osft:
                 parameter.requires_grad_(False)
         self._model = model
         return model
+
+    def weigh(self, importance: Mapping[str, float]) -> None:
+        """Share the ranks out by the importance of each block, by its name; for `begin`, which comes after."""
+        settings = self._settings
+        target = 1 - (settings.unfreeze_rank_ratio or 0.0)
+        self._shares = shares_kept(importance, settings.least_kept, target)
 
     def holdings(self) -> Holdings:
         """What the run will hold for OSFT; where `energy` decides the ranks, as if half of each were protected."""
@@ -101,6 +112,8 @@ class Osft:
                 advance(_cost(one))
         pairs = [(one, splits[one.name]) for one in self._targets]
         self._spaces = LowSpaces(pairs, self._settings.form, is_layerwise=self._settings.gradients == "layer")
+        for block, share in self._shares.items():
+            console.say(f"osft: {block} keeps {share:.1%} of its directions, by its importance")
         for line in told(self._model, pairs, sum(t.numel() for t in self.weights().values())):
             console.say(f"osft: {line}")
 
@@ -163,6 +176,8 @@ class Osft:
         if before is not None:
             before = Split(**{name: tensor.to(weight.device) for name, tensor in before.tensors().items()})
         free = before.right.shape[-2] if before is not None else target.short_side
+        shares = (share for block, share in self._shares.items() if target.parameter_name.startswith(f"{block}."))
+        ratio = next((max(1 - share, NEARLY_NOTHING) for share in shares), ratio)
         kept = None if ratio is None else rank_kept(free, ratio)
         if self._shelf is None or before is not None:
             return split(weight, kept, before, energy)
