@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PINS := -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-base test test-all campaign bench check audit format package reference clean
+.PHONY: help demo demo-base continual-base test test-all campaign bench check audit format package reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ demo: $(VENV)/.installed ## fine-tune a tiny model on this machine and see it le
 
 demo-base: $(VENV)/.installed ## pre-train the demo's tiny base model again (longer)
 	$(RUN) -m training_hub.demo.base
+
+continual-base: $(VENV)/.installed ## pre-train the larger base of benchmarks/continual.py (minutes)
+	$(RUN) benchmarks/continual_base.py
 
 test: $(VENV)/.installed ## the tests
 	$(RUN) -m pytest -q -m "not slow and not gpu"

@@ -1,6 +1,7 @@
 """What each method forgets over a sequence of tasks, at the same new-task score: full SFT, OSFT in both forms, replay.
 
     python benchmarks/continual.py demo --output out       # shipped base (0.7 M parameters), tasks made here
+    python benchmarks/continual.py base --output out       # 3.3 M parameters by continual_base.py, the same tasks
     python benchmarks/continual.py stories --output out    # stories260K and five tasks of TRAINING_HUB_TEST_DATA
 
 A method that learns less forgets less, so methods are compared where they have learned as much. Each first runs the
@@ -24,6 +25,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ STORIES_TASKS = {  # the word that tells the tasks apart; their definitions are 
     "outcome": "task181_outcome_extraction",
 }
 # Of 260 thousand parameters no answer is expected to be right more often than by chance.
-SCORE = {"demo": "exact_match", "stories": "loss"}
+SCORE = {"demo": "exact_match", "base": "loss", "stories": "loss"}
 MEASURES: dict[str, Callable[[Any], float]] = {
     "new task": new_task_score,
     "average": average_accuracy,
@@ -58,8 +60,9 @@ MEASURES: dict[str, Callable[[Any], float]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", choices=["demo", "stories"])
+    parser.add_argument("base", choices=["demo", "base", "stories"])
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=Path("build/continual-base/run/final"), help="of `base`")
     parser.add_argument("--methods", nargs="+", default=["full", "osft", "osft-core", "replay"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
@@ -67,7 +70,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--set", dest="common", action="append", default=[], help="METHOD:PATH=JSON, for one method")
     arguments = parser.parse_args()
-    model, tasks, general = {"demo": demo, "stories": stories}[arguments.base](arguments.output / "data")
+    model, tasks, general = {"demo": demo, "base": partial(base, arguments.model), "stories": stories}[arguments.base](
+        arguments.output / "data"
+    )
     study = Study(
         recipe_of(model, general, arguments),
         tasks[: arguments.tasks],
@@ -94,7 +99,7 @@ def recipe_of(model: Path, general: Path, arguments: argparse.Namespace) -> Reci
             "training": {
                 "steps": arguments.steps,
                 "global_batch_size": 16,
-                "max_seq_len": 256 if arguments.base == "demo" else 512,
+                "max_seq_len": 512 if arguments.base == "stories" else 256,
                 "preflight": False,
             },
             "lr_scheduler": {"warmup_ratio": 0.1},
@@ -217,6 +222,13 @@ def demo(folder: Path) -> tuple[Path, tuple[Task, ...], Path]:
     rng = random.Random(12)
     general = write(folder / "general.jsonl", [{"text": draw_prose(rng)} for _ in range(200)])
     return BASE_FOLDER, tuple(task_of(folder, name, rows[name]) for name in DEMO_TASKS), general
+
+
+def base(model: Path, folder: Path) -> tuple[Path, tuple[Task, ...], Path]:
+    """The base of continual_base.py, and what the demo's learns."""
+    if not (model / "config.json").exists():
+        raise SystemExit(f"{model} holds no model: run `make continual-base` first, or say where it is with --model.")
+    return model, *demo(folder)[1:]
 
 
 def stories(folder: Path) -> tuple[Path, tuple[Task, ...], Path]:
