@@ -197,7 +197,9 @@ def _row(side: str, rounds: Sequence[dict[str, Any]], ours: Sequence[dict[str, A
 
 
 def _ratio(ours: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]], name: str) -> str:
-    """The ratio of medians, and the range of the ratios round by round."""
+    """The ratio of medians, and the range of the ratios round by round; nothing for runs before it was measured."""
+    if any(name not in one for one in (*ours, *rounds)):
+        return ""
     mine, theirs = [one[name] for one in ours], [one[name] for one in rounds]
     ratios = [first / second for first, second in zip(mine, theirs, strict=True)]
     return f"{statistics.median(mine) / statistics.median(theirs):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -146,11 +146,11 @@ def command(folder: Path, out: Path, *settings: str) -> list[str]:
 
 
 def startup(folder: Path, settings: Sequence[str]) -> dict[str, float]:
-    """Seconds of both: until the process ends, and until the first step stands in metrics.jsonl."""
+    """Seconds of both, and of processor time: until the process ends, and until the first step is in metrics.jsonl."""
     seconds = {}
     clock = Clock()
     subprocess.run(by_hand(folder), check=True, capture_output=True, env=environment(1))
-    seconds["by hand"] = clock.read()["seconds"]
+    seconds["by hand"], seconds["by hand, processor"] = clock.read().values()
     with tempfile.TemporaryDirectory(dir=folder) as out:
         metrics = Path(out) / "run" / "metrics.jsonl"
         clock = Clock()
@@ -163,9 +163,16 @@ def startup(folder: Path, settings: Sequence[str]) -> dict[str, float]:
                 raise SystemExit(Path(log.name).read_text("utf-8")[-3000:])
             time.sleep(0.005)
         seconds["ours"] = clock.read()["seconds"]
+        seconds["ours, processor"] = spent_by(process.pid)
         process.wait()
         log.close()
     return seconds
+
+
+def spent_by(pid: int) -> float:
+    """Processor seconds of a running process and its ended children, from proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 class Clock:
@@ -270,9 +277,11 @@ def main() -> None:
             begun = [startup(folder, settings) for _ in range(options.rounds)]
             for one in begun:
                 keep("startup", "both", {**one, "settings": settings})
-            ratio = spread([one["ours"] / one["by hand"] for one in begun])
             cells = [f"{side} {spread([one[side] for one in begun])} s" for side in ("by hand", "ours")]
-            print(f"startup: {'; '.join(cells)}; ratio {ratio}")
+            for what in ("", ", processor"):
+                ratio = spread([one[f"ours{what}"] / one[f"by hand{what}"] for one in begun])
+                cells.append(f"ratio{what} {ratio}")
+            print(f"startup: {'; '.join(cells)}")
 
 
 if __name__ == "__main__":
