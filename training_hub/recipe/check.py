@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.evaluation import metric_problems, names_of, needs_validation
+from training_hub.recipe.hub import REPO_ID
 from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
 
@@ -86,6 +87,8 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
         )
     },
     **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in LORA_SETTINGS},
+    "hub.repo_id": ("hub.push", (True,)),
+    "hub.private": ("hub.push", (True,)),
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
     "monitoring.wandb_entity": ("monitoring.wandb", (True,)),
     "monitoring.wandb_run_name": ("monitoring.wandb", (True,)),
@@ -155,6 +158,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _watch,
         _generation,
         _best,
+        _hub,
         _processes,
     )
     unusable = list(_unusable_texts(recipe, names))
@@ -422,6 +426,23 @@ def _best(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             ("evaluation.early_stopping_min_delta", "evaluation.early_stopping_patience"),
             f"{names('evaluation.early_stopping_min_delta')}: {asked.early_stopping_min_delta} would change nothing. "
             f"Write {names.write('evaluation.early_stopping_patience', 3)}, or leave it out.",
+        )
+
+
+def _hub(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    asked = recipe.hub
+    if asked.push and (asked.repo_id is None or not REPO_ID.fullmatch(asked.repo_id)):
+        found = "not given" if asked.repo_id is None else f"found {asked.repo_id!r}"
+        yield Contradiction(
+            ("hub.repo_id", "hub.push"),
+            f"{names('hub.repo_id')}: {found}; allowed: OWNER/NAME of letters, digits, - _ and dots. Write "
+            f"{names.write('hub.repo_id', 'me/my-model')}",
+        )
+    if asked.push and not recipe.checkpoint.final:
+        yield Contradiction(
+            ("hub.push", "checkpoint.final"),
+            f"{names('hub.push')}: there is nothing to upload while {names('checkpoint.final')} is false. Leave one "
+            "out.",
         )
 
 
