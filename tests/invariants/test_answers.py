@@ -159,6 +159,18 @@ def test_a_run_stops_early_and_is_then_taken_as_it_is(tiny_model_folder: Path, c
     assert again.status == "stopped" and again.metrics == result.metrics
 
 
+def test_answers_that_another_run_left_are_not_taken_for_this_ones(
+    tiny_model_folder: Path, chat_file: Path, tmp_path: Path
+):
+    left = tmp_path / "run" / "predictions" / "step-0.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text("of another run\n")
+    asked = {"generate": 4, "at_start": False}
+    train(tiny_model_folder, chat_file, tmp_path / "run", data=VALIDATED, training=STEPS, evaluation=asked)
+    assert not left.exists()
+    assert all("base" not in row for row in lines(tmp_path / "run" / "predictions.jsonl"))
+
+
 def test_rows_that_ask_nothing_are_refused_before_the_model_is_loaded(tiny_model_folder: Path, tmp_path: Path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"The {n} tigers."}) + "\n" for n in range(20)))
