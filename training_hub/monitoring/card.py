@@ -73,7 +73,7 @@ def model_card(facts: CardFacts) -> str:
         *_curve(facts),
         *_data(facts),
         *_samples(facts),
-        *_use(),
+        *_use(facts.recipe),
         *_settings(facts),
         *_versions(facts),
         *_licence(facts.base),
@@ -85,12 +85,13 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
     """What the hub reads. A licence is stated only where the base's card states one: it is then the base's."""
     base = facts.base
     stated = {"license": base.licence, "license_name": base.licence_name, "license_link": base.licence_link}
+    relation = "adapter" if _is_adapter(facts.recipe) else "finetune"
     sources = [name for name in _source_paths(facts.recipe) if _is_hub_name(name)]
     return {
         **{key: value for key, value in stated.items() if value},
-        **({"base_model": base.name, "base_model_relation": "finetune"} if base.is_on_hub else {}),
+        **({"base_model": base.name, "base_model_relation": relation} if base.is_on_hub else {}),
         **({"datasets": sources} if sources else {}),
-        "library_name": "transformers",
+        "library_name": "peft" if _is_adapter(facts.recipe) else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["training-hub", facts.recipe.algorithm],
     }
@@ -175,8 +176,14 @@ def _samples(facts: CardFacts) -> Iterator[str]:
         yield "---\n"
 
 
-def _use() -> Iterator[str]:
+def _is_adapter(recipe: Recipe) -> bool:
+    return recipe.algorithm == "lora_sft"
+
+
+def _use(recipe: Recipe) -> Iterator[str]:
     yield "## Use\n"
+    if _is_adapter(recipe):
+        yield "An adapter: transformers loads its base and puts it in where `peft` is installed.\n"
     yield (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
