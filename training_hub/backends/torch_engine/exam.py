@@ -191,7 +191,9 @@ def exam_of(recipe: Recipe, materials: Materials) -> Exam | None:
     if not recipe.evaluation.generate or materials.prepared.validation is None:
         return None
     most, store = rows_generated(recipe.evaluation), materials.prepared.validation
-    return Exam(examiner_of(recipe.evaluation, recipe.seed, materials, store, most), Path(recipe.output))
+    return Exam(
+        examiner_of(recipe.evaluation, recipe.seed, materials, store, most, materials.metrics), Path(recipe.output)
+    )
 
 
 def told(scores: Mapping[str, float]) -> str:
