@@ -71,3 +71,11 @@ def test_methods_are_compared_at_the_same_new_task_score(tmp_path: Path):
     found = json.loads((tmp_path / "matched" / "continual.json").read_text())
     assert [one["method"] for one in found["courses"]] == ["full", "osft"]
     assert all(len(one["watch"]) == 3 for one in found["courses"])
+
+
+@pytest.mark.slow
+def test_three_ways_to_generate_make_the_same_answers():
+    out = run("generation.py", "--tiny", "--rounds", "1")
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| float32 |")]
+    assert [row[2].strip().split()[0] for row in rows] == ["ours", "batches", "one"]
+    assert all(row[6].strip() == "6 of 6" for row in rows)

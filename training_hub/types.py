@@ -212,6 +212,8 @@ class TrainResult:
     output_dir: the run folder. model_path: the Hugging Face folder to load, None when no final model was asked for.
     metrics: the last values by name. history: one dictionary per logged step, as in metrics.jsonl.
     plan: what was decided before the first step. engine: the engine that ran. versions: of the packages that matter.
+    base: name and licence of the model it began from. data: counts and fingerprint of the rows. predictions: the file
+    with the answers, where rows were answered. hub: the address of the upload, empty where there was none.
     """
 
     status: str
@@ -225,6 +227,10 @@ class TrainResult:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
+    base: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    predictions: Path | None = None
+    hub: str = ""
 
 
 class Progress(Protocol):

@@ -28,6 +28,7 @@ constant = 3
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("undefined\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -83,6 +84,7 @@ def test_what_is_no_finite_number_is_an_error_for_each_row(value: Any):
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("missing.py:f", "there is no file missing.py"),
         ("mine.constant", "a function is wanted"),
+        ("broken.py:f", "NameError: name 'undefined' is not defined"),
     ],
 )
 def test_a_function_that_cannot_be_had_is_an_objection(own: Path, path: str, said: str):

@@ -14,6 +14,7 @@ from training_hub.errors import DataError, RecipeError
 from training_hub.evaluation.texts import Texts, bleu, token_f1
 from training_hub.experiments.comparison import names_of
 from training_hub.frontends.cli import main
+from training_hub.monitoring.base_model import front_matter
 
 QUIET = {"monitoring.console": "off", "model.dtype": "float32", "data.cache": False}
 QUIET_FLAGS = ["--monitoring.console", "off", "--model.dtype", "float32", "--no-data.cache"]
@@ -137,6 +138,37 @@ def test_what_is_wrong_with_any_model_is_said_before_one_is_loaded(taught: Path,
         evaluate([taught, taught], rows, overrides=QUIET)
     with pytest.raises(RecipeError, match=r"evaluation\.generate"):
         evaluate(taught, rows, rows=-3, overrides=QUIET)
+
+
+def test_an_adapter_is_answered_by_beside_its_base(
+    tiny_model_folder: Path, rows: Path, chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("peft")
+    result = train(
+        *(tiny_model_folder, chat_file, tmp_path / "run"),
+        algorithm="lora_sft",
+        data={"validation": str(rows)},
+        training={"steps": 6, "preflight": False},
+        optimizer={"lr": 3e-2},
+    )
+    assert result.model_path is not None and (result.model_path / "adapter_config.json").is_file()
+    found = evaluate([tiny_model_folder, result.model_path], rows, "f1", rows=4, overrides=QUIET).scores
+    # float32; the same sums over other packs.
+    assert found["model"]["loss"] == pytest.approx(result.metrics["validation_loss_before"], rel=1e-5)
+    assert found["final"]["loss"] == pytest.approx(result.metrics["validation_loss"], rel=1e-5)
+    assert found["final"]["loss"] < found["model"]["loss"] - 0.01
+    words = ["--prompt", "What comes after 4?", "--model.dtype", "float32", "--max-new-tokens", "8"]
+    assert main(["chat", "--model", str(result.model_path), *words]) == 0
+    assert len(capsys.readouterr().out) > 1
+    card = front_matter((result.model_path / "README.md").read_text())
+    assert card["library_name"] == "peft"
+
+
+@pytest.mark.parametrize("text, said", [("{}", "names no base_model_name_or_path"), ("[", "cannot be read")])
+def test_an_adapter_without_a_base_is_refused(text: str, said: str, rows: Path, tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        evaluate(tmp_path, rows, overrides=QUIET)
 
 
 def test_names_are_as_short_as_tells_models_apart():

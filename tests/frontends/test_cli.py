@@ -40,7 +40,7 @@ def test_every_setting_and_every_spelling_is_a_flag(capsys: pytest.CaptureFixtur
 
 def test_every_boolean_has_both_forms():
     for setting in all_settings().values():
-        if setting.is_boolean and setting.path not in ("checkpoint.keep_best",):
+        if setting.is_boolean and setting.path not in ("checkpoint.keep_best", "hub.push", "hub.private"):
             is_osft = setting.path.startswith("osft.")
             given = ["osft", *NEEDED[1:], "--osft.energy=0.5"] if is_osft else NEEDED
             assert value_at(recipe_of([*given, f"--{setting.path}"]), setting.path) is True
@@ -106,7 +106,7 @@ def test_text_arrives_in_every_text_setting_as_it_was_typed(text: str):
     switches = ["monitoring.wandb=true", "monitoring.mlflow=true"]
     for path, setting in all_settings().items():
         only_text = setting.takes_text and not (setting.takes_list or setting.takes_number or setting.takes_boolean)
-        if only_text and path not in ("algorithm", "backend", "evaluation.best_metric"):
+        if only_text and path not in ("algorithm", "backend", "evaluation.best_metric", "hub.repo_id"):
             for words in ([f"--{path}={text}"], [f"{path}={text}"]):
                 command = ["lora-sft", *NEEDED[1:]] if path.startswith("lora.") else NEEDED
                 recipe = recipe_of([*command, *switches, *words])

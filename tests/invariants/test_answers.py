@@ -159,9 +159,56 @@ def test_a_run_stops_early_and_is_then_taken_as_it_is(tiny_model_folder: Path, c
     assert again.status == "stopped" and again.metrics == result.metrics
 
 
+def test_answers_that_another_run_left_are_not_taken_for_this_ones(
+    tiny_model_folder: Path, chat_file: Path, tmp_path: Path
+):
+    left = tmp_path / "run" / "predictions" / "step-0.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text("of another run\n")
+    asked = {"generate": 4, "at_start": False}
+    train(tiny_model_folder, chat_file, tmp_path / "run", data=VALIDATED, training=STEPS, evaluation=asked)
+    assert not left.exists()
+    assert all("base" not in row for row in lines(tmp_path / "run" / "predictions.jsonl"))
+
+
 def test_rows_that_ask_nothing_are_refused_before_the_model_is_loaded(tiny_model_folder: Path, tmp_path: Path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"The {n} tigers."}) + "\n" for n in range(20)))
     with pytest.raises(DataError, match="nothing in these rows asks for an answer"):
         train(tiny_model_folder, text, tmp_path / "run", data=VALIDATED, training=STEPS, evaluation={"generate": True})
     assert not (tmp_path / "run" / "plan.json").exists()  # which is written once the model is there
+
+
+def test_a_function_from_python_is_a_metric_of_a_run_and_may_decide_which_step_is_best(
+    tiny_model_folder: Path, chat_file: Path, tmp_path: Path
+):
+    from training_hub import RecipeError, sft
+
+    def shortness(answer: str, reference: str) -> float:
+        return -len(answer)
+
+    settings = {
+        "data.validation_fraction": 0.25,
+        "data.cache": False,
+        "training.preflight": False,
+        "monitoring.console": "off",
+        "checkpoint.keep_best": True,
+        "evaluation.interval": 1,
+        "evaluation.generate": 4,
+        "evaluation.metrics": ["f1", shortness],
+        "evaluation.best_metric": "shortness",
+    }
+    run_of = {"model_path": tiny_model_folder, "data_path": chat_file, "ckpt_output_dir": tmp_path / "run"}
+    result = sft(**run_of, backend="torch", max_steps=3, batch_size=8, learning_rate=1e-2, overrides=settings)
+    scores = {row["step"]: row["validation_shortness"] for row in result.history}
+    assert result.metrics["best_validation_shortness"] == max(scores.values())
+    saved = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "live:shortness" in saved
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(RecipeError, match="Hand it over again"):
+        train(
+            *(tiny_model_folder, chat_file, tmp_path / "other"),
+            data=VALIDATED,
+            training=STEPS,
+            evaluation={"generate": 4, "metrics": ["live:shortness"]},
+        )

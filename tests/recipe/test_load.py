@@ -129,7 +129,7 @@ FREE = [
     if path not in {*NEEDS, *(one for pair in RIVALS for one in pair), "data.unmask", "training.max_tokens_per_gpu"}
     and path not in {"processes.node_rank", "processes.master_port"}
     and (not path.startswith("evaluation.") or path.endswith(("interval", "at_epoch", "at_start", ".watch")))
-    and path != "evaluation.watch_interval"
+    and path not in {"evaluation.watch_interval", "hub.push"}
 ]
 
 

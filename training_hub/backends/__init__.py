@@ -26,7 +26,7 @@ class Given:
     """Live objects handed over beside the recipe; each stands in for what the recipe would name.
 
     rows, validation_rows: DataFrame, `datasets` object, or an iterable of dictionaries. watchers: called with each
-    report.
+    report. metrics: functions that evaluation.metrics names as live:NAME.
     """
 
     model: Any = None
@@ -34,6 +34,7 @@ class Given:
     rows: Any = None
     validation_rows: Any = None
     watchers: Sequence[Watcher] = ()
+    metrics: Sequence[Callable[..., Any]] = ()
 
 
 @runtime_checkable

@@ -26,7 +26,7 @@ from training_hub.evaluation.texts import (
     rouge,
     token_f1,
 )
-from training_hub.recipe.evaluation import MEASURED_ANYWAY, expanded, is_own_function, own_name
+from training_hub.recipe.evaluation import LIVE, MEASURED_ANYWAY, expanded, is_own_function, own_name
 
 SHOWN_PROBLEMS = 5
 SHOWN_CHARACTERS = 200
@@ -69,7 +69,7 @@ def objections(names: Sequence[str]) -> list[str]:
                 f"evaluation.metrics: {name} needs {distribution}, which is not installed: "
                 "pip install 'training-hub[eval]', or leave the metric out."
             )
-        elif is_own_function(name):
+        elif is_own_function(name) and not name.startswith(LIVE):
             try:
                 find_function(name)
             except RecipeError as error:
@@ -78,15 +78,31 @@ def objections(names: Sequence[str]) -> list[str]:
 
 
 def metrics_of(names: Sequence[str], own: Sequence[Callable[..., Any]] = ()) -> list[Metric]:
-    """The metrics of these names, and functions of the user's. Raises RecipeError where one cannot be had."""
-    problems = objections(names)
+    """The metrics of these names, and functions of the user's; `live:NAME` is the one of `own` with that name.
+
+    Raises RecipeError where one cannot be had.
+    """
+    handed_over = {f"{LIVE}{name_of(one)}": one for one in own}
+    missing = [name for name in names if name.startswith(LIVE) and name not in handed_over]
+    problems = [
+        f"evaluation.metrics: {name} is a function that was handed over from Python, and no file can name it. Hand it "
+        "over again, or write package.module:function or file.py:function."
+        for name in missing
+    ]
+    problems += objections(names)
     if problems:
         raise RecipeError(problems)
-    wanted = [name for name in expanded(names) if name not in MEASURED_ANYWAY]
-    found = [
-        METRICS[name] if name in METRICS else Metric(own_name(name), own_score(find_function(name))) for name in wanted
-    ]
-    return found + [Metric(getattr(one, "__name__", type(one).__name__), own_score(one)) for one in own]
+    found = []
+    for name in (each for each in expanded(names) if each not in MEASURED_ANYWAY):
+        function = handed_over.pop(name) if name in handed_over else None
+        is_ours = name in METRICS
+        found.append(METRICS[name] if is_ours else Metric(own_name(name), own_score(function or find_function(name))))
+    return found + [Metric(name_of(one), own_score(one)) for one in handed_over.values()]
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is called in results."""
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def judge(texts: Texts, metrics: Sequence[Metric]) -> tuple[dict[str, float], list[dict[str, float]]]:
@@ -105,7 +121,7 @@ def find_function(path: str) -> Callable[..., Any]:
     try:
         module = _file_module(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         function = getattr(module, name)
-    except (ImportError, AttributeError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # a module of the user's can raise anything while it is imported
         raise RecipeError(
             f"evaluation.metrics: {path}: cannot be imported: {type(error).__name__}: {error}. Write "
             "package.module:function or file.py:function."
@@ -164,5 +180,5 @@ def _number(value: Any) -> float:
 def _told(function: Callable[..., Any], texts: Texts, row: int, error: Exception) -> str:
     where = texts.origins[row] if texts.origins else f"row {row + 1}"
     said, wanted = (ascii(text[:SHOWN_CHARACTERS]) for text in (texts.answers[row], texts.references[row]))
-    name = getattr(function, "__name__", type(function).__name__)
-    return f"metric {name}: {where}: {type(error).__name__}: {error}. The answer was {said}, the reference {wanted}."
+    what = f"{type(error).__name__}: {error}"
+    return f"metric {name_of(function)}: {where}: {what}. The answer was {said}, the reference {wanted}."

@@ -22,6 +22,7 @@ from training_hub.folders import write_json
 from training_hub.recipe import Recipe
 from training_hub.recipe.evaluation import MEASURED_ANYWAY, expanded
 from training_hub.recipe.folder import RunFolder
+from training_hub.recipe.saved import with_saved
 from training_hub.types import Console
 
 RESULT = "evaluation.json"
@@ -138,9 +139,8 @@ def _shown(value: float) -> str:
 def _of(recipe: Recipe, model: str) -> Recipe:
     """The recipe with `model`, and its rows all to be answered: none set aside, dropped or watched."""
     rows = {"validation": None, "validation_fraction": 0.0, "deduplicate": False}
-    return recipe.model_copy(
+    return with_saved(recipe, model).model_copy(
         update={
-            "model": recipe.model.model_copy(update={"path": model}),
             "data": recipe.data.model_copy(update=rows),
             "evaluation": recipe.evaluation.model_copy(update={"watch": None}),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from training_hub.frontends.keyword import Keyword, Settings, flag
 from training_hub.frontends.lora_keywords import LORA, whole_batch
 from training_hub.recipe import Recipe
 from training_hub.recipe.check import RIVALS, Names
+from training_hub.recipe.evaluation import LIVE
 from training_hub.recipe.load import Layer, build, layer_of, merge
 from training_hub.recipe.names import nearest, nearest_setting
 from training_hub.recipe.sections import DataSource
@@ -39,6 +40,7 @@ class Request:
     rows: Any = None
     validation_rows: Any = None
     watchers: tuple[Callable[[Any], None], ...] = ()
+    metrics: tuple[Callable[..., Any], ...] = ()
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -89,7 +91,7 @@ def request_from(keywords: Mapping[str, Any], function: str = "sft") -> Request:
             kind = type(given.pop(name)).__name__
             problems.append(f"{name}: found a {kind}; allowed: a path, a list of paths, or rows. Hand over one split.")
     problems += whole_batch(given) if "micro_batch_size" in known else []
-    extra = layer_of(given.pop("overrides", None), "overrides")
+    extra, metrics = _live_metrics(layer_of(given.pop("overrides", None), "overrides"))
     problems += [unknown_keyword(name, function) for name in given if name not in known]
     layer = _layer([known[name] for name in given if name in known], given)
     twice = [path for path in extra.values if path in layer.values]
@@ -97,7 +99,7 @@ def request_from(keywords: Mapping[str, Any], function: str = "sft") -> Request:
     layer = merge(layer, extra)
     own_names = {one.path: one.name for one in reversed([*known.values()]) if one.path not in extra.values}
     spelled = {**own_names, **layer.spelled}
-    return Request(Layer(layer.values, spelled, (*problems, *layer.problems)), rows, validation_rows, watchers)
+    return Request(Layer(layer.values, spelled, (*problems, *layer.problems)), rows, validation_rows, watchers, metrics)
 
 
 def is_live(value: Any) -> bool:
@@ -170,6 +172,17 @@ def _watchers(callbacks: Any) -> tuple[tuple[Callable[[Any], None], ...], list[s
     wrong = [one for one in several if not callable(one)]
     problems = [f"callbacks: found {shown(one)}; allowed: functions that take a StepReport." for one in wrong]
     return tuple(one for one in several if callable(one)), problems
+
+
+def _live_metrics(layer: Layer) -> tuple[Layer, tuple[Callable[..., Any], ...]]:
+    """The layer with names in the place of functions in evaluation.metrics, and these functions."""
+    listed = layer.values.get("evaluation.metrics")
+    listed = [listed] if callable(listed) else listed
+    if not isinstance(listed, (list, tuple)) or not any(callable(one) for one in listed):
+        return layer, ()
+    names = [f"{LIVE}{getattr(one, '__name__', type(one).__name__)}" if callable(one) else one for one in listed]
+    values = {**layer.values, "evaluation.metrics": names}
+    return replace(layer, values=values), tuple(one for one in listed if callable(one))
 
 
 def _is_source(value: Any) -> bool:

@@ -63,7 +63,8 @@ class ContractBackend(Backend):
         from training_hub.backends import Given
         from training_hub.launch import run
 
-        return run(recipe, Given(rows=request.rows, validation_rows=request.validation_rows, watchers=request.watchers))
+        live = {"rows": request.rows, "validation_rows": request.validation_rows, "watchers": request.watchers}
+        return run(recipe, Given(**live, metrics=request.metrics))
 
 
 class InstructLabTrainingSFTBackend(ContractBackend):

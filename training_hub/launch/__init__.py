@@ -17,6 +17,7 @@ from training_hub.algorithms import engine_of
 from training_hub.backends import Backend, Given, find_backend
 from training_hub.errors import CheckpointError, DiskError, HubError, Interrupted, RecipeError
 from training_hub.folders import damage, tidy, write_json
+from training_hub.launch import hub
 from training_hub.launch.stopping import Stop, interruption, stoppable
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.report import write_report
@@ -51,6 +52,7 @@ def run(recipe: Recipe, given: Given | None = None) -> TrainResult:
 def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
     engine = find_backend(engine_of(recipe))
     objections = [*watcher_objections(recipe), *engine.objections(recipe)]
+    objections += [] if objections else hub.objections(recipe)  # which asks the network, so last
     if objections:
         raise RecipeError(objections)
     folder = RunFolder(Path(recipe.output))
@@ -68,7 +70,7 @@ def _run(recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, conso
         earlier = settle(folder, recipe)
         if earlier is not None:
             console.say(f"output: {folder.path} holds this run, finished; to run it again: checkpoint.resume: restart")
-            return earlier
+            return pushed(earlier, recipe, folder, console)
         try:
             result = _train(recipe, given, engine, folder, console, stop)
         except KeyboardInterrupt:  # raised in the engine, or while an error of the engine was being written down
@@ -79,7 +81,20 @@ def _run(recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, conso
             write_report(folder.path, result.history, {"settings": public_settings(recipe), **as_json(result)})
         except OSError as error:  # the model is there and whole: a missing page must not make the run a failed one
             console.say(f"report: {folder.path} got no report.html: {error}")
+        return pushed(result, recipe, folder, console)
+
+
+def pushed(result: TrainResult, recipe: Recipe, folder: RunFolder, console: Console) -> TrainResult:
+    """The result with the address of its upload, where the recipe asks for one that has not been made yet."""
+    if not recipe.hub.push or (result.hub and f"/{recipe.hub.repo_id}/" in result.hub):
         return result
+    if result.model_path is None:
+        console.say("hub: there is no final model, so nothing is uploaded")
+        return result
+    result = dataclasses.replace(result, hub=hub.push(result.model_path, recipe, console))
+    status = FINISHED if result.status == "already finished" else result.status
+    write_json(folder.result, as_json(dataclasses.replace(result, status=status)))
+    return result
 
 
 def _train(
@@ -182,6 +197,7 @@ def from_json(content: dict[str, Any]) -> TrainResult:
             "status": "already finished" if content["status"] == FINISHED else content["status"],
             "output_dir": output,
             "model_path": Path(content["model_path"]) if content["model_path"] else None,
+            "predictions": Path(content["predictions"]) if content.get("predictions") else None,
             "checkpoints": tuple(Path(path) for path in content["checkpoints"]),
             "history": tuple(read_metrics(RunFolder(output).metrics)),
         }

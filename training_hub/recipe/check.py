@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from training_hub.recipe.evaluation import metric_problems, names_of, needs_validation
+from training_hub.recipe.evaluation import needs_validation
 from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
 
@@ -86,6 +86,8 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
         )
     },
     **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in LORA_SETTINGS},
+    "hub.repo_id": ("hub.push", (True,)),
+    "hub.private": ("hub.push", (True,)),
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
     "monitoring.wandb_entity": ("monitoring.wandb", (True,)),
     "monitoring.wandb_run_name": ("monitoring.wandb", (True,)),
@@ -123,7 +125,7 @@ class Names:
         """What the caller would write to give `path` this value: num_epochs=1, --epochs 1 or training.epochs: 1."""
         own = self._own(path) or path
         if own.startswith("-"):
-            return f"{own} {_plainly(value)}"
+            return f"{own} {plainly(value)}"
         return f"{own}={value!r}" if own.isidentifier() and own != path else write_yaml({own: value}).strip()
 
     def _own(self, path: str) -> str | None:
@@ -141,6 +143,8 @@ class Contradiction:
 
 def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
     """All settings of `recipe` that are at odds with each other, or that no run could be saved with."""
+    from training_hub.recipe.check_after import CHECKS  # which speaks of what is defined here
+
     checks: tuple[Callable[[Recipe, Names], Iterator[Contradiction]], ...] = (
         _given_both_ways,
         _without_effect,
@@ -153,8 +157,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _osft,
         _lora,
         _watch,
-        _generation,
-        _best,
+        *CHECKS,
         _processes,
     )
     unusable = list(_unusable_texts(recipe, names))
@@ -181,7 +184,7 @@ def value_at(recipe: Recipe, path: str) -> Any:
     return value
 
 
-def _is_default(recipe: Recipe, path: str) -> bool:
+def is_default(recipe: Recipe, path: str) -> bool:
     section, _, name = path.rpartition(".")
     owner = value_at(recipe, section) if section else recipe
     return bool(getattr(owner, name) == type(owner).model_fields[name].get_default(call_default_factory=True))
@@ -189,7 +192,7 @@ def _is_default(recipe: Recipe, path: str) -> bool:
 
 def _given_both_ways(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     for first, second in RIVALS:
-        if not _is_default(recipe, first) and not _is_default(recipe, second):
+        if not is_default(recipe, first) and not is_default(recipe, second):
             yield Contradiction(
                 (first, second),
                 f"{names(first)} and {names(second)}: both are given, and one excludes the other. Leave one out.",
@@ -198,13 +201,13 @@ def _given_both_ways(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 def _without_effect(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     for path, (owner, values) in NEEDS.items():
-        if _is_default(recipe, path) or value_at(recipe, owner) in values:
+        if is_default(recipe, path) or value_at(recipe, owner) in values:
             continue
-        wanted = " or ".join(f"{owner}: {_plainly(value)}" for value in values)
+        wanted = " or ".join(f"{owner}: {plainly(value)}" for value in values)
         yield Contradiction(
             (path, owner),
-            f"{names(path)}: {_plainly(value_at(recipe, path))} would change nothing while {names(owner)} is "
-            f"{_plainly(value_at(recipe, owner))}; it needs {wanted}. Set that, or leave {path} out.",
+            f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing while {names(owner)} is "
+            f"{plainly(value_at(recipe, owner))}; it needs {wanted}. Set that, or leave {path} out.",
         )
 
 
@@ -295,7 +298,7 @@ def _averaging(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 def _freezing(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     path, interval = "freezing.unfrozen_blocks", "freezing.unfreeze_interval"
-    if recipe.freezing.unfreeze_interval is None and not _is_default(recipe, path):
+    if recipe.freezing.unfreeze_interval is None and not is_default(recipe, path):
         yield Contradiction(
             (path, interval),
             f"{names(path)}: {recipe.freezing.unfrozen_blocks} would change nothing while {names(interval)} is null. "
@@ -334,10 +337,10 @@ def _lora(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     if recipe.lora.adapter is not None:
         for name in OF_THE_ADAPTER:
             path = f"lora.{name}"
-            if not _is_default(recipe, path):
+            if not is_default(recipe, path):
                 yield Contradiction(
                     (path, "lora.adapter"),
-                    f"{names(path)}: {_plainly(value_at(recipe, path))} beside {names('lora.adapter')}, whose "
+                    f"{names(path)}: {plainly(value_at(recipe, path))} beside {names('lora.adapter')}, whose "
                     f"adapter_config.json says it for the adapter that the run goes on with. Leave {path} out.",
                 )
 
@@ -367,62 +370,12 @@ def _osft_importance(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     for path in ("evaluation.watch_interval", "evaluation.watch_limit"):
-        if recipe.evaluation.watch is None and not _is_default(recipe, path):
+        if recipe.evaluation.watch is None and not is_default(recipe, path):
             yield Contradiction(
                 (path, "evaluation.watch"),
-                f"{names(path)}: {_plainly(value_at(recipe, path))} would change nothing, since no rows are watched. "
+                f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing, since no rows are watched. "
                 f"Write {names.write('evaluation.watch', 'general.jsonl')}, or leave {path} out.",
             )
-
-
-def _generation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    asked = recipe.evaluation
-    for problem in metric_problems(asked.metrics):
-        yield Contradiction(("evaluation.metrics",), f"{names('evaluation.metrics')}: {problem}")
-    for name in ("metrics", "max_new_tokens", "batch_tokens", "temperature"):
-        path = f"evaluation.{name}"
-        if not asked.generate and not _is_default(recipe, path):
-            yield Contradiction(
-                (path, "evaluation.generate"),
-                f"{names(path)}: {_plainly(value_at(recipe, path))} would change nothing, since nothing is generated. "
-                f"Write {names.write('evaluation.generate', True)}, or leave {path} out.",
-            )
-    if asked.temperature == 0 and not _is_default(recipe, "evaluation.top_p"):
-        yield Contradiction(
-            ("evaluation.top_p", "evaluation.temperature"),
-            f"{names('evaluation.top_p')}: {asked.top_p} would change nothing at temperature 0, which takes the "
-            f"likeliest token. Write {names.write('evaluation.temperature', 0.7)}, or leave evaluation.top_p out.",
-        )
-    if asked.generate and recipe.data.pretraining:
-        yield Contradiction(
-            ("evaluation.generate", "data.pretraining"),
-            f"{names('evaluation.generate')}: blocks of text ({names('data.pretraining')}) ask nothing that could be "
-            "answered. Leave one out.",
-        )
-
-
-def _best(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    asked, metric = recipe.evaluation, "evaluation.best_metric"
-    if asked.best_metric not in names_of(asked):
-        remedy = "" if asked.generate else f" Others need {names.write('evaluation.generate', True)}."
-        yield Contradiction(
-            (metric, "evaluation.generate", "evaluation.metrics"),
-            f"{names(metric)}: {asked.best_metric!r} is not measured; measured: {', '.join(names_of(asked))}.{remedy}",
-        )
-    for path in (metric, "evaluation.best_mode"):
-        if not (recipe.checkpoint.keep_best or asked.early_stopping_patience or _is_default(recipe, path)):
-            yield Contradiction(
-                (path, "checkpoint.keep_best", "evaluation.early_stopping_patience"),
-                f"{names(path)}: {value_at(recipe, path)} would change nothing. Write "
-                f"{names.write('checkpoint.keep_best', True)} or {names.write('evaluation.early_stopping_patience', 3)}"
-                f", or leave {path} out.",
-            )
-    if asked.early_stopping_patience is None and not _is_default(recipe, "evaluation.early_stopping_min_delta"):
-        yield Contradiction(
-            ("evaluation.early_stopping_min_delta", "evaluation.early_stopping_patience"),
-            f"{names('evaluation.early_stopping_min_delta')}: {asked.early_stopping_min_delta} would change nothing. "
-            f"Write {names.write('evaluation.early_stopping_patience', 3)}, or leave it out.",
-        )
 
 
 def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
@@ -480,12 +433,12 @@ def _validation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     for path, value in needs_validation(recipe):
         yield Contradiction(
             (path, "data.validation", "data.validation_fraction"),
-            f"{names(path)}: {_plainly(value)} needs validation rows, and there are none. "
+            f"{names(path)}: {plainly(value)} needs validation rows, and there are none. "
             f"Write {names.write('data.validation_fraction', 0.05)}, or give a file as data.validation.",
         )
 
 
-def _plainly(value: Any) -> str:
+def plainly(value: Any) -> str:
     """A value as YAML shows it."""
     return (
         {None: "null", True: "true", False: "false"}[value]

@@ -22,6 +22,9 @@ GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL")}
 ALWAYS = ("unfinished", "answer_tokens")
 """What every generation tells of its answers: the share cut at max_new_tokens, and how many tokens they have."""
 
+LIVE = "live:"
+"""What stands before the name of a function that was handed over from Python, which no file can name."""
+
 LOWER_IS_BETTER = (*MEASURED_ANYWAY, *ALWAYS)
 
 OWN_FUNCTION = re.compile(r"[\w./~-]+\.py:\w+|[A-Za-z_]\w*(\.\w+)*[.:][A-Za-z_]\w*")

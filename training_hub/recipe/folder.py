@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "output",
     "checkpoint.",
     "evaluation.",
+    "hub.",
     "monitoring.",
     "processes.",
     "data.workers",

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from training_hub.recipe.check import Names, contradictions
 from training_hub.recipe.evaluation import Evaluation
 from training_hub.recipe.freezing import Freezing
+from training_hub.recipe.hub import Hub
 from training_hub.recipe.lora import Lora
 from training_hub.recipe.loss import Loss
 from training_hub.recipe.osft import Osft
@@ -58,6 +59,7 @@ class Recipe(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitoring: Monitoring = Field(default_factory=Monitoring)
     processes: Processes = Field(default_factory=Processes)
+    hub: Hub = Field(default_factory=Hub)
 
     @model_validator(mode="after")
     def _refuse_contradictions(self, info: ValidationInfo) -> Recipe:

@@ -243,3 +243,10 @@ def test_reports_and_saving(texts: Path):
 def test_the_help_page_has_every_flag():
     named = [name for names in GROUPS.values() for name in names]
     assert sorted(named) == sorted(set(LLMTrainingParams.model_fields) - {"overrides"})
+
+
+def test_a_push_names_the_repository_and_is_private_unless_it_is_not(texts: Path):
+    mine = recipe(texts, push_to_hub=True, username="me", project_name="out/tuned").hub
+    assert (mine.push, mine.repo_id, mine.private) == (True, "me/tuned", True)
+    theirs = recipe(texts, push_to_hub=True, repo_id="them/model", hub_private=False).hub
+    assert (theirs.push, theirs.repo_id, theirs.private) == (True, "them/model", False)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +39,7 @@ from training_hub.backends.torch_engine.objectives import make_objective
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import problems, table_names
+from training_hub.backends.torch_engine.outcome import card_of, early_end, final_metrics, final_step, told, versions
 from training_hub.backends.torch_engine.plan import describe, feed_settings, memory_of, plan, summary
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
@@ -59,7 +57,6 @@ from training_hub.data.feed import Feed
 from training_hub.errors import RecipeError, TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.judging import objections as metric_objections
-from training_hub.evaluation.metrics import perplexity
 from training_hub.evaluation.predictions import Sitting
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
@@ -73,7 +70,6 @@ from training_hub.types import Console, Proof, TrainResult
 
 # Rows whose trained text is compared with what they say, in a check and at the start of a run.
 ROWS_COMPARED = {True: 256, False: 32}
-VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "training-hub")
 
 
 class TorchEngine:
@@ -232,6 +228,7 @@ class TorchEngine:
             versions=versions(),
             seconds=seconds,
             reason=reason,
+            **told(run, folder),
         )
 
 
@@ -369,26 +366,13 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         go_back(run, final_step(run))
     if run.exam is not None:
         run.exam.show(final_step(run))
-    difference = write_model(run, loaded, materials, folder.final)
     dtype = saved_dtype(run, loaded)
+    difference = write_model(run, loaded, materials, folder.final, card_of(run, folder, dtype))
     console.say(
         f"final: {folder.final} ({str(dtype).removeprefix('torch.')}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
     )
     return folder.final
-
-
-def final_step(run: Run) -> int:
-    """The step that the final model is of."""
-    if run.watch is not None and run.watch.reason:
-        return run.watch.kept or 0
-    best = run.best.step if run.recipe.checkpoint.keep_best else None
-    return run.step if best is None else best
-
-
-def early_end(run: Run) -> str:
-    """Why the run ended before its last step, for want of a better evaluation; "" where it did not."""
-    return run.best.reason if run.step < run.feed.total_steps else ""
 
 
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
@@ -399,7 +383,13 @@ def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
     return (files.dtype if files is not None else None) or loaded.original_dtype
 
 
-def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Path) -> float:
+def write_model(
+    run: Run,
+    loaded: LoadedModel,
+    materials: Materials,
+    folder: Path,
+    documents: Mapping[str, bytes] | None = None,
+) -> float:
     """Write the model as it stands into `folder`; the largest difference of logits once it is loaded again."""
     dtype = saved_dtype(run, loaded)
     with run.updater.averaged():
@@ -414,6 +404,7 @@ def write_model(run: Run, loaded: LoadedModel, materials: Materials, folder: Pat
             trust_remote_code=run.recipe.model.trust_remote_code,
             beside=run.adaptation.beside(),
             files=run.adaptation.files,
+            documents=documents,
         )
 
 
@@ -431,49 +422,3 @@ def speed_lines(run: Run, folder: RunFolder) -> Iterator[str]:
         yield speed_line(metrics)
     if run.profile is not None and run.profile.split is not None:
         yield from (f"profile: {line}" for line in split_table(run.profile.split))
-
-
-def final_metrics(run: Run, history: tuple[dict[str, Any], ...]) -> dict[str, float]:
-    """The last values, and rates over the whole history."""
-    if not history:
-        return {}
-    seconds = sum(row["step_seconds"] for row in history)
-    metrics = {
-        "loss": history[-1]["loss"],
-        "steps": history[-1]["step"],
-        "epochs": history[-1]["epoch"],
-        "tokens": sum(row["tokens"] for row in history),
-        "trained_tokens": sum(row["trained_tokens"] for row in history),
-        "tokens_per_second": sum(row["tokens"] for row in history) / max(seconds, 1e-9),
-        "trained_tokens_per_second": sum(row["trained_tokens"] for row in history) / max(seconds, 1e-9),
-        "memory_gib": max((row["memory_gib"] for row in history if row["memory_gib"] is not None), default=math.nan),
-    }
-    shares = [row["peak_fraction"] * row["step_seconds"] for row in history if "peak_fraction" in row]
-    if run.scale is not None and len(shares) == len(history):
-        metrics["peak_fraction"] = sum(shares) / max(seconds, 1e-9)
-        metrics["peak_tflops"] = run.scale.peak / 1e12
-    if run.validation_before is not None:
-        metrics["validation_loss_before"] = run.validation_before
-    measured = [row["validation_loss"] for row in history if row.get("validation_loss") is not None]
-    if measured:
-        metrics["validation_loss"] = measured[-1]
-        metrics["validation_perplexity"] = perplexity(measured[-1])
-    if run.watch is not None:
-        metrics |= run.watch.metrics()
-    if run.exam is not None:
-        metrics |= run.exam.metrics()
-    if run.best.value is not None and run.best.step is not None:
-        metrics[f"best_validation_{run.best.settings.best_metric}"] = run.best.value
-        metrics["best_step"] = run.best.step
-    return metrics
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONS_OF:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # training_hub run from its source folder is not an installed package
-            found[name] = "not installed as a package"
-    return found

@@ -121,9 +121,13 @@ class Exam:
     before: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
-    def begin(self, model: PreTrainedModel, console: Console) -> None:
-        """Ask before the first step, once; what another run left here is cleared away."""
+    def clear(self) -> None:
+        """Remove what another run left in the folder."""
         shutil.rmtree(self._file(0).parent, ignore_errors=True)
+        (self.folder / FILE_NAME).unlink(missing_ok=True)
+
+    def begin(self, model: PreTrainedModel, console: Console) -> None:
+        """Ask before the first step, once."""
         self.before = self.take(model, 0, console)
         console.say(f"answers before training: {told(self.before)}")
 
@@ -187,7 +191,9 @@ def exam_of(recipe: Recipe, materials: Materials) -> Exam | None:
     if not recipe.evaluation.generate or materials.prepared.validation is None:
         return None
     most, store = rows_generated(recipe.evaluation), materials.prepared.validation
-    return Exam(examiner_of(recipe.evaluation, recipe.seed, materials, store, most), Path(recipe.output))
+    return Exam(
+        examiner_of(recipe.evaluation, recipe.seed, materials, store, most, materials.metrics), Path(recipe.output)
+    )
 
 
 def told(scores: Mapping[str, float]) -> str:

@@ -73,12 +73,14 @@ def export(
     trust_remote_code: bool = False,
     beside: Mapping[str, dict[str, Tensor]] | None = None,
     files: ModelFiles | None = None,
+    documents: Mapping[str, bytes] | None = None,
 ) -> float:
     """Write `tensors`, the state dict as an adaptation exports it, into `folder`; atomic.
 
     The folder loads with transformers alone: weights, config, generation config that stops at `stop_ids`, tokenizer and
     the chat template used in training. Before it gets its name it is loaded again: every tensor must be equal to what
-    was meant to be written. `beside`: further safetensors files of the folder, by name. `files`: how the weights are
+    was meant to be written. `beside`: further safetensors files of the folder, by name. `documents`: other
+    files, such as a model card. `files`: how the weights are
     written and read, where not as a whole model. Returns the largest difference of logits between the model in memory
     and the folder, which is 0 where both have the same format. Raises TrainingError where the folder does not hold the
     model.
@@ -98,6 +100,8 @@ def export(
         _save_tokenizer(tokenizer, chat_template, aside)
         for name, more in (beside or {}).items():
             save_file({key: tensor.detach().cpu() for key, tensor in more.items()}, aside / name)
+        for name, content in (documents or {}).items():
+            (aside / name).write_bytes(content)
         return verify(aside, model, tensors, dtype, files)
 
 

@@ -1,10 +1,11 @@
 """What a model says: answers to many prompts at once, and everything about the model as it was before.
 
-Decoding is transformers' own `model.generate`, which knows the cache of every architecture; its StoppingCriteria,
-streamer and GenerationConfig are enough, so there is no loop of ours to keep right beside it. What is ours: rows sorted
-and batched by tokens, padding on the left only where the model at hand says the same with it, and leaving no trace, so
-that a run that generates ends in the same bits as one that does not. Against one row at a time it is several times as
-fast (benchmarks/generation.py).
+Decoding is transformers' own `model.generate`, which knows the cache of every architecture; its streamer and its
+GenerationConfig are enough, so there is no loop of ours to keep right beside it.
+
+What is ours: rows sorted and batched by tokens, padding on the left only where the model at hand says the same with it,
+and leaving no trace, so that a run that generates ends in the same bits as one that does not. benchmarks/generation.py
+compares it with one row at a time, and with batches of rows as they come.
 """
 
 # B batch, T tokens of prompts padded on the left, V vocabulary

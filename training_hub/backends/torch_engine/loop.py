@@ -85,6 +85,8 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
     """
     evaluation = run.recipe.evaluation
     meter, wait = ThroughputMeter(run.feed.total_steps, first_step=run.step), DataWait()
+    if run.step == 0 and run.exam is not None:
+        run.exam.clear()
     if run.step == 0 and run.validation is not None and evaluation.at_start:
         run.validation_before = evaluate(run, run.validation)
         before = run.validation_before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from training_hub.data.store import TokenStore
 from training_hub.data.templates import ChatTemplate, resolve_template
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import DataError
+from training_hub.evaluation.judging import metrics_of
 from training_hub.recipe import Recipe
 from training_hub.recipe.evaluation import rows_generated
 from training_hub.types import Console
@@ -24,12 +26,13 @@ SAMPLES_FOR_STOP = 1000
 
 @dataclass(frozen=True)
 class Materials:
-    """What a run is made from, before any weight is loaded."""
+    """What a run is made from, before any weight is loaded. metrics: functions that were handed over."""
 
     tokenizer: ChatTokenizer
     template: ChatTemplate | None
     prepared: Prepared
     watch: TokenStore | None = None
+    metrics: tuple[Callable[..., Any], ...] = ()
 
 
 def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path | None = None) -> Materials:
@@ -56,12 +59,13 @@ def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path
     )
     if recipe.evaluation.generate and prepared.validation is not None:
         questions_of(prepared.validation, rows_generated(recipe.evaluation))  # refuses rows that ask nothing
+        metrics_of(recipe.evaluation.metrics, given.metrics)  # refuses functions that are not there
     watch = watched_rows(recipe, tokenizer, template, console) if recipe.evaluation.watch else None
     limits = read_limits(recipe.model) if given.model is None else limits_of(given.model.config)
     for store in (prepared.train, prepared.validation, watch):
         if store is not None:
             check_limits(store, limits, console)
-    return Materials(tokenizer, template, prepared, watch)
+    return Materials(tokenizer, template, prepared, watch, tuple(given.metrics))
 
 
 def watched_rows(

@@ -1,9 +1,11 @@
-"""A saved model, ready to be asked: the one place that tells apart what a folder may hold."""
+"""A saved model, ready to be asked."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from training_hub.algorithms import find_algorithm
+from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, load_model
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.recipe import Recipe
@@ -13,10 +15,14 @@ if TYPE_CHECKING:
 
 
 def load_saved(recipe: Recipe) -> PreTrainedModel:
-    """The model of model.path in evaluation mode, on the device and in the format that a run of it would choose.
+    """The model of model.path in evaluation mode, on the device and in the format that a run of it would choose, with
+    the adapter of lora.adapter where there is one (recipe/saved.py tells what a folder holds).
 
     Raises RecipeError naming what is wrong with the folder.
     """
     device = choose_device()
     prepare_processor(device)
-    return load_model(recipe, device, choose_dtype(recipe.model.dtype, device)).model
+    model = load_model(recipe, device, choose_dtype(recipe.model.dtype, device)).model
+    if recipe.lora.adapter is not None:
+        ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe).attach(model)
+    return model.eval()

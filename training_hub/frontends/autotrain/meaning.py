@@ -384,6 +384,7 @@ def _hub(reading: _Reading) -> Iterator[str]:
         yield f"{write('push_to_hub')}: needs {write('repo_id')} OWNER/NAME, or {write('username')} OWNER."
         return
     name = os.path.basename(os.path.normpath(params.project_name or "model"))
+    reading.give("hub.push", True, "push_to_hub")
     reading.give(
         "hub.repo_id", params.repo_id or f"{params.username}/{name}", "repo_id" if params.repo_id else "username"
     )

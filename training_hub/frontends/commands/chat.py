@@ -172,19 +172,20 @@ def _sides(recipe: Recipe, options: Namespace) -> list[Side]:
     from training_hub.algorithms import engine_of
     from training_hub.backends import Speaker, find_backend
     from training_hub.experiments.comparison import names_of
+    from training_hub.recipe.saved import with_saved
 
     paths = [recipe.model.path, *([options.beside] if options.beside else [])]
     names = names_of(paths)
     engine = find_backend(engine_of(recipe))
     if not isinstance(engine, Speaker):
         raise BackendError(f"backend {engine.name!r} cannot be talked to: it has no method voice(recipe).")
-    recipes = [_of(recipe, path) for path in paths]
+    recipes = [with_saved(recipe, path) for path in paths]
     problems = [line for one in recipes for line in engine.objections(one)]
     if problems:
         raise RecipeError(problems)
     sides = []
     for name, one in zip(names, recipes, strict=True):
-        print(f"loading {one.model.path}", file=sys.stderr)
+        print(f"loading {name}", file=sys.stderr)
         sides.append(Side(name, engine.voice(one)))
         if not sides[-1].voice.has_template:
             print(
@@ -193,10 +194,6 @@ def _sides(recipe: Recipe, options: Namespace) -> list[Side]:
                 file=sys.stderr,
             )
     return sides
-
-
-def _of(recipe: Recipe, path: str) -> Recipe:
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
 
 
 def _tell(reply: Reply, options: Namespace) -> None:

@@ -1,0 +1,83 @@
+"""What is at odds in the sections about a run's results: evaluation by generation, the best step, the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from training_hub.recipe.check import Contradiction, Names, is_default, plainly, value_at
+from training_hub.recipe.evaluation import metric_problems, names_of
+from training_hub.recipe.hub import REPO_ID
+
+if TYPE_CHECKING:
+    from training_hub.recipe.recipe import Recipe
+
+
+def _generation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    asked = recipe.evaluation
+    for problem in metric_problems(asked.metrics):
+        yield Contradiction(("evaluation.metrics",), f"{names('evaluation.metrics')}: {problem}")
+    for name in ("metrics", "max_new_tokens", "batch_tokens", "temperature"):
+        path = f"evaluation.{name}"
+        if not asked.generate and not is_default(recipe, path):
+            yield Contradiction(
+                (path, "evaluation.generate"),
+                f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing, since nothing is generated. "
+                f"Write {names.write('evaluation.generate', True)}, or leave {path} out.",
+            )
+    if asked.temperature == 0 and not is_default(recipe, "evaluation.top_p"):
+        yield Contradiction(
+            ("evaluation.top_p", "evaluation.temperature"),
+            f"{names('evaluation.top_p')}: {asked.top_p} would change nothing at temperature 0, which takes the "
+            f"likeliest token. Write {names.write('evaluation.temperature', 0.7)}, or leave evaluation.top_p out.",
+        )
+    if asked.generate and recipe.data.pretraining:
+        yield Contradiction(
+            ("evaluation.generate", "data.pretraining"),
+            f"{names('evaluation.generate')}: blocks of text ({names('data.pretraining')}) ask nothing that could be "
+            "answered. Leave one out.",
+        )
+
+
+def _best(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    asked, metric = recipe.evaluation, "evaluation.best_metric"
+    if asked.best_metric not in names_of(asked):
+        remedy = "" if asked.generate else f" Others need {names.write('evaluation.generate', True)}."
+        yield Contradiction(
+            (metric, "evaluation.generate", "evaluation.metrics"),
+            f"{names(metric)}: {asked.best_metric!r} is not measured; measured: {', '.join(names_of(asked))}.{remedy}",
+        )
+    for path in (metric, "evaluation.best_mode"):
+        if not (recipe.checkpoint.keep_best or asked.early_stopping_patience or is_default(recipe, path)):
+            yield Contradiction(
+                (path, "checkpoint.keep_best", "evaluation.early_stopping_patience"),
+                f"{names(path)}: {value_at(recipe, path)} would change nothing. Write "
+                f"{names.write('checkpoint.keep_best', True)} or {names.write('evaluation.early_stopping_patience', 3)}"
+                f", or leave {path} out.",
+            )
+    if asked.early_stopping_patience is None and not is_default(recipe, "evaluation.early_stopping_min_delta"):
+        yield Contradiction(
+            ("evaluation.early_stopping_min_delta", "evaluation.early_stopping_patience"),
+            f"{names('evaluation.early_stopping_min_delta')}: {asked.early_stopping_min_delta} would change nothing. "
+            f"Write {names.write('evaluation.early_stopping_patience', 3)}, or leave it out.",
+        )
+
+
+def _hub(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    asked = recipe.hub
+    if asked.push and (asked.repo_id is None or not REPO_ID.fullmatch(asked.repo_id)):
+        found = "not given" if asked.repo_id is None else f"found {asked.repo_id!r}"
+        yield Contradiction(
+            ("hub.repo_id", "hub.push"),
+            f"{names('hub.repo_id')}: {found}; allowed: OWNER/NAME of letters, digits, - _ and dots. Write "
+            f"{names.write('hub.repo_id', 'me/my-model')}",
+        )
+    if asked.push and not recipe.checkpoint.final:
+        yield Contradiction(
+            ("hub.push", "checkpoint.final"),
+            f"{names('hub.push')}: there is nothing to upload while {names('checkpoint.final')} is false. Leave one "
+            "out.",
+        )
+
+
+CHECKS = (_generation, _best, _hub)
