@@ -221,6 +221,20 @@ def test_a_column_of_messages_is_a_conversation(as_text: bool, tmp_path: Path):
     assert "what closes these is the chat template's to say" in said
 
 
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
+def test_a_single_file_of_each_kind_is_read(ending: str, tmp_path: Path):
+    import pandas
+
+    frame, path = pandas.DataFrame({"said": ["one", "two"]}), tmp_path / f"rows.{ending}"
+    if ending.startswith("json"):
+        frame.to_json(path, orient="records", lines=ending == "jsonl")
+    else:
+        getattr(frame, f"to_{ending}")(path, index=False)
+    found = recipe(path, text_column="said")
+    assert (found.data.format, found.data.columns) == ("text", {"text": "said"})
+    assert "no column 'text' in" in problems(path, text_column="text")
+
+
 def test_prompt_and_answer_are_named_by_two_columns(tmp_path: Path):
     (tmp_path / "pairs.jsonl").write_text('{"ask": "a", "say": "b"}\n')
     found = recipe(tmp_path / "pairs.jsonl", text_column="say", prompt_text_column="ask")

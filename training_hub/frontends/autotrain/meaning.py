@@ -267,7 +267,7 @@ def _adapter(reading: _Reading) -> Iterator[str]:
         value = getattr(params, name)
         if name == "target_modules" and isinstance(value, str) and value != "all-linear":
             value = [one.strip() for one in value.split(",") if one.strip()]
-        if value is not None:
+        if value is not None and value is not False:
             reading.give(path, value, name)
 
 
@@ -298,7 +298,8 @@ def _evaluation(reading: _Reading) -> Iterator[str]:
     metrics = params.eval_metrics.split(",") if isinstance(params.eval_metrics, str) else params.eval_metrics
     wanted = [name.strip() for name in metrics if name.strip() and name.strip() != "perplexity"]
     if params.use_enhanced_eval:
-        reading.settings["evaluation.generate"] = True
+        if wanted or params.eval_save_predictions:
+            reading.settings["evaluation.generate"] = True
         if wanted:
             reading.give("evaluation.metrics", wanted, "eval_metrics")
     else:
@@ -371,6 +372,12 @@ def _machine(reading: _Reading) -> Iterator[str]:
         )
 
 
+def _sweep(reading: _Reading) -> Iterator[str]:
+    names = ("sweep_backend", "sweep_n_trials", "sweep_metric", "sweep_direction", "sweep_params")
+    if not reading.params.use_sweep:
+        yield from _without(reading, dict.fromkeys(names, ""), "use_sweep")
+
+
 def _hub(reading: _Reading) -> Iterator[str]:
     params, write = reading.params, reading.write
     names = ("repo_id", "username", "hub_private")
@@ -402,6 +409,7 @@ PARTS: tuple[Callable[[_Reading], Iterator[str]], ...] = (
     _saving,
     _reports,
     _machine,
+    _sweep,
     _hub,
 )
 """Each gives settings and yields what is wrong."""
