@@ -6,15 +6,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training_hub.errors import HubError
 from training_hub.frontends.autotrain.params import LLMTrainingParams
-from training_hub.frontends.autotrain.rows import Rows, rows_of
 from training_hub.frontends.dialects import SCHEDULES
 from training_hub.recipe.check import ADAM, LION
 from training_hub.recipe.load import Layer, layer_of, merge
 from training_hub.recipe.translate import shown
+
+if TYPE_CHECKING:
+    from training_hub.frontends.autotrain.rows import Rows
 
 ADAM_BETA2 = 0.999
 """transformers 5.23 `TrainingArguments.adam_beta2`, which AutoTrain leaves as it is."""
@@ -130,6 +132,8 @@ def asked(params: LLMTrainingParams, write: Name = str, rows: Any = None) -> Ask
     for part in PARTS:
         reading.problems += part(reading)
     live = None
+    from training_hub.frontends.autotrain.rows import rows_of  # which loads numpy
+
     try:
         found = rows_of(params, write, rows)
         live = found.live
