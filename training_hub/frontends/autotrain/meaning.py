@@ -155,14 +155,19 @@ def _take_rows(reading: _Reading, found: Rows) -> None:
     for path in found.settings:
         if path in ("data.path", "data.validation"):
             reading.spelled[path] = reading.write("data_path" if path == "data.path" else "valid_split")
-    template = params.chat_template if params.chat_template not in ("tokenizer", "none") else None
+    template = params.chat_template if params.chat_template != "none" else None
+    if params.chat_template == "none" and found.is_plain_text is False:
+        reading.problems.append(
+            f"{reading.write('chat_template')}: none, but the rows are conversations. Leave it out to take the model's "
+            "own template, or name one: chatml, zephyr, llama, alpaca, vicuna, mistral."
+        )
     if template is not None and found.is_plain_text:
         reading.problems.append(
-            f"{reading.write('chat_template')}: {template} puts conversations into text, and column "
-            f"'{params.text_column}' holds text already. Leave it out, or name a column of messages: "
+            f"{reading.write('chat_template')}: {template} puts conversations into text, and the "
+            "rows hold text already. Leave it out, or name a column of messages: "
             f"{reading.write('text_column')} messages."
         )
-    elif template is not None:
+    elif template not in (None, "tokenizer"):
         reading.give("data.chat_template", template, "chat_template")
     if not params.add_eos_token and found.is_plain_text is False:
         reading.problems.append(
@@ -311,6 +316,7 @@ def _evaluation(reading: _Reading) -> Iterator[str]:
         if wanted:
             yield from _without(reading, {"eval_metrics": ""}, "use_enhanced_eval")
     reading.settings["evaluation.at_epoch"] = params.eval_strategy == "epoch"
+    reading.settings["evaluation.at_start"] = params.eval_strategy != "no"
     if params.eval_strategy == "steps":
         if params.eval_steps is None:
             yield f"{write('eval_steps')}: not given; {write('eval_strategy')} steps needs a number of them."
@@ -323,6 +329,10 @@ def _evaluation(reading: _Reading) -> Iterator[str]:
 def _saving(reading: _Reading) -> Iterator[str]:
     params, write = reading.params, reading.write
     reading.settings["checkpoint.at_epoch"] = params.save_strategy == "epoch"
+    if params.save_strategy == "no":
+        reading.settings["checkpoint.minutes"] = None
+        if reading.is_given("save_total_limit"):
+            yield f"{write('save_total_limit')}: would change nothing with {write('save_strategy')} no. Leave one out."
     if params.save_strategy == "steps":
         reading.give("checkpoint.interval", params.save_steps, "save_steps")
     elif reading.is_given("save_steps"):

@@ -202,7 +202,7 @@ class LLMTrainingParams(Parameters):
     """Keep what the model answers, in the project. Where eval_metrics need answers these are kept anyway."""
 
     eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
-    """When validation rows are measured."""
+    """When validation rows are measured: no leaves the last step."""
 
     eval_steps: int | None = None
     """With eval_strategy steps, every so many."""
@@ -211,7 +211,7 @@ class LLMTrainingParams(Parameters):
     """Stop once so many evaluations in a row brought nothing better."""
 
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
-    """When checkpoints are written."""
+    """When checkpoints are written, beside one after each quarter of an hour; with no, never."""
 
     save_steps: int = 500
     """With save_strategy steps, every so many."""
