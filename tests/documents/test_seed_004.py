@@ -25,6 +25,7 @@ from training_hub.trainers.clm.train_clm_sft import CustomSFTTrainer
 needs_bits = pytest.mark.skipif(
     "model.quantization" not in all_settings(), reason="quantization is not in this version yet"
 )
+needs_merge = pytest.mark.skipif("lora.merge" not in all_settings(), reason="merging is not in this version yet")
 needs_teacher = pytest.mark.skipif("distillation" not in sections(), reason="distillation is not in this version yet")
 
 TEXTS = [
@@ -166,6 +167,14 @@ def test_the_python_api_gives_a_model(gpt2: str):
     model = train(config)
     assert model.status == "finished"
     assert isinstance(model.generate("Question: What is Python?", max_new_tokens=4), str)
+
+
+@needs_merge
+def test_merging_leaves_the_adapter_and_writes_a_model_beside_it(tiny_model_folder: Path):
+    line = f"aitraining llm --model {tiny_model_folder} --data-path ./data --project-name both --epochs 1 --peft"
+    assert command(f"{line} --lora-r 4 --merge-adapter")[0] == 0
+    assert Path("both/final/adapter_model.safetensors").is_file()
+    assert Path("both/merged/model.safetensors").is_file()
 
 
 # Parameters: the tables are held by tests/frontends/autotrain, with their defaults
