@@ -26,10 +26,12 @@ def modules_loaded_by(code: str) -> set[str]:
         "import training_hub",
         "import training_hub.frontends.cli as cli; cli.main(['--help'])",
         "import training_hub.frontends.cli as cli; cli.main(['sft', '--help'])",
+        "import training_hub.frontends.cli as cli; cli.main(['llm', '--help'])",
+        "import training_hub.trainers.clm, training_hub.trainers.clm.train_clm_sft",
         "import training_hub.frontends.cli as cli; cli.main(['preview', '--help'])",
         "import training_hub.frontends.cli as cli; cli.main(['plan', '--help'])",
     ],
-    ids=["import", "help", "sft help", "preview help", "plan help"],
+    ids=["import", "help", "sft help", "llm help", "AutoTrain's paths", "preview help", "plan help"],
 )
 def test_a_first_look_loads_nothing_slow(code: str):
     assert not modules_loaded_by(code) & set(SLOW_TO_IMPORT)

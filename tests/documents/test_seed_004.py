@@ -22,11 +22,11 @@ from training_hub.trainers.clm import train
 from training_hub.trainers.clm.params import LLMTrainingParams
 from training_hub.trainers.clm.train_clm_sft import CustomSFTTrainer
 
-needs_lora = pytest.mark.skipif("lora" not in sections(), reason="LoRA is not in this version yet")
-needs_teacher = pytest.mark.skipif("distillation" not in sections(), reason="distillation is not in this version yet")
-needs_answers = pytest.mark.skipif(
-    "evaluation.generate" not in all_settings(), reason="generation is not in this version yet"
+needs_bits = pytest.mark.skipif(
+    "model.quantization" not in all_settings(), reason="quantization is not in this version yet"
 )
+needs_merge = pytest.mark.skipif("lora.merge" not in all_settings(), reason="merging is not in this version yet")
+needs_teacher = pytest.mark.skipif("distillation" not in sections(), reason="distillation is not in this version yet")
 
 TEXTS = [
     "Question: What is Python? Answer: Python is a programming language.",
@@ -112,7 +112,7 @@ def test_basic_sft_training_without_the_flag_train(gpt2: str):
     assert recipe_in("my-sft-model")["training"]["global_batch_size"] == 32, "8, times the guide's accumulation of 4"
 
 
-@needs_lora
+@needs_bits
 def test_with_peft_and_int4(tiny_model_folder: Path):
     code, _ = command(f"""aitraining llm \\
       --model {tiny_model_folder} \\
@@ -145,7 +145,6 @@ def test_chat_style_training(gpt2: str):
     assert code == 0
 
 
-@needs_lora
 def test_the_python_api_gives_a_model(gpt2: str):
     config = LLMTrainingParams(
         model=gpt2,
@@ -168,6 +167,14 @@ def test_the_python_api_gives_a_model(gpt2: str):
     model = train(config)
     assert model.status == "finished"
     assert isinstance(model.generate("Question: What is Python?", max_new_tokens=4), str)
+
+
+@needs_merge
+def test_merging_leaves_the_adapter_and_writes_a_model_beside_it(tiny_model_folder: Path):
+    line = f"aitraining llm --model {tiny_model_folder} --data-path ./data --project-name both --epochs 1 --peft"
+    assert command(f"{line} --lora-r 4 --merge-adapter")[0] == 0
+    assert Path("both/final/adapter_model.safetensors").is_file()
+    assert Path("both/merged/model.safetensors").is_file()
 
 
 # Parameters: the tables are held by tests/frontends/autotrain, with their defaults
@@ -209,7 +216,6 @@ def test_each_of_the_six_templates_trains_a_single_file(template: str, gpt2: str
     assert beside.is_file() or tokenizer.get("chat_template"), "who serves the model needs the template"
 
 
-@needs_answers
 def test_custom_metrics_are_measured_and_answers_kept(gpt2: str):
     config = LLMTrainingParams(
         trainer="sft",
@@ -218,7 +224,7 @@ def test_custom_metrics_are_measured_and_answers_kept(gpt2: str):
         eval_save_predictions=True,
         # ... other params
         model=gpt2,
-        data_path=CHAT * 20,
+        data_path=[{"messages": [*CHAT[0]["messages"][:2], answer(number)]} for number in range(20)],
         text_column="messages",
         chat_template="chatml",
         project_name="measured",
@@ -228,6 +234,10 @@ def test_custom_metrics_are_measured_and_answers_kept(gpt2: str):
     for name in ("validation_perplexity", "bleu", "rouge1", "rougeL"):
         assert any(name in key for line in model.history for key in _keys(line)), name
     assert any(path.name.startswith("predictions") for path in Path("measured").rglob("*.jsonl"))
+
+
+def answer(number: int) -> dict[str, str]:
+    return {"role": "assistant", "content": f"Python is a language, number {number}."}
 
 
 def _keys(line: dict[str, Any]) -> list[str]:
@@ -263,7 +273,7 @@ def test_example_1_a_csv_file_by_its_name(gpt2: str):
     assert [line["loss"] for line in of_frame.history] == [line["loss"] for line in model.history]
 
 
-@needs_lora
+@needs_bits
 def test_example_2_lora(tiny_model_folder: Path):
     config = LLMTrainingParams(
         model=str(tiny_model_folder),
@@ -384,8 +394,8 @@ def test_wrong_in_the_guide_accelerate_starts_this_command_once_for_each_process
     "flags",
     [
         "--batch-size 1 --gradient-accumulation 32",
-        pytest.param("--gradient-checkpointing --quantization int4 --peft --lora-r 8", marks=needs_lora),
-        pytest.param("--peft --lora-r 8", marks=needs_lora),
+        pytest.param("--gradient-checkpointing --quantization int4 --peft --lora-r 8", marks=needs_bits),
+        "--peft --lora-r 8",
         "--lr 1e-5",
         "--warmup-ratio 0.2",
         "--use-flash-attention-2",
@@ -405,7 +415,6 @@ def test_wrong_in_the_guide_quantization_without_peft_says_what_it_needs(gpt2: s
     )
 
 
-@needs_answers
 def test_early_stopping_is_a_flag(gpt2: str):
     line = f"aitraining llm --model {gpt2} --data-path ./data --project-name early --early-stopping-patience 2"
     (Path("data") / "valid.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")

@@ -87,6 +87,16 @@ def test_schedule_free_wants_a_constant_rate(tiny_model_folder, chat_file, tmp_p
         train(tiny_model_folder, chat_file, tmp_path / "run", optimizer={"name": "AdamWScheduleFree"})
 
 
+def test_lion_keeps_within_the_directions_that_osft_leaves_and_muon_is_refused(tiny_model_folder, chat_file, tmp_path):
+    osft = {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False}, "training": {"steps": 3}}
+    lion = {"name": "Lion", "weight_decay": 0.1}
+    run = train(tiny_model_folder, chat_file, tmp_path / "run", optimizer=lion, **osft)
+    assert all(row["osft_leak"] <= 1e-6 for row in run.history)
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    with pytest.raises(ValueError, match="OSFT projects after each step"):
+        train(tiny_model_folder, chat_file, tmp_path / "muon", optimizer={"name": "Muon"}, **osft)
+
+
 def test_what_is_frozen_stays_and_the_rest_moves(tiny_model_folder, chat_file, tmp_path):
     freezing = {"blocks": 1, "embeddings": True, "weights": ["layers.1.*.q_proj", "norm"]}
     run = train(tiny_model_folder, chat_file, tmp_path / "run", freezing=freezing, training={"steps": 3})

@@ -6,8 +6,8 @@ from training_hub.recipe.sections import Count, Index, Section
 
 
 class Freezing(Section):
-    """Weights that stay as they are. What is frozen takes no gradient, no optimizer state and, below the lowest block
-    that trains, no backward pass."""
+    """Weights that stay as they are: they take no gradient, no optimizer state and, below the lowest weight that
+    trains, no backward pass."""
 
     blocks: Index = 0
     """The first so many blocks (decoder layers) stay as they are."""

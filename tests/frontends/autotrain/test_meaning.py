@@ -146,12 +146,16 @@ def test_one_length_by_three_names(texts: Path):
         ({"use_distillation": True}, "teacher_model: not given"),
         ({"gradient_checkpointing": True, "disable_gradient_checkpointing": True}, "one excludes the other"),
         ({"save_steps": 10}, "would change nothing without save_strategy steps"),
+        ({"save_strategy": "no", "save_total_limit": 3}, "would change nothing with save_strategy no"),
         ({"resume_from_checkpoint": "out/checkpoint-3"}, "a run goes on from the newest whole checkpoint there"),
         ({"wandb_visualizer": True}, "wandb beta leet"),
         ({"wandb_run_id": "abc"}, "the id is kept in the run folder"),
         ({"push_to_hub": True}, "push_to_hub: needs repo_id OWNER/NAME, or username OWNER"),
         ({"repo_id": "a/b"}, "repo_id: would change nothing without push_to_hub"),
-        ({"chat_template": "chatml"}, "chatml puts conversations into text, and column 'text' holds text already"),
+        ({"chat_template": "chatml"}, "chatml puts conversations into text, and the rows hold text already"),
+        ({"chat_template": "tokenizer"}, "tokenizer puts conversations into text, and the rows hold text already"),
+        ({"train_split": "test"}, "is one file and has no splits. Leave it out"),
+        ({"valid_split": "a", "valid_path": "b"}, "one excludes the other"),
         ({"text_column": "txt"}, "no column 'txt' in the first row, which has 'text', 'more'. Did you mean text?"),
         ({"valid_split": "valid"}, "is one file and has no splits"),
         ({"batch_size": 0}, "batch_size: found 0; allowed: a whole number of at least 1"),
@@ -217,8 +221,23 @@ def test_a_column_of_messages_is_a_conversation(as_text: bool, tmp_path: Path):
     found = recipe(tmp_path / "chat.jsonl", text_column="talk", chat_template="zephyr")
     assert (found.data.format, found.data.columns) == ("messages", {"messages": "talk"})
     assert found.data.chat_template == "zephyr"
+    assert "the rows are conversations" in problems(tmp_path / "chat.jsonl", text_column="talk", chat_template="none")
     said = problems(tmp_path / "chat.jsonl", text_column="talk", add_eos_token=False)
     assert "what closes these is the chat template's to say" in said
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
+def test_a_single_file_of_each_kind_is_read(ending: str, tmp_path: Path):
+    import pandas
+
+    frame, path = pandas.DataFrame({"said": ["one", "two"]}), tmp_path / f"rows.{ending}"
+    if ending.startswith("json"):
+        frame.to_json(path, orient="records", lines=ending == "jsonl")
+    else:
+        getattr(frame, f"to_{ending}")(path, index=False)
+    found = recipe(path, text_column="said")
+    assert (found.data.format, found.data.columns) == ("text", {"text": "said"})
+    assert "no column 'text' in" in problems(path, text_column="text")
 
 
 def test_prompt_and_answer_are_named_by_two_columns(tmp_path: Path):

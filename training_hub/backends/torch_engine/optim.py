@@ -164,6 +164,9 @@ class Updater:
     def averaged(self) -> Iterator[None]:
         """Within, model and masters are what is measured and exported: the average of a schedule-free optimizer's
         steps, of any other the weights as they are. After it they are as before, bit for bit."""
+        if not library.is_averaging(self.optimizer):
+            yield
+            return
         with library.averaged(self.optimizer):
             self.masters.publish()
             yield

@@ -11,9 +11,8 @@ from typing import Any, get_args
 
 from training_hub.errors import RecipeError
 from training_hub.frontends.autotrain.file import params_of_file
-from training_hub.frontends.autotrain.meaning import asked
 from training_hub.frontends.autotrain.params import TOKENS, LLMTrainingParams, nearest_parameter, unknown_parameter
-from training_hub.frontends.autotrain.run import run
+from training_hub.frontends.autotrain.run import train
 from training_hub.frontends.cli import Parser
 from training_hub.recipe.load import overrides
 from training_hub.recipe.translate import shown
@@ -38,6 +37,7 @@ GROUPS = {
                    "early_stopping_patience"),
     "checkpoints": ("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint"),
     "reports": ("logging_steps", "log", "wandb_run_id", "wandb_visualizer"),
+    "sweeps": ("use_sweep", "sweep_backend", "sweep_n_trials", "sweep_metric", "sweep_direction", "sweep_params"),
     "the hub": ("push_to_hub", "username", "repo_id", "hub_private"),
 }  # fmt: skip
 """Flags of the help page."""
@@ -46,7 +46,7 @@ GROUPS = {
 def main(words: Sequence[str]) -> int:
     """Run what stands behind `training-hub llm`; the exit code. Raises RecipeError and all that a run raises."""
     config, _ = config_of(words)
-    result = run(asked(config, flag_of)).result
+    result = train(config, flag_of).result
     where = f"model in {result.model_path}" if result.model_path else f"run in {result.output_dir}"
     print(f"{result.status}: {where}")
     return 0

@@ -6,15 +6,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training_hub.errors import HubError
 from training_hub.frontends.autotrain.params import LLMTrainingParams
-from training_hub.frontends.autotrain.rows import Rows, rows_of
 from training_hub.frontends.dialects import SCHEDULES
 from training_hub.recipe.check import ADAM, LION
 from training_hub.recipe.load import Layer, layer_of, merge
 from training_hub.recipe.translate import shown
+
+if TYPE_CHECKING:
+    from training_hub.frontends.autotrain.rows import Rows
 
 ADAM_BETA2 = 0.999
 """transformers 5.23 `TrainingArguments.adam_beta2`, which AutoTrain leaves as it is."""
@@ -130,6 +132,8 @@ def asked(params: LLMTrainingParams, write: Name = str, rows: Any = None) -> Ask
     for part in PARTS:
         reading.problems += part(reading)
     live = None
+    from training_hub.frontends.autotrain.rows import rows_of  # which loads numpy
+
     try:
         found = rows_of(params, write, rows)
         live = found.live
@@ -151,14 +155,19 @@ def _take_rows(reading: _Reading, found: Rows) -> None:
     for path in found.settings:
         if path in ("data.path", "data.validation"):
             reading.spelled[path] = reading.write("data_path" if path == "data.path" else "valid_split")
-    template = params.chat_template if params.chat_template not in ("tokenizer", "none") else None
+    template = params.chat_template if params.chat_template != "none" else None
+    if params.chat_template == "none" and found.is_plain_text is False:
+        reading.problems.append(
+            f"{reading.write('chat_template')}: none, but the rows are conversations. Leave it out to take the model's "
+            "own template, or name one: chatml, zephyr, llama, alpaca, vicuna, mistral."
+        )
     if template is not None and found.is_plain_text:
         reading.problems.append(
-            f"{reading.write('chat_template')}: {template} puts conversations into text, and column "
-            f"'{params.text_column}' holds text already. Leave it out, or name a column of messages: "
+            f"{reading.write('chat_template')}: {template} puts conversations into text, and the "
+            "rows hold text already. Leave it out, or name a column of messages: "
             f"{reading.write('text_column')} messages."
         )
-    elif template is not None:
+    elif template not in (None, "tokenizer"):
         reading.give("data.chat_template", template, "chat_template")
     if not params.add_eos_token and found.is_plain_text is False:
         reading.problems.append(
@@ -267,7 +276,7 @@ def _adapter(reading: _Reading) -> Iterator[str]:
         value = getattr(params, name)
         if name == "target_modules" and isinstance(value, str) and value != "all-linear":
             value = [one.strip() for one in value.split(",") if one.strip()]
-        if value is not None:
+        if value is not None and value is not False:
             reading.give(path, value, name)
 
 
@@ -298,7 +307,8 @@ def _evaluation(reading: _Reading) -> Iterator[str]:
     metrics = params.eval_metrics.split(",") if isinstance(params.eval_metrics, str) else params.eval_metrics
     wanted = [name.strip() for name in metrics if name.strip() and name.strip() != "perplexity"]
     if params.use_enhanced_eval:
-        reading.settings["evaluation.generate"] = True
+        if wanted or params.eval_save_predictions:
+            reading.settings["evaluation.generate"] = True
         if wanted:
             reading.give("evaluation.metrics", wanted, "eval_metrics")
     else:
@@ -306,6 +316,7 @@ def _evaluation(reading: _Reading) -> Iterator[str]:
         if wanted:
             yield from _without(reading, {"eval_metrics": ""}, "use_enhanced_eval")
     reading.settings["evaluation.at_epoch"] = params.eval_strategy == "epoch"
+    reading.settings["evaluation.at_start"] = params.eval_strategy != "no"
     if params.eval_strategy == "steps":
         if params.eval_steps is None:
             yield f"{write('eval_steps')}: not given; {write('eval_strategy')} steps needs a number of them."
@@ -318,6 +329,10 @@ def _evaluation(reading: _Reading) -> Iterator[str]:
 def _saving(reading: _Reading) -> Iterator[str]:
     params, write = reading.params, reading.write
     reading.settings["checkpoint.at_epoch"] = params.save_strategy == "epoch"
+    if params.save_strategy == "no":
+        reading.settings["checkpoint.minutes"] = None
+        if reading.is_given("save_total_limit"):
+            yield f"{write('save_total_limit')}: would change nothing with {write('save_strategy')} no. Leave one out."
     if params.save_strategy == "steps":
         reading.give("checkpoint.interval", params.save_steps, "save_steps")
     elif reading.is_given("save_steps"):
@@ -371,6 +386,12 @@ def _machine(reading: _Reading) -> Iterator[str]:
         )
 
 
+def _sweep(reading: _Reading) -> Iterator[str]:
+    names = ("sweep_backend", "sweep_n_trials", "sweep_metric", "sweep_direction", "sweep_params")
+    if not reading.params.use_sweep:
+        yield from _without(reading, dict.fromkeys(names, ""), "use_sweep")
+
+
 def _hub(reading: _Reading) -> Iterator[str]:
     params, write = reading.params, reading.write
     names = ("repo_id", "username", "hub_private")
@@ -403,6 +424,7 @@ PARTS: tuple[Callable[[_Reading], Iterator[str]], ...] = (
     _saving,
     _reports,
     _machine,
+    _sweep,
     _hub,
 )
 """Each gives settings and yields what is wrong."""

@@ -192,16 +192,17 @@ class LLMTrainingParams(Parameters):
     """Longest sample that the teacher reads, in tokens."""
 
     use_enhanced_eval: bool = False
-    """Let the model answer validation rows and compare with the rows' own answers."""
+    """Measure validation rows; with metrics beside perplexity, let the model answer them and compare with the rows' own
+    answers."""
 
     eval_metrics: str | list[str] = "perplexity"
     """What they are compared by, with commas between: perplexity, bleu, rouge, chrf, exact_match, accuracy, f1."""
 
     eval_save_predictions: bool = False
-    """Accepted either way with use_enhanced_eval: answers are always kept, in predictions.jsonl of the project."""
+    """Keep what the model answers, in the project. Where eval_metrics need answers these are kept anyway."""
 
     eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
-    """When validation rows are measured."""
+    """When validation rows are measured: no leaves the last step."""
 
     eval_steps: int | None = None
     """With eval_strategy steps, every so many."""
@@ -210,7 +211,7 @@ class LLMTrainingParams(Parameters):
     """Stop once so many evaluations in a row brought nothing better."""
 
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
-    """When checkpoints are written."""
+    """When checkpoints are written, beside one after each quarter of an hour; with no, never."""
 
     save_steps: int = 500
     """With save_strategy steps, every so many."""
@@ -233,6 +234,25 @@ class LLMTrainingParams(Parameters):
 
     wandb_visualizer: bool = False
     """Not here: an error says how to see the same."""
+
+    use_sweep: bool = False
+    """Run several times with other values of some parameters, and give the best."""
+
+    sweep_backend: Literal["optuna", "random", "grid"] = "optuna"
+    """How values are chosen: optuna learns from the trials before (tree-structured Parzen estimator)."""
+
+    sweep_n_trials: int = 10
+    """How many runs."""
+
+    sweep_metric: str = "eval_loss"
+    """What decides: eval_loss, eval_perplexity, train_loss, or a metric of the run by its name."""
+
+    sweep_direction: Literal["minimize", "maximize"] = "minimize"
+    """Whether less or more of it is better."""
+
+    sweep_params: str | dict[str, Any] | None = None
+    """What is tried, in JSON: {"lr": {"type": "loguniform", "low": 1e-5, "high": 1e-3}, "batch_size": [4, 8]}. Without
+    it learning rates from a tenth to ten times lr."""
 
     push_to_hub: bool = False
     """Send the final model to the hub, as repo_id or username/project_name. The token is read from HF_TOKEN."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training_hub.data.files import kind_by_name
+from training_hub.data.formats import detect
 from training_hub.data.readers import Broken, decode
 from training_hub.data.sources import open_object, open_path
 from training_hub.errors import DataError, RecipeError
@@ -20,8 +21,11 @@ from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.dialects import is_live
 from training_hub.recipe.names import nearest
 from training_hub.recipe.translate import shown
+from training_hub.types import Origin
 
-TEXT = LLMTrainingParams.model_fields["text_column"].default
+TRAIN = LLMTrainingParams.model_fields["train_split"].default
+PLAIN = ("text", "prompt_completion", "tokens")
+"""Formats that no template touches."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,10 @@ def rows_of(params: LLMTrainingParams, write: Any = str, rows: Any = None) -> Ro
     given = params.data_path if rows is None else rows
     if given is None:
         return Rows()  # the recipe asks for it
+    if params.valid_split is not None and params.valid_path is not None:
+        raise RecipeError(f"{write('valid_split')} and {write('valid_path')}: one excludes the other. Leave one out.")
     if is_live(given):
-        if params.valid_split is not None:
-            raise RecipeError(
-                f"{write('valid_split')}: rows in memory have no splits. Give a file: {write('valid_path')}."
-            )
+        _refuse_splits(params, write, "rows in memory have")
         if iter(given) is given:  # what is looked at would be gone
             first = list(islice(given, 1))
             given = chain(first, given)
@@ -67,11 +70,7 @@ def _files(params: LLMTrainingParams, write: Any, given: str) -> dict[str, Any]:
     """data.path, data.split and data.validation for a path or hub name."""
     path = Path(given).expanduser()
     if path.is_file():
-        if params.valid_split is not None:
-            raise RecipeError(
-                f"{write('valid_split')}: {given} is one file and has no splits. Give another file: "
-                f"{write('valid_path')} FILE."
-            )
+        _refuse_splits(params, write, f"{given} is one file and has")
         return {"data.path": given}
     if not path.is_dir():
         if params.valid_split is None:
@@ -91,6 +90,14 @@ def _files(params: LLMTrainingParams, write: Any, given: str) -> dict[str, Any]:
     if params.valid_split is not None:
         found["data.validation"] = _of_split(path, params.valid_split, write("valid_split"), is_needed=True)
     return {name: str(file) for name, file in found.items()}
+
+
+def _refuse_splits(params: LLMTrainingParams, write: Any, what: str) -> None:
+    """Raise RecipeError where a split is asked for of what has none."""
+    if params.valid_split is not None:
+        raise RecipeError(f"{write('valid_split')}: {what} no splits. Give a file: {write('valid_path')} FILE.")
+    if params.train_split != TRAIN:
+        raise RecipeError(f"{write('train_split')}: {what} no splits. Leave it out.")
 
 
 def _of_split(folder: Path, split: str, name: str, *, is_needed: bool) -> Path:
@@ -142,7 +149,8 @@ def _columns(params: LLMTrainingParams, write: Any, row: Mapping[str, Any] | Non
         renamed = {ours: theirs for ours, theirs in pair.items() if ours != theirs}
         return Rows({"data.format": "prompt_completion", **_named(renamed)}, None, isinstance(row[text], str))
     if text not in row:
-        return Rows({}, None, None)  # no text, and none was named: its format is told by its keys
+        # No text, and none was named: its format is told by its keys.
+        return Rows({}, None, detect(row, Origin("the first row", 1, "row")).name in PLAIN)
     value = row[text]
     if isinstance(value, str) and not value.lstrip().startswith("["):
         return Rows({"data.format": "text", **_named({"text": text} if text != "text" else {})}, None, True)

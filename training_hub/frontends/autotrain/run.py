@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from training_hub.errors import BackendError
-from training_hub.frontends.autotrain.meaning import Asked, asked
+from training_hub.frontends.autotrain.meaning import Asked, Name, asked
 from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.dialects import recipe_from
 from training_hub.recipe import Recipe
@@ -98,9 +98,17 @@ class TrainedModel:
         return f"TrainedModel({self.result.status}, {self.result.model_path})"
 
 
-def train(config: LLMTrainingParams) -> TrainedModel:
-    """Train as `config` says, and give the model. Raises RecipeError that lists everything that is wrong."""
-    return run(asked(config))
+def train(config: LLMTrainingParams, write: Name = str) -> TrainedModel:
+    """Train as `config` says, and give the model; of a sweep the best. Raises RecipeError that lists everything that is
+    wrong.
+
+    write: a parameter as its caller writes it, for errors.
+    """
+    if config.use_sweep:
+        from training_hub.frontends.autotrain.sweep import sweep
+
+        return sweep(config, write)
+    return run(asked(config, write))
 
 
 def recipe_of(wanted: Asked) -> Recipe:

@@ -75,13 +75,8 @@ def kept_bytes(weights: Iterable[Tensor], settings: OptimizerSettings, width: in
 
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Any:
-    """Within, the weights of a schedule-free optimizer are the averaged ones; after it they are as before, bit for bit.
-
-    Of any other optimizer nothing changes.
-    """
-    if not is_averaging(optimizer):
-        yield
-        return
+    """Within, the weights of a schedule-free optimizer are the averaged ones; after it they are as before, bit for
+    bit."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     before = [weight.detach().clone() for weight in weights]
     optimizer.eval()  # type: ignore[attr-defined]
@@ -96,6 +91,7 @@ def averaged(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def is_averaging(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what it gives out is the average of its steps: whether it is schedule-free."""
     return all("train_mode" in group for group in optimizer.param_groups)
 
 
