@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.evaluation import metric_problems, names_of, needs_validation
+from training_hub.recipe.lora import Lora, adapter_problems
+from training_hub.recipe.osft import Osft
 from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
 
@@ -34,20 +36,6 @@ LION = ("Lion", "Lion8bit")
 # Peak learning rate of the Adam family above which a run says so.
 HIGH_RATE = 1e-2
 
-LORA_SETTINGS = (
-    "tuner",
-    "r",
-    "alpha",
-    "dropout",
-    "target_modules",
-    "modules_to_save",
-    "trainable_tokens",
-    "options",
-    "adapter",
-)
-# What the folder of an adapter that a run goes on with says itself.
-OF_THE_ADAPTER = ("tuner", "r", "alpha", "target_modules", "modules_to_save", "trainable_tokens", "options")
-
 # Setting -> (the setting it depends on, the values under which it does something).
 NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "data.block_size": ("data.pretraining", (True,)),
@@ -69,21 +57,8 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     },
     "lr_scheduler.min_lr": ("lr_scheduler.name", ("cosine", "linear", "wsd")),
     "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
-    **{
-        f"osft.{name}": ("algorithm", ("osft",))
-        for name in (
-            "unfreeze_rank_ratio",
-            "energy",
-            "targets",
-            "others",
-            "form",
-            "split_fused",
-            "gradients",
-            "carry",
-            "cache",
-        )
-    },
-    **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in LORA_SETTINGS},
+    **{f"osft.{name}": ("algorithm", ("osft",)) for name in Osft.model_fields},
+    **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in Lora.model_fields},
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
     "monitoring.wandb_entity": ("monitoring.wandb", (True,)),
     "monitoring.wandb_run_name": ("monitoring.wandb", (True,)),
@@ -149,7 +124,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _averaging,
         _freezing,
         _osft,
-        _lora,
+        _adapters,
         _watch,
         _generation,
         _best,
@@ -326,16 +301,9 @@ def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
         )
 
 
-def _lora(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    if recipe.lora.adapter is not None:
-        for name in OF_THE_ADAPTER:
-            path = f"lora.{name}"
-            if not _is_default(recipe, path):
-                yield Contradiction(
-                    (path, "lora.adapter"),
-                    f"{names(path)}: {_plainly(value_at(recipe, path))} beside {names('lora.adapter')}, whose "
-                    f"adapter_config.json says it for the adapter that the run goes on with. Leave {path} out.",
-                )
+def _adapters(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for paths, message in adapter_problems(recipe, names):
+        yield Contradiction(paths, message)
 
 
 def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:

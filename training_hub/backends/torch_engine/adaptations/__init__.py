@@ -14,7 +14,7 @@ from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.adaptations.lora import problems as lora_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
-from training_hub.backends.torch_engine.export import ModelFiles
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 

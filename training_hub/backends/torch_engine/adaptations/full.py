@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
-from training_hub.backends.torch_engine.export import ModelFiles
 from training_hub.backends.torch_engine.freezing import freeze
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.recipe.freezing import Freezing
 from training_hub.types import Console, Proof
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import WEIGHTS_FILE, is_changing_its_base
 from training_hub.backends.torch_engine.model_folder import is_folder
+from training_hub.backends.torch_engine.quantization import multiply_dense
 from training_hub.recipe import Recipe
 
 ADAPTER = "default"
@@ -101,6 +102,7 @@ class AdapterFiles:
         with library.quiet():
             whole = copy.deepcopy(self.peft, shared)
             base = whole.unload()
+        multiply_dense(base)  # bitsandbytes would lay out anew, in place, the weights that are shared here
         if self.start is not None:
             self._make_whole(base)
         return base

@@ -19,7 +19,7 @@ from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
 from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, parameters_of
 from training_hub.backends.torch_engine.adaptations.osft.table import told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
-from training_hub.backends.torch_engine.export import ModelFiles
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
