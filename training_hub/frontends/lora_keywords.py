@@ -64,6 +64,7 @@ LORA = (
     Keyword("use_rslora", "lora.tuner", flag("use_rslora", [("lora.tuner", "rslora")]), doc="tuner rslora.", kind=bool),
     Keyword("use_dora", "lora.tuner", flag("use_dora", [("lora.tuner", "dora")]), doc="tuner dora.", kind=bool),
     Keyword("adapter_path", "lora.adapter"),
+    Keyword("merge_adapter", "lora.merge"),
     Keyword(
         "micro_batch_size",
         "training.global_batch_size",

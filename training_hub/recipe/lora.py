@@ -47,6 +47,9 @@ class Lora(Section):
     adapter: str | None = None
     """Folder of an adapter to go on with, in PEFT's format. Its own configuration holds."""
 
+    merge: bool = False
+    """Also write the model with the adapter merged into its weights, into `merged` beside the final model."""
+
 
 def adapter_problems(recipe: Any, names: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is at odds in the settings of adapters and of the frozen weights beside them: paths, and a line for each.
@@ -62,6 +65,12 @@ def adapter_problems(recipe: Any, names: Any) -> Iterator[tuple[tuple[str, ...],
                 f"{names(path)}: {getattr(chosen, name)} beside {names('lora.adapter')}, whose adapter_config.json "
                 f"says it for the adapter that the run goes on with. Leave {path} out.",
             )
+    if recipe.algorithm == "lora_sft" and chosen.merge and not recipe.checkpoint.final:
+        yield (
+            ("lora.merge", "checkpoint.final"),
+            f"{names('lora.merge')}: true merges the final adapter, and {names('checkpoint.final')}: false writes "
+            f"none. Write {names.write('checkpoint.final', True)}.",
+        )
     yield from _quantization_problems(recipe, names)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -79,6 +80,10 @@ class Adaptation(Protocol):
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further safetensors files of the final model's folder, by name."""
+        ...
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """Make what is wanted of the final model beside it. rows: token ids of rows that were not trained."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,9 @@ class Full:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take over."""
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """Make something of the final model beside it: nothing."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further files of the final model's folder: none."""

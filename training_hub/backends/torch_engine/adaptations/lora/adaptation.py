@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.quantization import num_numbers, spared_bytes
 from training_hub.errors import RecipeError
+from training_hub.folders import remove
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
@@ -139,6 +140,20 @@ class Lora:
         if self._start is not None:
             tensors = self._start.difference(tensors)
         return {name: t.to(dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """With lora.merge, the merged model in `merged` beside the final one; one that is there makes way."""
+        if not self._recipe.lora.merge:
+            return
+        from training_hub.backends.torch_engine.merging import merge
+
+        merged = final.parent / "merged"
+        if merged.exists():
+            remove(merged)
+        chosen = self._recipe.model
+        merge(
+            final, merged, console, save_dtype=chosen.save_dtype, rows=rows, trust_remote_code=chosen.trust_remote_code
+        )
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further files of the final model's folder: none."""

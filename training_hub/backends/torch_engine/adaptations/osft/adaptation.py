@@ -5,7 +5,7 @@ Source: Nayak et al. 2025, arXiv:2504.07097; the trajectory is that of mini_trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -148,6 +148,9 @@ class Osft:
     def proofs(self) -> list[Proof]:
         """What an adaptation itself can prove before the first step: nothing; leak and drift are told in each step."""
         return []
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """Make something of the final model beside it: nothing."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further safetensors files of the final model's folder, by name."""
