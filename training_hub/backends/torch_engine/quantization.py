@@ -96,9 +96,10 @@ def spared_bytes(model: Any, quantization: str, itemsize: int) -> int:
 
 
 def _frozen_matrices(model: Any) -> Iterator[Tensor]:
-    head = model.get_output_embeddings()
+    # The head stays as it is, and so does one that PEFT keeps beside a copy that trains.
+    left = {id(module) for module in model.get_output_embeddings().modules()}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight is not head.weight:
+        if isinstance(module, nn.Linear) and id(module) not in left and not module.weight.requires_grad:
             yield module.weight
 
 

@@ -83,8 +83,9 @@ class _LowRank(torch.autograd.Function):
         low_TR = x_TM @ _stacked(downs).T
         outputs = []
         for base, scale, up_NR, part in zip(bases, scales, ups, _parts(low_TR, downs), strict=True):
+            # Not in place: selective checkpointing keeps the first product, and what is kept must stay as it is.
             y_TN = torch.nn.functional.linear(x_TM, dense(base, x.dtype), base.bias)
-            outputs.append(y_TN.addmm_(part, up_NR.T, alpha=scale).view(*x.shape[:-1], -1))
+            outputs.append(torch.addmm(y_TN, part, up_NR.T, alpha=scale).view(*x.shape[:-1], -1))
         ctx.save_for_backward(x_TM, low_TR, *factors)
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
         ctx.set_materialize_grads(False)
