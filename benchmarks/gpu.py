@@ -1,8 +1,10 @@
 """Ours on one GPU: `python benchmarks/gpu.py` trains each workload in a process of its own and appends to gpu.jsonl.
 
-Needs torch with CUDA, transformers and this repository; no network, no data and no other package: weights are random
+Needs torch with CUDA, transformers and this repository (8b-lora: peft too); no network, no data: weights are random
 in the shape of a known model, rows are random tokens of full length, all of them trained. What runs out of memory is a
 line too, and the next workload is tried. `--tiny` does the same with a tiny model on whatever device there is.
+8b-lora trains rank 16 in all linear layers of a frozen bfloat16 model; `--set model.quantization=...` needs a folder,
+and is not for random weights.
 
 fraction_of_peak: operations that the tokens need (6 for each weight and token, 4 where it is frozen, and causal
 attention) per second, over the rate of a matrix product measured in the same process.
@@ -82,7 +84,9 @@ def main() -> None:
     if options.one:
         print(json.dumps(train(options.one, options)))
         return
-    names = ["tiny-full"] if options.tiny else options.workloads or WORKLOADS
+    names = options.workloads or (["1b-full"] if options.tiny else WORKLOADS)
+    if options.tiny:
+        names = [f"tiny-{name.rpartition('-')[2]}" for name in names]
     for name in names:
         made = in_a_process(name)
         with Path(options.output).open("a", encoding="utf-8") as file:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from training_hub.frontends.continual import continual
     from training_hub.frontends.evaluate import evaluate
     from training_hub.frontends.functions import lora_sft, osft, sft
+    from training_hub.frontends.merging import merge_adapter
     from training_hub.frontends.registry import (
         Algorithm,
         AlgorithmRegistry,
@@ -50,6 +51,7 @@ _HOME_OF = {
     "sft": "training_hub.frontends.functions",
     "osft": "training_hub.frontends.functions",
     "lora_sft": "training_hub.frontends.functions",
+    "merge_adapter": "training_hub.frontends.merging",
     "continual": "training_hub.frontends.continual",
     "evaluate": "training_hub.frontends.evaluate",
     "LLMTrainingParams": "training_hub.frontends.autotrain.params",
@@ -109,6 +111,7 @@ __all__ = [
     "create_algorithm",
     "evaluate",
     "lora_sft",
+    "merge_adapter",
     "osft",
     "sft",
 ]

@@ -43,6 +43,7 @@ def test_every_boolean_has_both_forms():
         if setting.is_boolean and setting.path not in ("checkpoint.keep_best", "hub.push", "hub.private"):
             is_osft = setting.path.startswith("osft.")
             given = ["osft", *NEEDED[1:], "--osft.energy=0.5"] if is_osft else NEEDED
+            given = ["lora-sft", *NEEDED[1:]] if setting.path.startswith("lora.") else given
             assert value_at(recipe_of([*given, f"--{setting.path}"]), setting.path) is True
             for words in ([f"--no-{setting.path}"], [f"--{setting.path}", "false"], [f"--{setting.path}=no"]):
                 assert value_at(recipe_of([*given, *words]), setting.path) is False

@@ -58,7 +58,7 @@ def test_the_formats_and_columns_of_training_hub_are_ours():
     assert made.data.validation == "v"
     with pytest.raises(RecipeError, match="dataset_type: found 'parquet'; allowed: chat_template"):
         recipe(dataset_type="parquet")
-    with pytest.raises(RecipeError, match="enable_model_splitting: found true; allowed: False"):
+    with pytest.raises(RecipeError, match="enable_model_splitting: found true; allowed: false"):
         recipe(enable_model_splitting=True)
 
 

@@ -126,7 +126,14 @@ def json_values() -> st.SearchStrategy[Any]:
 FREE = [
     setting
     for path, setting in all_settings().items()
-    if path not in {*NEEDS, *(one for pair in RIVALS for one in pair), "data.unmask", "training.max_tokens_per_gpu"}
+    if path
+    not in {
+        *NEEDS,
+        *(one for pair in RIVALS for one in pair),
+        "data.unmask",
+        "training.max_tokens_per_gpu",
+        "model.quantization",
+    }
     and path not in {"processes.node_rank", "processes.master_port"}
     and (not path.startswith("evaluation.") or path.endswith(("interval", "at_epoch", "at_start", ".watch")))
     and path not in {"evaluation.watch_interval", "hub.push"}

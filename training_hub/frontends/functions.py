@@ -272,6 +272,11 @@ def lora_sft(
     use_dora: bool | None = None,
     modules_to_save: Sequence[str] | None = None,
     adapter_path: str | os.PathLike[str] | None = None,
+    merge_adapter: bool | None = None,
+    load_in_4bit: bool | None = None,
+    load_in_8bit: bool | None = None,
+    bnb_4bit_quant_type: str | None = None,
+    bnb_4bit_use_double_quant: bool | None = None,
     max_tokens_per_gpu: int | None = None,
     max_steps: int | None = None,
     max_grad_norm: float | None = None,
@@ -300,7 +305,9 @@ def lora_sft(
         target_modules: "all-linear" (the default), a list of ends of module names, or a regular expression.
         tuner: "lora" (the default), "rslora", "dora", "pissa", "olora", or another tuner of PEFT by name; use_rslora
             and use_dora ask for two of these. modules_to_save: trained in full and saved with the adapter.
-        adapter_path: an adapter to go on with.
+        adapter_path: an adapter to go on with. merge_adapter: also write the merged model, beside the adapter.
+        load_in_4bit, load_in_8bit: frozen weights as NF4 (bnb_4bit_quant_type only "nf4", bnb_4bit_use_double_quant
+            only True) or as 8-bit numbers.
     How much:
         num_epochs (3) or max_steps. effective_batch_size (2): samples per optimizer step over all devices; or
             micro_batch_size (2) and gradient_accumulation_steps (1), whose product with the number of processes it is.

@@ -11,10 +11,13 @@ from training_hub.frontends.keyword import Keyword, Settings, flag
 from training_hub.recipe.translate import shown
 
 
-def _only_false(name: str, why: str) -> Callable[[Any], Settings]:
+def _only(name: str, allowed: Any, why: str = "") -> Callable[[Any], Settings]:
+    """For a keyword that has one value here, which is what is done anyway."""
+
     def settings(value: Any) -> Settings:
-        if value is not False:
-            raise RecipeError(f"{name}: found {shown(value)}; allowed: False, since {why}. Leave it out")
+        if value != allowed:
+            reason = f", since {why}" if why else ""
+            raise RecipeError(f"{name}: found {shown(value)}; allowed: {shown(allowed)}{reason}. Leave it out")
         return []
 
     return settings
@@ -61,6 +64,7 @@ LORA = (
     Keyword("use_rslora", "lora.tuner", flag("use_rslora", [("lora.tuner", "rslora")]), doc="tuner rslora.", kind=bool),
     Keyword("use_dora", "lora.tuner", flag("use_dora", [("lora.tuner", "dora")]), doc="tuner dora.", kind=bool),
     Keyword("adapter_path", "lora.adapter"),
+    Keyword("merge_adapter", "lora.merge"),
     Keyword(
         "micro_batch_size",
         "training.global_batch_size",
@@ -73,6 +77,22 @@ LORA = (
         "training.global_batch_size",
         doc="Forward passes per optimizer step, with micro_batch_size.",
     ),
+    Keyword(
+        "load_in_4bit",
+        "model.quantization",
+        flag("load_in_4bit", [("model.quantization", "int4")]),
+        doc="True: frozen weights as NF4, with quantised scales.",
+        kind=bool,
+    ),
+    Keyword(
+        "load_in_8bit",
+        "model.quantization",
+        flag("load_in_8bit", [("model.quantization", "int8")]),
+        doc="True: frozen weights as 8-bit numbers.",
+        kind=bool,
+    ),
+    Keyword("bnb_4bit_quant_type", "", _only("bnb_4bit_quant_type", "nf4"), doc="nf4.", kind=str),
+    Keyword("bnb_4bit_use_double_quant", "", _only("bnb_4bit_use_double_quant", True), doc="True.", kind=bool),
     Keyword("sample_packing", "data.packing"),
     Keyword(
         "bf16",
@@ -112,7 +132,7 @@ LORA = (
     Keyword(
         "enable_model_splitting",
         "",
-        _only_false("enable_model_splitting", "the engine keeps a model on one device"),
+        _only("enable_model_splitting", False, "the engine keeps a model on one device"),
         doc="A model over several GPUs; only False so far.",
         kind=bool,
     ),

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.evaluation import needs_validation
+from training_hub.recipe.lora import Lora, adapter_problems
+from training_hub.recipe.osft import Osft
 from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
 
@@ -33,20 +35,6 @@ ADAM = (*TORCH_ADAM, "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit")
 LION = ("Lion", "Lion8bit")
 # Peak learning rate of the Adam family above which a run says so.
 HIGH_RATE = 1e-2
-
-LORA_SETTINGS = (
-    "tuner",
-    "r",
-    "alpha",
-    "dropout",
-    "target_modules",
-    "modules_to_save",
-    "trainable_tokens",
-    "options",
-    "adapter",
-)
-# What the folder of an adapter that a run goes on with says itself.
-OF_THE_ADAPTER = ("tuner", "r", "alpha", "target_modules", "modules_to_save", "trainable_tokens", "options")
 
 # Setting -> (the setting it depends on, the values under which it does something).
 NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
@@ -70,22 +58,8 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "osft.least_kept": ("osft.importance", (True,)),
     "lr_scheduler.min_lr": ("lr_scheduler.name", ("cosine", "linear", "wsd")),
     "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
-    **{
-        f"osft.{name}": ("algorithm", ("osft",))
-        for name in (
-            "unfreeze_rank_ratio",
-            "energy",
-            "importance",
-            "targets",
-            "others",
-            "form",
-            "split_fused",
-            "gradients",
-            "carry",
-            "cache",
-        )
-    },
-    **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in LORA_SETTINGS},
+    **{f"osft.{name}": ("algorithm", ("osft",)) for name in Osft.model_fields if name != "least_kept"},
+    **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in Lora.model_fields},
     "hub.repo_id": ("hub.push", (True,)),
     "hub.private": ("hub.push", (True,)),
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
@@ -155,7 +129,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _averaging,
         _freezing,
         _osft,
-        _lora,
+        _adapters,
         _watch,
         *CHECKS,
         _processes,
@@ -333,16 +307,9 @@ def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
         )
 
 
-def _lora(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    if recipe.lora.adapter is not None:
-        for name in OF_THE_ADAPTER:
-            path = f"lora.{name}"
-            if not is_default(recipe, path):
-                yield Contradiction(
-                    (path, "lora.adapter"),
-                    f"{names(path)}: {plainly(value_at(recipe, path))} beside {names('lora.adapter')}, whose "
-                    f"adapter_config.json says it for the adapter that the run goes on with. Leave {path} out.",
-                )
+def _adapters(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for paths, message in adapter_problems(recipe, names):
+        yield Contradiction(paths, message)
 
 
 def _osft_importance(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
@@ -357,7 +324,7 @@ def _osft_importance(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     if share is None or share in (0, 1):
         yield Contradiction(
             (importance, ratio),
-            f"{names(importance)}: shares out {names(ratio)}, which is {_plainly(share)}; allowed: between 0 and 1. "
+            f"{names(importance)}: shares out {names(ratio)}, which is {plainly(share)}; allowed: between 0 and 1. "
             f"Write {names.write(ratio, 0.3)}, or leave {importance} out.",
         )
     elif recipe.osft.least_kept > 1 - share:

@@ -69,6 +69,10 @@ class Model(Section):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Number format of the final model. auto: the format the model came in; an adapter's numbers in float32."""
 
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Number format of the frozen weights beside which adapters train. int8: by torchao, a scale for each row. int4:
+    NF4 with quantised scales, by bitsandbytes. Head and embeddings stay as they are."""
+
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder."""
 

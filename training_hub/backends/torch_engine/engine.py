@@ -27,6 +27,7 @@ from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
+from training_hub.backends.torch_engine.merging import merge_for
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
     choose_device,
@@ -207,6 +208,10 @@ class TorchEngine:
         """What the model of model.path says to the rows, and its scores."""
         return examine(recipe, given, console, own)
 
+    def merge(self, recipe: Recipe, given: Given, adapter: Path, console: Console) -> dict[str, Any]:
+        """The adapter in its base as one model in recipe.output, compared on the rows of data.path."""
+        return merge_for(recipe, given, adapter, console)
+
     def voice(self, recipe: Recipe) -> Voice:
         """The model of model.path, to be talked to."""
         return open_voice(recipe)
@@ -372,7 +377,14 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         f"final: {folder.final} ({str(dtype).removeprefix('torch.')}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
     )
+    run.adaptation.further(folder.final, rows_kept_back(materials), console)
     return folder.final
+
+
+def rows_kept_back(materials: Materials, most: int = 8) -> list[list[int]]:
+    """Token ids of the first validation rows, on which two models can be compared; [] where there are none."""
+    store = materials.prepared.validation
+    return [] if store is None else [store[index].ids.tolist() for index in range(min(most, len(store)))]
 
 
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.quiet import library_bars
 from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
@@ -21,20 +22,6 @@ from training_hub.errors import DiskError, TrainingError
 from training_hub.folders import write_whole
 
 PROBE_LENGTH = 16
-
-
-class ModelFiles(Protocol):
-    """How what was trained becomes files of a folder, and how it is read again. dtype: their format, where not that in
-    which the model came."""
-
-    @property
-    def dtype(self) -> torch.dtype | None: ...
-
-    def save(self, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None: ...
-
-    def load(self, model: Any, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
-        """The model that `folder` makes, its tensors under the names they were saved by, and what went wrong."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
 from training_hub.backends.torch_engine.optimizers.library import KINDS, kept_bytes, table_names
+from training_hub.backends.torch_engine.quantization import plain_like
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 from training_hub.types import Pack
@@ -82,7 +83,8 @@ def estimate(
     on_kernels = is_swapped and device.type == "cpu"
     parts: Estimate = {
         "libraries": LIBRARIES.get(device.type, 0),
-        "weights": sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        "weights": sum(p.numel() for p in blank.parameters()) * dtype.itemsize
+        - holdings.spared
         + (holdings.trained + holdings.fixed) * exact
         + (holdings.copied * dtype.itemsize if is_low else 0),
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
@@ -123,11 +125,17 @@ def blank_like(model: PreTrainedModel) -> PreTrainedModel:
     A module on our kernels is one of the library's again in a copy.
     """
     empty: dict[int, Any] = {}
+    for module in model.modules():
+        plain = plain_like(module)
+        if plain is not None:
+            empty[id(module)] = plain
     for parameter in model.parameters():
-        empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        blank_of = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        empty[id(parameter)] = nn.Parameter(blank_of, parameter.requires_grad and parameter.is_floating_point())
     for buffer in model.buffers():
         empty[id(buffer)] = torch.empty_like(buffer, device="meta")
     blank = copy.deepcopy(model, empty)
+    blank.__dict__.pop("quantization_method", None)  # its layers are plain now, and may be of another format
     blank.config._attn_implementation = None
     blank.config.pad_token_id = None  # else some models look for padding in the ids, which have no contents here
     return blank

@@ -27,6 +27,7 @@ from training_hub.backends.torch_engine.preflight import (
     logits_of_one,
     relative_difference,
 )
+from training_hub.backends.torch_engine.quantization import NONE, loading_options, multiply_dense
 from training_hub.backends.torch_engine.quiet import library_bars
 from training_hub.errors import BackendError, RecipeError
 from training_hub.recipe import Recipe
@@ -139,11 +140,17 @@ def load_model(
     problem = varlen_problem(device, dtype)
     if recipe.model.attention == "varlen" and problem:
         raise BackendError(problem)
+    is_quantised = recipe.model.quantization != NONE
     if model is None:
-        loaded, original, notes = _load(recipe.model, dtype)
+        loaded, original, notes = _load(recipe.model, dtype, device)
+    elif is_quantised:
+        raise RecipeError(
+            f"model.quantization: {recipe.model.quantization} is made while weights are read, and the model was handed "
+            "over. Give its folder as model.path, or write model.quantization: none."
+        )
     else:
         loaded, original, notes = model, next(model.parameters()).dtype, _convert(model, dtype)
-    loaded = loaded.to(device).eval()
+    loaded = loaded.eval() if is_quantised else loaded.to(device).eval()  # it was put there as it was quantised
     names, tried = _attention_names(recipe.model.attention, loaded, lengths)
     attention = _attach_attention(loaded, names, dtype)
     told_of = [*notes, *tried, *_attention_notes(attention, names), *_model_notes(loaded)]
@@ -168,7 +175,7 @@ def _attention_names(requested: str, model: PreTrainedModel, lengths: Sequence[i
     return [trial.name for trial in trials if trial.seconds is not None] or [DOCUMENTS], [told(trials)]
 
 
-def _load(chosen: Model, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dtype, list[str]]:
+def _load(chosen: Model, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, torch.dtype, list[str]]:
     problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
     if problems:
         raise RecipeError(problems)
@@ -185,11 +192,13 @@ def _load(chosen: Model, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.dty
         "output_loading_info": True,
         # The library's own error for this stops at the first place; ours names them all.
         "ignore_mismatched_sizes": True,
+        **loading_options(chosen.quantization, dtype, device),
     }
     model, info = _from_library(chosen, "AutoModelForCausalLM", {**source, **options})
     problems = _loading_problems(chosen.path, model, info)
     if problems:
         raise RecipeError(problems)
+    multiply_dense(model)
     return model, original, _unexpected_notes(info["unexpected_keys"])
 
 

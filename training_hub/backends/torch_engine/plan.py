@@ -18,6 +18,7 @@ from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.materials import Materials, load_materials
 from training_hub.backends.torch_engine.memory import Estimate, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, read_blank_model
+from training_hub.backends.torch_engine.quantization import num_numbers, quantiser
 from training_hub.backends.torch_engine.work import measured_peak, work_of
 from training_hub.data.feed import Feed, FeedSettings
 from training_hub.data.forecast import forecast, length_quantiles
@@ -86,8 +87,9 @@ def describe(
         "engine": "torch",
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
+        "quantization": {"name": recipe.model.quantization, **quantiser(recipe.model.quantization)},
         "save_dtype": str(save_dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in parameters),
+        "parameters": sum(num_numbers(p) for p in parameters),
         "trained_parameters": sum(p.numel() for p in moved) + holdings.trained,
         "frozen_at_first": Thaw(model, recipe.freezing).frozen_at_first(),
         "samples": len(store),

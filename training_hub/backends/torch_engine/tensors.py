@@ -114,7 +114,12 @@ def _move(array: np.ndarray, device: torch.device | str) -> Tensor:
 def nonfinite_tensors(tensors: dict[str, Tensor]) -> list[str]:
     """One line for each tensor with NaN or infinite numbers; [] where there is none."""
     # Formats of one byte, as in quantised folders, have no isfinite.
-    floats = {n: tensor for n, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() > 1}
+    plain = (Tensor, torch.nn.Parameter)  # a library's own kind of tensor holds integers and their scales
+    floats = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if type(tensor) in plain and tensor.is_floating_point() and tensor.element_size() > 1
+    }
     if not floats or all(bool(torch.isfinite(tensor).all()) for tensor in floats.values()):
         return []
     counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in floats.items()}

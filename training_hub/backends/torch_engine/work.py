@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from training_hub.backends.torch_engine.quantization import num_numbers
 from training_hub.types import Pack
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def work_of(model: PreTrainedModel) -> Work:
     config = model.config.get_text_config()
     share = _share_of_experts(config)
     body = sum(
-        parameter.numel() * _operations(parameter.requires_grad) * (share if ".experts." in name else 1.0)
+        num_numbers(parameter) * _operations(parameter.requires_grad) * (share if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in apart
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from training_hub.frontends.commands import chat, check, continual, evaluate, plan, preview
+from training_hub.frontends.commands import chat, check, continual, evaluate, merge, plan, preview
 from training_hub.recipe import Recipe
 
 
@@ -48,6 +48,13 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             chat.run,
             goes_without=("output", "data.path"),
             usage=chat.USAGE,
+        ),
+        "merge": Command(
+            "write an adapter and its base as one model, and measure how far it lies from the two",
+            merge.add_options,
+            merge.run,
+            goes_without=("model.path", "data.path"),
+            usage=merge.USAGE,
         ),
         "continual": Command(
             "learn tasks one after the other by several methods, and measure what each forgets",

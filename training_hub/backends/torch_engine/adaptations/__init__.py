@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.adaptations.lora import problems as lora_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
-from training_hub.backends.torch_engine.export import ModelFiles
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
@@ -83,6 +84,10 @@ class Adaptation(Protocol):
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further safetensors files of the final model's folder, by name."""
+        ...
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """Make what is wanted of the final model beside it. rows: token ids of rows that were not trained."""
         ...
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
-from training_hub.backends.torch_engine.export import ModelFiles
 from training_hub.backends.torch_engine.freezing import freeze
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.recipe.freezing import Freezing
 from training_hub.types import Console, Proof
 
@@ -69,6 +70,9 @@ class Full:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take over."""
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """Make something of the final model beside it: nothing."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further files of the final model's folder: none."""

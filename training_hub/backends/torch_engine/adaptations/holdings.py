@@ -13,7 +13,8 @@ class Holdings:
     keeps, in float32. copied: numbers that it keeps in the format of the model, where that is 16 bits wide. gradients:
     numbers of the gradients that wait for further packs of a step in place of those of the claimed parameters.
     complete: the same once those of a step are complete. saved: numbers in a checkpoint beside those that the optimizer
-    moves. exported: numbers of the final model's files, where these are not the whole model.
+    moves. exported: numbers of the final model's files, where these are not the whole model. spared: bytes by which
+    frozen weights are smaller than in the format of the model.
     """
 
     claimed: frozenset[str] = frozenset()
@@ -24,6 +25,7 @@ class Holdings:
     complete: int = 0
     saved: int = 0
     exported: int | None = None
+    spared: int = 0
 
 
 NOTHING = Holdings()

@@ -9,20 +9,19 @@ ours, and it hands back to the library what the kernels do not do. Whether the m
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused import eight_bit, functions
+from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, made, subclass
+from training_hub.backends.torch_engine.fused.low_rank import project
 from training_hub.backends.torch_engine.fused.products import linear
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Forward = Callable[..., Any]
 
 NORM_OFFSETS = {
     **dict.fromkeys(("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3"), 0.0),
@@ -81,7 +80,7 @@ def swap(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         kind = None if isinstance(module, OnKernels) or module is head else _kind_for(module)
         if kind is not None:
-            model.set_submodule(name, _made(kind, module.__dict__))
+            model.set_submodule(name, made(kind, module.__dict__))
 
 
 def _head_of(model: Any) -> nn.Module | None:
@@ -98,7 +97,7 @@ def multiply_in_eight_bits(model: nn.Module) -> int:
         if isinstance(module, nn.Linear) and module is not head and eight_bit.fits(module.weight)
     ]
     for name, module in found:
-        model.set_submodule(name, _made(_subclass(nn.Linear, _eight_bit_linear), module.__dict__))
+        model.set_submodule(name, made(subclass(nn.Linear, _eight_bit_linear), module.__dict__))
     return len(found)
 
 
@@ -127,37 +126,23 @@ def swap_back(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
         if issubclass(kind, OnKernels):
-            model.set_submodule(name, _made(kind.__bases__[1], module.__dict__))
-
-
-class OnKernels:
-    """Marks a module whose forward is ours. A copy or pickle of it is a module of the library's class again."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (type(self).__bases__[1], self.__dict__)
-
-
-def _made(kind: type, contents: dict[str, Any]) -> nn.Module:
-    """A module of class `kind` that holds `contents`."""
-    made: nn.Module = object.__new__(kind)
-    object.__setattr__(made, "__dict__", contents)
-    return made
+            model.set_submodule(name, made(kind.__bases__[1], module.__dict__))
 
 
 def _kind_for(module: nn.Module) -> type | None:
     own: Any = type(module)
     if own is nn.Linear and module.weight.is_cuda and module.weight.dtype == torch.bfloat16:
-        return _subclass(own, _linear)
+        return subclass(own, _linear)
     if not own.__module__.startswith("transformers.models."):
         return None
     if own.__name__.endswith("RMSNorm") and own.__name__[:-7] in NORM_OFFSETS and hasattr(module, "weight"):
-        return _subclass(own, _norm)
+        return subclass(own, _norm)
     if own.__name__.endswith("MLP") and own.__name__[:-3] in GATED and _is_silu(module):
-        return _subclass(own, _gated)
+        return subclass(own, _gated)
     if own.__name__.endswith("Attention") and own.__name__[:-9] in WINDOWS:
-        return _subclass(own, _attention)
+        return subclass(own, _attention)
     if own.__name__.endswith("DecoderLayer") and own.__name__[:-12] in LAST_LAYERS and _is_last(module):
-        return _subclass(own, _last_layer)
+        return subclass(own, _last_layer)
     return None
 
 
@@ -167,11 +152,6 @@ def _is_last(module: Any) -> bool:
 
 def _is_silu(module: Any) -> bool:
     return type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
-
-
-@cache
-def _subclass(own: Any, make: Callable[[Any], Forward]) -> type:
-    return type(own.__name__, (OnKernels, own), {"forward": make(own)})
 
 
 def _linear(own: Any) -> Forward:
@@ -204,7 +184,7 @@ def _gated(own: Any) -> Forward:
     def forward(self: Any, x: Tensor) -> Tensor:
         if not functions.are_known(x):
             return own.forward(self, x)
-        return self.down_proj(functions.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(functions.swiglu(*project(x, (self.gate_proj, self.up_proj))))
 
     return forward
 
@@ -272,7 +252,8 @@ def _are_turnable(module: Any, hidden: Tensor, cosines: Tensor, sines: Tensor) -
 def _turned_heads(module: Any, hidden_BTx: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, heads, T, D], the first two turned by their rotary positions."""
     shape = (*hidden_BTx.shape[:-1], -1, module.head_dim)
-    query, key, value = (part(hidden_BTx).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
+    parts = project(hidden_BTx, (module.q_proj, module.k_proj, module.v_proj))
+    query, key, value = (part.view(shape) for part in parts)
     if hasattr(module, "q_norm"):
         query, key = module.q_norm(query), module.k_norm(key)
     query, key = functions.rotate(query, cosines, sines), functions.rotate(key, cosines, sines)

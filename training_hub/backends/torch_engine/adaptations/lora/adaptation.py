@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
+from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
+from training_hub.backends.torch_engine.quantization import num_numbers, spared_bytes
 from training_hub.errors import RecipeError
+from training_hub.folders import remove
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
@@ -70,13 +73,18 @@ class Lora:
             if self._recipe.lora.adapter is not None:
                 self._take_over(Path(self._recipe.lora.adapter).expanduser())
             self._difference = relative_difference(logits_of_one(model), before)
+        run_adapters_fused(model)
         return model
 
     def holdings(self) -> Holdings:
         """What there is beside the model's parameters, the adapter's among them: the start of PiSSA, small files."""
         trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         is_kept = is_changing_its_base(self._config)
-        return Holdings(fixed=trained if is_kept else 0, exported=(2 if is_kept else 1) * trained)
+        return Holdings(
+            fixed=trained if is_kept else 0,
+            exported=(2 if is_kept else 1) * trained,
+            spared=spared_bytes(self._model, self._recipe.model.quantization, self._dtype.itemsize),
+        )
 
     def begin(self, console: Console) -> None:
         """Say what trains."""
@@ -135,6 +143,20 @@ class Lora:
         if self._start is not None:
             tensors = self._start.difference(tensors)
         return {name: t.to(dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """With lora.merge, the merged model in `merged` beside the final one; one that is there makes way."""
+        if not self._recipe.lora.merge:
+            return
+        from training_hub.backends.torch_engine.merging import merge
+
+        merged = final.parent / "merged"
+        if merged.exists():
+            remove(merged)
+        chosen = self._recipe.model
+        merge(
+            final, merged, console, save_dtype=chosen.save_dtype, rows=rows, trust_remote_code=chosen.trust_remote_code
+        )
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further files of the final model's folder: none."""
@@ -258,7 +280,7 @@ def _token_ids(recipe: Recipe) -> list[int] | None:
 
 def _told(model: nn.Module, config: Any) -> Iterator[str]:
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    total, everything = sum(trained.values()), sum(p.numel() for p in model.parameters())
+    total, everything = sum(trained.values()), sum(num_numbers(p) for p in model.parameters())
     places: Counter[str] = Counter()
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):

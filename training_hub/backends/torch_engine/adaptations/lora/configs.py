@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from training_hub.backends.torch_engine.adaptations.lora import library
+from training_hub.backends.torch_engine.quantization import problems as quantization_problems
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
 from training_hub.recipe.lora import Lora as Settings
@@ -56,8 +57,13 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 def problems(recipe: Recipe) -> list[str]:
     """Why the section cannot be had from the installed PEFT, each with its remedy; no weight is read."""
+    unmet = quantization_problems(recipe.model)
     if not library.is_installed():
-        return [library.MISSING]
+        return [library.MISSING, *unmet]
+    return [*unmet, *_section_problems(recipe)]
+
+
+def _section_problems(recipe: Recipe) -> list[str]:
     if recipe.lora.adapter is not None:
         return list(_folder_problems(Path(recipe.lora.adapter).expanduser()))
     found = list(_tuner_problems(recipe.lora.tuner))

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import WEIGHTS_FILE, is_changing_its_base
 from training_hub.backends.torch_engine.model_folder import is_folder
+from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
+from training_hub.folders import write_json
 from training_hub.recipe import Recipe
+
+ORIGIN_FILE = "trained_beside.json"
+"""What PEFT's configuration has no field for: in how many bits the base was there, and in what format it computed."""
 
 ADAPTER = "default"
 """How PEFT calls an adapter that has no name."""
@@ -55,6 +60,9 @@ class AdapterFiles:
         """Weights and configuration, as PEFT's save_pretrained writes them."""
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self.config().save_pretrained(str(folder))
+        chosen, computed = self.recipe.model, next(p.dtype for p in model.parameters() if p.requires_grad)
+        origin = {"quantization": chosen.quantization, "dtype": str(computed).removeprefix("torch.")}
+        write_json(folder / ORIGIN_FILE, {**origin, "versions": quantiser(chosen.quantization)})
 
     def config(self) -> Any:
         """The configuration to write: where the base lies, and what the adapter is on the base as it came."""
@@ -101,6 +109,7 @@ class AdapterFiles:
         with library.quiet():
             whole = copy.deepcopy(self.peft, shared)
             base = whole.unload()
+        multiply_dense(base)  # bitsandbytes would lay out anew, in place, the weights that are shared here
         if self.start is not None:
             self._make_whole(base)
         return base

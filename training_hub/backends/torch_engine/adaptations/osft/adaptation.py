@@ -5,7 +5,7 @@ Source: Nayak et al. 2025, arXiv:2504.07097; the trajectory is that of mini_trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
 from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, parameters_of
 from training_hub.backends.torch_engine.adaptations.osft.table import told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
-from training_hub.backends.torch_engine.export import ModelFiles
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
@@ -165,6 +165,9 @@ class Osft:
     def proofs(self) -> list[Proof]:
         """What an adaptation itself can prove before the first step: nothing; leak and drift are told in each step."""
         return []
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """Make something of the final model beside it: nothing."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further safetensors files of the final model's folder, by name."""

@@ -1,0 +1,127 @@
+"""Linear layers with a low-rank adapter beside a frozen weight, in as few products as there are.
+
+y = x W^T + b + s (x A^T) B^T, where PEFT makes x A^T, times B^T, times s, and adds that to x W^T: four passes over a
+tensor as large as y where one product that adds to it does. Layers that read the same x (query, key and value; gate and
+up) take all their A in one product, and their parts of dx are added up by the products that make them.
+"""
+
+# T tokens, M inputs, N outputs, R ranks of all adapters that read one x
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
+from training_hub.backends.torch_engine.quantization import dense
+
+ADAPTER = "default"
+CLASSES = (
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+)
+"""What PEFT puts in the place of a linear layer: over plain weights, and over those of 4 and 8 bits."""
+
+
+def run_adapters_fused(model: nn.Module) -> None:
+    """Exchange PEFT's linear layers with plain LoRA for ours, in place; parameters and names stay."""
+    for name, module in list(model.named_modules()):
+        kind: Any = type(module)
+        if f"{kind.__module__}.{kind.__qualname__}" in CLASSES and isinstance(module.base_layer, nn.Linear):
+            exchange(model, name, module, _forward)
+
+
+def project(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+    """What each of the layers makes of x [..., M]; those with adapters together, where all have one."""
+    if all(_is_plain(layer, x) for layer in layers):
+        factors = [part for layer in layers for part in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)]
+        bases, scales = [layer.base_layer for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
+        outputs: tuple[Tensor, ...] = _LowRank.apply(x, bases, scales, *factors)
+        return outputs
+    return [layer(x) for layer in layers]
+
+
+def _forward(own: Any) -> Forward:
+    def forward(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if arguments or options or not _is_plain(self, x):
+            return own.forward(self, x, *arguments, **options)
+        return project(x, (self,))[0]
+
+    return forward
+
+
+def _is_plain(layer: Any, x: Tensor) -> bool:
+    """Whether this layer now computes x W^T + b + s (x A^T) B^T and nothing else."""
+    if not (_is_ours(layer) and hasattr(layer, "lora_A")):
+        return False
+    if layer.disable_adapters or layer.merged_adapters or layer.active_adapters != [ADAPTER] or layer.lora_variant:
+        return False
+    if getattr(type(layer.base_layer), "made_by", "_linear") not in ("_linear", "_dense_forward"):
+        return False  # its product is another one, in 8-bit floating point for example
+    has_dropout = layer.training and not isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+    is_turned = layer.fan_in_fan_out or layer.lora_bias[ADAPTER]
+    return not has_dropout and not is_turned and layer.lora_A[ADAPTER].weight.dtype == x.dtype
+
+
+def _is_ours(layer: Any) -> bool:
+    return isinstance(layer, OnKernels)
+
+
+class _LowRank(torch.autograd.Function):
+    """Outputs of layers that read one x; x and x A^T are kept, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bases: list[nn.Linear], scales: list[float], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        x_TM = x.reshape(-1, x.shape[-1])
+        downs, ups = factors[0::2], factors[1::2]
+        low_TR = x_TM @ _stacked(downs).T
+        outputs = []
+        for base, scale, up_NR, part in zip(bases, scales, ups, _parts(low_TR, downs), strict=True):
+            # Not in place: selective checkpointing keeps the first product, and what is kept must stay as it is.
+            y_TN = torch.nn.functional.linear(x_TM, dense(base, x.dtype), base.bias)
+            outputs.append(torch.addmm(y_TN, part, up_NR.T, alpha=scale).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(x_TM, low_TR, *factors)
+        ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_TM, low_TR, *factors = ctx.saved_tensors
+        downs, ups = factors[0::2], factors[1::2]
+        gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in upstream]
+        low_grad_TR = torch.zeros_like(low_TR) if None in gradients else torch.empty_like(low_TR)
+        of_ups: list[Tensor | None] = []
+        for g_TN, scale, up_NR, low, made in zip(
+            gradients, ctx.scales, ups, _parts(low_TR, downs), _parts(low_grad_TR, downs), strict=True
+        ):
+            of_ups.append(None if g_TN is None else (g_TN.T @ low).mul_(scale))
+            if g_TN is not None:
+                made.copy_((g_TN @ up_NR).mul_(scale))
+        of_down_RM = low_grad_TR.T @ x_TM
+        of_x = _of_input(ctx, gradients, low_grad_TR, downs) if ctx.needs_input_grad[0] else None
+        of_factors = [g for pair in zip(_parts(of_down_RM.T, downs), of_ups, strict=True) for g in (pair[0].T, pair[1])]
+        return of_x, None, None, *of_factors
+
+
+def _of_input(ctx: Any, gradients: list[Tensor | None], low_grad_TR: Tensor, downs: Sequence[Tensor]) -> Tensor:
+    total_TM = low_grad_TR @ _stacked(downs)
+    for g_TN, base in zip(gradients, ctx.bases, strict=True):
+        if g_TN is not None:
+            total_TM.addmm_(g_TN, dense(base, g_TN.dtype))
+    return total_TM.view(ctx.shape)
+
+
+def _stacked(downs: Sequence[Tensor]) -> Tensor:
+    return downs[0] if len(downs) == 1 else torch.cat(list(downs))
+
+
+def _parts(tensor: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of a tensor whose last side is R, what belongs to each adapter."""
+    return tensor.split([len(down) for down in downs], -1)
