@@ -130,6 +130,7 @@ FREE = [
     and path not in {"processes.node_rank", "processes.master_port"}
     and (not path.startswith("evaluation.") or path.endswith(("interval", "at_epoch", "at_start", ".watch")))
     and path != "evaluation.watch_interval"
+    and not path.startswith("distillation.")
 ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from training_hub.recipe.check_distillation import about_the_teacher
 from training_hub.recipe.evaluation import metric_problems, names_of, needs_validation
 from training_hub.recipe.secrets import secret_in, texts_in
 from training_hub.recipe.yaml_text import write_yaml
@@ -86,6 +87,9 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
         )
     },
     **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in LORA_SETTINGS},
+    "distillation.beta": ("distillation.divergence", ("jensen_shannon",)),
+    "distillation.top_k": ("distillation.cache", ("top_k",)),
+    "distillation.samples": ("distillation.cache", ("sampled",)),
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
     "monitoring.wandb_entity": ("monitoring.wandb", (True,)),
     "monitoring.wandb_run_name": ("monitoring.wandb", (True,)),
@@ -105,6 +109,7 @@ IN_HOME = (
     "data.cache_dir",
     "evaluation.watch",
     "lora.adapter",
+    "distillation.teacher",
 )
 
 
@@ -155,6 +160,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _watch,
         _generation,
         _best,
+        _distillation,
         _processes,
     )
     unusable = list(_unusable_texts(recipe, names))
@@ -423,6 +429,13 @@ def _best(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names('evaluation.early_stopping_min_delta')}: {asked.early_stopping_min_delta} would change nothing. "
             f"Write {names.write('evaluation.early_stopping_patience', 3)}, or leave it out.",
         )
+
+
+def _distillation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for paths, message in about_the_teacher(recipe, names, lambda path: _is_default(recipe, path)):
+        # What needs another setting has been told.
+        if paths[0] not in NEEDS:
+            yield Contradiction(paths, message)
 
 
 def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
