@@ -172,6 +172,15 @@ def test_osft_learns_from_a_teacher_too(tiny_model_folder, tiny_teacher_folder, 
     assert result.plan["teacher"]["divergence"] == "forward_kl"
 
 
+def test_an_adapter_learns_from_a_teacher_too(tiny_model_folder, tiny_teacher_folder, chat_file, tmp_path):
+    pytest.importorskip("peft")
+    asked = {**teach(tiny_teacher_folder), "algorithm": "lora_sft", "optimizer": {"lr": 1e-2}}
+    adapted = train(tiny_model_folder, chat_file, tmp_path / "adapter", **asked, lora={"r": 4})
+    whole = train(tiny_model_folder, chat_file, tmp_path / "whole", **teach(tiny_teacher_folder))
+    assert adapted.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=1e-6)  # it begins as nothing
+    assert adapted.history[-1]["loss"] < adapted.history[0]["loss"]
+
+
 def test_proofs_hold_of_the_distance_from_a_teacher(tiny_model_folder, tiny_teacher_folder, chat_file, tmp_path):
     for how in ({}, {"cache": "top_k", "top_k": 8}, {"cache": "sampled"}, {"prompt": "Count."}):
         output = tmp_path / str(len(list(tmp_path.iterdir())))
