@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,7 @@ def test_what_was_asked_is_not_asked_again_after_a_stop(
         written.append(number)
         write(folder, number, *rest)
 
-    from training_hub.backends.torch_engine.teacher import kept
+    from training_hub.backends.torch_engine.teacher import kept, teaching
 
     monkeypatch.setattr(kept, "write_part", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +144,13 @@ def test_what_was_asked_is_not_asked_again_after_a_stop(
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("part-*/ids.bin")}
     assert len(made) == 2
     monkeypatch.setattr(kept, "write_part", write)
+    seen = []
+    load = teaching.load_teacher
+    monkeypatch.setattr(teaching, "load_teacher", lambda *given: seen.append(load(*given)) or seen[-1])
     found = open_teaching(recipe, materials.teacher, store, CPU, SILENT)
+    gone = weakref.ref(seen.pop().model)
+    gc.collect()
+    assert gone() is None  # before the student is loaded
     assert isinstance(found, Kept)
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path / "other")})})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.objectives.targets import Targets
+from training_hub.backends.torch_engine.processor import give_back_memory
 from training_hub.backends.torch_engine.room import free_bytes
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts
 from training_hub.backends.torch_engine.teacher.form import Form
@@ -120,6 +121,7 @@ def kept_teaching(
         missing = missing_parts(folder, starts, console)
         if missing:
             _make_parts(folder, missing, starts, store, form, load(), budget, console)
+            give_back_memory()
         else:
             console.say(f"teacher: asked before, its targets taken from {folder}")
 
