@@ -92,6 +92,35 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_teacher_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher for the tiny model: a Qwen2 of width 48 with the same tokenizer, sharper, with an embedding that is
+    padded beyond the tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 20,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of 64 small conversations in the messages format; every third has two turns."""
     path = tmp_path_factory.mktemp("chat") / "chat.jsonl"

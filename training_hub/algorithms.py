@@ -120,8 +120,8 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def objective_of(recipe: Recipe) -> str:
-    """The name of what a run of `recipe` minimises: that of its algorithm."""
-    return find_algorithm(recipe.algorithm).objective
+    """The name of what a run of `recipe` minimises: that of its algorithm, or the distance from a teacher."""
+    return find_algorithm(recipe.algorithm).objective if recipe.distillation.teacher is None else "distillation"
 
 
 def engine_of(recipe: Recipe) -> str:

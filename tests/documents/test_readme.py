@@ -30,8 +30,9 @@ def folder(tmp_path: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_snippets_of_a_page_run(page: Path, folder: Path, tiny_model_folder: Path):
-    ran = run_page(page, {"path/to/model": str(tiny_model_folder)}, folder)
+def test_the_snippets_of_a_page_run(page: Path, folder: Path, tiny_model_folder: Path, tiny_teacher_folder: Path):
+    names = {"path/to/model": str(tiny_model_folder), "path/to/teacher": str(tiny_teacher_folder)}
+    ran = run_page(page, names, folder)
     runnable = [block for block in blocks(page) if block.is_run and block.language in ("python", "bash", "sh")]
     assert bool(ran) == bool(runnable), f"nothing of {page.name} was run"
 

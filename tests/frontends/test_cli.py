@@ -104,7 +104,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_arrives_in_every_text_setting_as_it_was_typed(text: str):
-    switches = ["monitoring.wandb=true", "monitoring.mlflow=true"]
+    switches = ["monitoring.wandb=true", "monitoring.mlflow=true", "--distillation.teacher=t"]
     for path, setting in all_settings().items():
         only_text = setting.takes_text and not (setting.takes_list or setting.takes_number or setting.takes_boolean)
         if only_text and path not in ("algorithm", "backend", "evaluation.best_metric", "hub.repo_id"):

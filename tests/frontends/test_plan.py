@@ -144,3 +144,12 @@ def test_a_folder_without_a_config_is_refused(without_weights: Path, chat_file: 
 def test_an_engine_that_makes_no_plans_says_so(installed: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "--model", "m", "--data", "d", "--backend", "recorder"]) == 4
     assert "backend 'recorder' makes no plans" in capsys.readouterr().err
+
+
+def test_a_teacher_is_told_and_counted(without_weights: Path, tiny_teacher_folder: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache"]
+    words += ["--distillation.teacher", str(tiny_teacher_folder)]
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert f"teacher   {tiny_teacher_folder}, forward_kl; asked in each step" in said
+    assert "teacher: its weights, states and a chunk of its logits" in said

@@ -114,6 +114,31 @@ def problems_of(settings: dict[str, Any], **arguments: Any) -> list[str]:
             ["checkpoint.keep_best", "data.validation_fraction: 0.05"],
         ),
         (
+            {"distillation.temperature": 2.0},
+            {"distillation.temperature": 2.0, "distillation.teacher": "t"},
+            ["distillation.temperature", "distillation.teacher: path/to/teacher"],
+        ),
+        (
+            {"distillation.teacher": "t", "distillation.beta": 0.3},
+            {"distillation.teacher": "t", "distillation.beta": 0.3, "distillation.divergence": "jensen_shannon"},
+            ["distillation.beta", "divergence: jensen_shannon"],
+        ),
+        (
+            {"distillation.teacher": "t", "distillation.cache": "sampled", "distillation.divergence": "reverse_kl"},
+            {"distillation.teacher": "t", "distillation.cache": "top_k", "distillation.divergence": "reverse_kl"},
+            ["distillation.cache", "forward_kl"],
+        ),
+        (
+            {"distillation.teacher": "t", "loss.dft": True},
+            {"distillation.teacher": "t", "loss.dft": True, "distillation.alpha": 0.5},
+            ["loss.dft", "distillation.alpha: 0.7"],
+        ),
+        (
+            {"distillation.teacher": "t", "distillation.prompt": "p", "data.pretraining": True},
+            {"distillation.teacher": "t", "distillation.prompt": "p"},
+            ["distillation.prompt", "data.pretraining"],
+        ),
+        (
             {"evaluation.interval": 5},
             {"evaluation.interval": 5, "data.validation_fraction": 0.1},
             ["evaluation.interval", "validation rows"],

@@ -83,6 +83,22 @@ def kept(
     return TokenStore.open(folder, source_weights, keep_alive=use)
 
 
+def kept_in_parts(cache: Cache | None, key: str, make: Callable[[Path], None], console: Console) -> tuple[Path, object]:
+    """The folder under `key`, in which `make(folder)` puts what is not there yet, in parts that are whole or not there;
+    and what must live as long as it is used. Without a cache it is a temporary folder."""
+    if cache is None:
+        aside = _ScratchFolder()
+        make(aside.path)
+        return aside.path, aside
+    folder = cache.root / key[:2] / key
+    with _only_one(folder):
+        use = _Use(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        make(folder)
+    prune(cache, console)
+    return folder, use
+
+
 def _is_whole(folder: Path, console: Console) -> bool:
     if not folder.exists():
         return False

@@ -25,7 +25,7 @@ from training_hub.data.store import PartName, SampleBlock, StoreWriter, content_
 from training_hub.data.templates import no_template
 from training_hub.data.workers import Workers, can_fork, num_cores, seldom_collected
 from training_hub.errors import DataError
-from training_hub.types import Console, Conversation, Origin, Sample
+from training_hub.types import Console, Conversation, Message, Origin, Sample
 
 ROWS_PER_CHUNK = 256
 BYTES_PER_CHUNK = 1 << 20
@@ -93,7 +93,7 @@ class Work:
     """What is done to a chunk; the same in this process and in others. `longest` is None where nothing is cut.
 
     skips_bad: a row with problems is left out and kept among the rejects. leaves_out_problems: problems are only
-    counted, for a look at the other rows.
+    counted, for a look at the other rows. system: a system message that conversations get in place of their own.
     """
 
     encoder: Encoder
@@ -102,6 +102,7 @@ class Work:
     policy: str
     leaves_out_problems: bool = False
     skips_bad: bool = False
+    system: str | None = None
 
     @cached_property
     def mapped(self) -> frozenset[str]:
@@ -145,7 +146,13 @@ class Work:
             return None
         if parsed.notes:
             findings.facts |= dict.fromkeys(parsed.notes)
-        return parsed.row
+        if self.system is None:
+            return parsed.row
+        if isinstance(parsed.row, Conversation):
+            return with_system(parsed.row, self.system)
+        problem = f"{origin}: distillation.prompt is a system message, and this row is no conversation. Leave it out."
+        self._refuse(numbered, [problem], findings)
+        return None
 
     def _refuse(
         self, numbered: NumberedRow, problems: Sequence[str], findings: Findings, *, is_end: bool = False
@@ -186,6 +193,12 @@ class Work:
             f"{sample.origin}: {len(sample):,} tokens, more than training.max_seq_len {self.longest:,}. Raise it, or "
             "say what to do with such rows: data.overlong: drop, truncate or split."
         )
+
+
+def with_system(row: Conversation, text: str) -> Conversation:
+    """The conversation behind this system message, in place of its own where it begins with one."""
+    rest = row.messages[1:] if row.messages and row.messages[0].role == "system" else row.messages
+    return replace(row, messages=(Message("system", text), *rest))
 
 
 def too_long_together(lengths: Counter[int], longest: int) -> str:

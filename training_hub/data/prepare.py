@@ -51,6 +51,7 @@ class Kitchen:
     template: ChatTemplate | None
     console: Console
     leaves_out_problems: bool = False
+    system: str | None = None
     made: list[TokenStore] = field(default_factory=list)
 
     def store(self, sources: Sequence[Source], max_rows: int | None) -> TokenStore:
@@ -105,6 +106,7 @@ class Kitchen:
                 "max_rows": max_rows,
                 "tokenizer": self.tokenizer.fingerprint,
                 "template": self.template.fingerprint if self.template else None,
+                **({"system": self.system} if self.system is not None else {}),
             }
         )
 
@@ -127,9 +129,8 @@ class Kitchen:
         if problems:
             raise DataError(list(dict.fromkeys(problems)))
         encoder = Encoder(self.tokenizer, template=self.template, unmask=data.unmask, turns=data.turns)
-        return Work(
-            encoder, settings, self._longest, data.overlong, self.leaves_out_problems, data.on_bad_row == "skip"
-        )
+        skips_bad = data.on_bad_row == "skip"
+        return Work(encoder, settings, self._longest, data.overlong, self.leaves_out_problems, skips_bad, self.system)
 
     def _write(self, sources: Sequence[Source], max_rows: int | None, folder: Path) -> None:
         work, data = self.work(sources), self.recipe.data
@@ -149,13 +150,15 @@ def prepare(
     validation_rows: Any = None,
     leaves_out_problems: bool = False,
     rejects: Path | None = None,
+    system: str | None = None,
 ) -> Prepared:
-    """Training and validation samples of `recipe`; live `rows` stand in for data.path.
+    """Training and validation samples of `recipe`; live `rows` stand in for data.path, `system` for the system message
+    of every conversation.
 
     Rows that data.on_bad_row leaves out are listed in the file `rejects`. Raises DataError listing the problems of all
     rows, each naming file, line and message; where `leaves_out_problems`, only for what no row can be blamed for.
     """
-    kitchen = Kitchen(recipe, tokenizer, template, console, leaves_out_problems)
+    kitchen = Kitchen(recipe, tokenizer, template, console, leaves_out_problems, system)
     data = recipe.data
     try:
         sources, everything, aside = _stores(kitchen, rows, validation_rows)

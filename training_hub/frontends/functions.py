@@ -73,6 +73,13 @@ def sft(
     trust_remote_code: bool | None = None,
     use_liger: bool | None = None,
     disable_flash_attn: bool | None = None,
+    teacher_model: str | os.PathLike[str] | None = None,
+    distill_divergence: str | None = None,
+    distill_temperature: float | None = None,
+    distill_alpha: float | None = None,
+    distill_cache: str | None = None,
+    distill_prompt: str | None = None,
+    distill_max_teacher_length: int | None = None,
     callbacks: Sequence[Callable[[StepReport], None]] | Callable[[StepReport], None] | None = None,
     overrides: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -109,6 +116,12 @@ def sft(
         checkpoint_at_epoch (True), save_samples, keep_last_checkpoint_only, save_best_val_loss, save_final_checkpoint,
         save_dtype. accelerate_full_state_at_epoch asks for the same as checkpoint_at_epoch: every checkpoint here
         holds all that a run needs to go on.
+    Distillation:
+        teacher_model: learn the distribution of this model over the next token. distill_divergence (forward_kl,
+            reverse_kl, jensen_shannon), distill_temperature (1), distill_alpha (1): share of the divergence in the
+            loss, the rest is cross-entropy. distill_cache (none, top_k, sampled): ask the teacher once, before
+            training. distill_prompt: a system message that only the teacher sees. distill_max_teacher_length: in
+            tokens.
     Processes, as for torchrun:
         nproc_per_node, nnodes, node_rank, rdzv_id, rdzv_endpoint, master_addr, master_port.
     Watching:

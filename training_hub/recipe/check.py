@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from training_hub.recipe.check_distillation import about_the_teacher
 from training_hub.recipe.evaluation import needs_validation
 from training_hub.recipe.lora import Lora, adapter_problems
 from training_hub.recipe.osft import Osft
@@ -60,6 +61,9 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
     **{f"osft.{name}": ("algorithm", ("osft",)) for name in Osft.model_fields if name != "least_kept"},
     **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in Lora.model_fields},
+    "distillation.beta": ("distillation.divergence", ("jensen_shannon",)),
+    "distillation.top_k": ("distillation.cache", ("top_k",)),
+    "distillation.samples": ("distillation.cache", ("sampled",)),
     "hub.repo_id": ("hub.push", (True,)),
     "hub.private": ("hub.push", (True,)),
     "monitoring.wandb_project": ("monitoring.wandb", (True,)),
@@ -81,6 +85,7 @@ IN_HOME = (
     "data.cache_dir",
     "evaluation.watch",
     "lora.adapter",
+    "distillation.teacher",
 )
 
 
@@ -132,6 +137,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _adapters,
         _watch,
         *CHECKS,
+        _distillation,
         _processes,
     )
     unusable = list(_unusable_texts(recipe, names))
@@ -343,6 +349,13 @@ def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
                 f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing, since no rows are watched. "
                 f"Write {names.write('evaluation.watch', 'general.jsonl')}, or leave {path} out.",
             )
+
+
+def _distillation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    for paths, message in about_the_teacher(recipe, names, lambda path: is_default(recipe, path)):
+        # What needs another setting has been told.
+        if paths[0] not in NEEDS:
+            yield Contradiction(paths, message)
 
 
 def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:

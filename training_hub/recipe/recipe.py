@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, ValidationInfo, model_validator
 
 from training_hub.recipe.check import Names, contradictions
+from training_hub.recipe.distillation import Distillation
 from training_hub.recipe.evaluation import Evaluation
 from training_hub.recipe.freezing import Freezing
 from training_hub.recipe.hub import Hub
@@ -55,6 +56,7 @@ class Recipe(Section):
     osft: Osft = Field(default_factory=Osft)
     lora: Lora = Field(default_factory=Lora)
     freezing: Freezing = Field(default_factory=Freezing)
+    distillation: Distillation = Field(default_factory=Distillation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitoring: Monitoring = Field(default_factory=Monitoring)

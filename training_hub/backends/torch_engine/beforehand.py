@@ -113,8 +113,10 @@ def check_room(run: Outline, step: int, kept: int) -> None:
 
 
 def facts_of(materials: Materials, model: PreTrainedModel) -> dict[str, Any]:
-    """What decides the numbers of a run beside its recipe: data, tokenizer, and the model's config."""
+    """What decides the numbers of a run beside its recipe: data, tokenizer, the model's config, and the teacher."""
+    teacher = {} if materials.teacher is None else {"teacher_fingerprint": materials.teacher.fingerprint}
     return {
+        **teacher,
         "data_fingerprint": materials.prepared.train.fingerprint,
         "tokenizer_fingerprint": materials.tokenizer.fingerprint,
         "model_config": model_facts(model),
@@ -128,11 +130,11 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What `before` says otherwise than `now`, of data, tokenizer and model."""
+    """What `before` says otherwise than `now`, of data, tokenizer, teacher and model."""
     lines = [
-        f"{name}: was {before.get(name)!r}, now {now[name]!r}"
-        for name in ("data_fingerprint", "tokenizer_fingerprint")
-        if before.get(name) != now[name]
+        f"{name}: was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in ("data_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint")
+        if before.get(name) != now.get(name)
     ]
     # Another version of transformers knows other keys of the same model; those that both know must agree.
     old, new = before.get("model_config") or {}, now["model_config"]

@@ -38,10 +38,18 @@ from training_hub.backends.torch_engine.model import (
 from training_hub.backends.torch_engine.model_folder import hub_problem
 from training_hub.backends.torch_engine.objectives import make_objective
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
+from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import problems, table_names
 from training_hub.backends.torch_engine.outcome import card_of, early_end, final_metrics, final_step, told, versions
-from training_hub.backends.torch_engine.plan import describe, feed_settings, memory_of, plan, summary
+from training_hub.backends.torch_engine.plan import (
+    describe,
+    feed_settings,
+    load_beside,
+    memory_of,
+    plan,
+    summary,
+)
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
@@ -49,10 +57,12 @@ from training_hub.backends.torch_engine.profile import table as split_table
 from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
 from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.signals import StopRequest
+from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
+from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.voice import Voice, open_voice
 from training_hub.backends.torch_engine.watch import Watch
-from training_hub.backends.torch_engine.work import Scale, measured_peak, work_of
+from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed
 from training_hub.errors import RecipeError, TrainingError
@@ -80,7 +90,7 @@ class TorchEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
-        asked = recipe.evaluation
+        asked, teacher = recipe.evaluation, chosen_teacher(recipe)
         return [
             *self._process_problems(recipe),
             *self._number_problems(recipe),
@@ -88,6 +98,7 @@ class TorchEngine:
             *self._model_problems(recipe),
             *adaptation_problems(recipe),
             *(metric_objections(asked.metrics) if asked.generate else []),
+            *(teacher_problems(teacher) if teacher is not None else []),
         ]
 
     def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
@@ -141,9 +152,10 @@ class TorchEngine:
         step = None
         if given.model is None:
             step = starting_step(outline(recipe, materials, device, dtype), console)
+        teaching = open_teaching(recipe, materials.teacher, materials.prepared.train, device, console)
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_model(recipe, device, dtype, given.model, first_lengths(materials))
-        run = assemble(recipe, loaded, materials, device, dtype, console)
+        run = assemble(recipe, loaded, materials, device, dtype, console, teaching)
         if given.model is not None:  # there were no weights to read, so nothing is asked too late
             known = Outline(
                 recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, run.adaptation.holdings()
@@ -158,7 +170,9 @@ class TorchEngine:
         if step is not None:
             resume(run, step)
             console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
-        run.scale = Scale(work_of(run.model), measured_peak(device, dtype))
+        beside = load_beside(recipe, materials, run.feed, device)
+        asked = beside.operations if beside is not None else no_operations
+        run.scale = Scale(work_of(run.model), measured_peak(device, dtype), asked)
         if recipe.monitoring.profile:
             run.profile = StepProfile(run.step + 1, run.feed.total_steps - run.step, device, folder.path / FILE_NAME)
         with (
@@ -189,10 +203,12 @@ class TorchEngine:
         device = choose_device()
         prepare_processor(device)
         dtype = choose_dtype(recipe.model.dtype, device)
+        teaching = open_teaching(recipe, materials.teacher, materials.prepared.train, device, console, keeps=False)
         loaded = load_model(recipe, device, dtype, given.model, first_lengths(materials))
-        run = assemble(recipe, loaded, materials, device, dtype, console)
+        run = assemble(recipe, loaded, materials, device, dtype, console, teaching)
         holdings, free = run.adaptation.holdings(), free_gib(device)
-        how, memory = memory_of(recipe, run.model, run.feed, device, dtype, holdings, free)
+        beside = load_beside(recipe, materials, run.feed, device)
+        how, memory = memory_of(recipe, run.model, run.feed, device, dtype, holdings, free, beside)
         forget_activations(run, how)
         with memory_errors_explained(run):
             dry_step(run)
@@ -244,6 +260,7 @@ def assemble(
     device: torch.device,
     dtype: torch.dtype,
     console: Console,
+    teaching: Teaching | None = None,
 ) -> Run:
     """The run at step 0."""
     broken = nonfinite_tensors(loaded.model.state_dict())
@@ -263,7 +280,7 @@ def assemble(
     run = Run(
         recipe=recipe,
         model=model,
-        objective=make_objective(recipe, plain),
+        objective=make_objective(recipe, plain, teaching),
         plain=plain,
         adaptation=adaptation,
         updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model)),

@@ -10,6 +10,7 @@ from typing import Any
 
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.model import Limits, limits_of, read_limits
+from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, read_teacher
 from training_hub.data.prepare import Prepared, prepare
 from training_hub.data.questions import questions_of
 from training_hub.data.store import TokenStore
@@ -33,10 +34,12 @@ class Materials:
     prepared: Prepared
     watch: TokenStore | None = None
     metrics: tuple[Callable[..., Any], ...] = ()
+    teacher: TeacherFacts | None = None
 
 
 def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path | None = None) -> Materials:
-    """Tokenizer, template and token stores. Every problem of the data is raised here, before weights are loaded.
+    """Tokenizer, template, token stores and the teacher's facts. Every problem of the data, and of what teacher and
+    model have in common, is raised here, before weights are loaded.
 
     Rows that are left out are listed in the file `rejects`.
     """
@@ -65,7 +68,8 @@ def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path
     for store in (prepared.train, prepared.validation, watch):
         if store is not None:
             check_limits(store, limits, console)
-    return Materials(tokenizer, template, prepared, watch, tuple(given.metrics))
+    teacher = read_teacher(recipe, given, tokenizer, template, prepared.train, limits.vocabulary, console)
+    return Materials(tokenizer, template, prepared, watch, tuple(given.metrics), teacher)
 
 
 def watched_rows(

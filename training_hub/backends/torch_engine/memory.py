@@ -30,6 +30,7 @@ from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
 from training_hub.backends.torch_engine.optimizers.library import KINDS, kept_bytes, table_names
 from training_hub.backends.torch_engine.quantization import plain_like
+from training_hub.backends.torch_engine.teacher.load import TeacherLoad
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 from training_hub.types import Pack
@@ -66,12 +67,14 @@ def estimate(
     accumulates: bool = True,
     holdings: Holdings = NOTHING,
     checkpointing: str = NONE,
+    teacher: TeacherLoad | None = None,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
     holdings: what the adaptation holds beside the model; it is counted among weights, gradients and optimizer.
     accumulates: steps have several packs, so that the gradients of the first are there in the forward pass of the next.
     checkpointing: how layers forget what they made; one layer's activations are there again in its backward pass.
+    teacher: what a second model takes beside.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
@@ -94,6 +97,8 @@ def estimate(
         "activations": None,
         "logits": logit_bytes(model, dtype, device, int((largest.weights != 0).sum()), on_kernels=on_kernels),
     }
+    if teacher is not None:
+        parts["teacher"] = teacher.beside
     note = ""
     try:
         parts["activations"] = saved_bytes(
@@ -109,14 +114,19 @@ def estimate(
         note = f"activations are not estimated: {type(error).__name__}: {lines[0] if lines else ''}"
     parts["gaps"] = GAPS.get(device.type, 0.0) * sum(parts[name] or 0 for name in COMING_AND_GOING)
     sizes = {name: value / GIB if value is not None else None for name, value in parts.items()}
-    return {**sizes, "total": most_at_once(parts, accumulates=accumulates) / GIB, "note": note}
+    most = most_at_once(parts, accumulates=accumulates, passing=teacher.passing if teacher else 0)
+    if teacher is not None and teacher.before:
+        most = max(most, parts["libraries"] + teacher.before)
+    return {**sizes, "total": most / GIB, "note": note}
 
 
-def most_at_once(parts: Estimate, *, accumulates: bool) -> float:
-    """Bytes at the fullest moment of a step, from bytes by part."""
-    always = sum(parts[name] for name in ("libraries", "weights", "masters", "optimizer", "gaps"))
-    after_forward = (parts["activations"] or 0) + parts["logits"] + (parts["gradients"] if accumulates else 0)
-    return always + max(after_forward, parts["gradients"])
+def most_at_once(parts: Estimate, *, accumulates: bool, passing: int = 0) -> float:
+    """Bytes at the fullest moment of a step, from bytes by part; passing: of a teacher while it is asked, before the
+    forward pass."""
+    always = sum(parts.get(name, 0) for name in ("libraries", "weights", "masters", "optimizer", "gaps", "teacher"))
+    before = parts["gradients"] if accumulates else 0
+    after_forward = (parts["activations"] or 0) + parts["logits"] + before
+    return always + max(after_forward, parts["gradients"], before + passing)
 
 
 def blank_like(model: PreTrainedModel) -> PreTrainedModel:

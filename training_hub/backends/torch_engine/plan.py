@@ -19,6 +19,7 @@ from training_hub.backends.torch_engine.materials import Materials, load_materia
 from training_hub.backends.torch_engine.memory import Estimate, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, read_blank_model
 from training_hub.backends.torch_engine.quantization import num_numbers, quantiser
+from training_hub.backends.torch_engine.teacher.load import TeacherLoad, teacher_load
 from training_hub.backends.torch_engine.work import measured_peak, work_of
 from training_hub.data.feed import Feed, FeedSettings
 from training_hub.data.forecast import forecast, length_quantiles
@@ -47,8 +48,16 @@ def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
     feed = Feed(store, feed_settings(recipe, int(store.lengths.max()), device, recipe.data.packing))
     found = describe(recipe, materials, model, feed, device, dtype, save_dtype, adaptation.holdings())
     if measures:
-        found["time"] = time_of_products(model, found["run"], device, dtype)
+        beside = load_beside(recipe, materials, feed, device)
+        asked = beside.operations_of(store, found["run"]) if beside is not None else 0.0
+        found["time"] = time_of_products(model, found["run"], device, dtype, asked)
     return found
+
+
+def load_beside(recipe: Recipe, materials: Materials, feed: Feed, device: torch.device) -> TeacherLoad | None:
+    """What a teacher costs the run, None where there is none."""
+    facts = materials.teacher
+    return None if facts is None else teacher_load(recipe, facts, feed.largest_pack(), device)
 
 
 def feed_settings(recipe: Recipe, longest: int, device: torch.device, is_packed: bool) -> FeedSettings:
@@ -81,7 +90,8 @@ def describe(
     parameters = list(model.parameters())
     moved = [p for name, p in model.named_parameters() if p.requires_grad and name not in holdings.claimed]
     ahead = forecast(feed)
-    checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device))
+    beside = load_beside(recipe, materials, feed, device)
+    checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside)
     return {
         "algorithm": recipe.algorithm,
         "engine": "torch",
@@ -107,7 +117,20 @@ def describe(
         "activation_checkpointing": checkpointing,
         "memory_gib": memory,
         "chat_template": materials.template.name if materials.template else None,
+        **({"teacher": _teacher(recipe, materials)} if materials.teacher else {}),
         "data": materials.prepared.report,
+    }
+
+
+def _teacher(recipe: Recipe, materials: Materials) -> dict[str, Any]:
+    asked, facts = recipe.distillation, materials.teacher
+    assert facts is not None
+    return {
+        "path": facts.chosen.path,
+        "divergence": asked.divergence,
+        "cache": asked.cache,
+        "common_tokens": facts.common,
+        "fingerprint": facts.fingerprint,
     }
 
 
@@ -119,6 +142,7 @@ def memory_of(
     dtype: torch.dtype,
     holdings: Holdings,
     free: float | None,
+    teacher: TeacherLoad | None = None,
 ) -> tuple[str, Estimate]:
     """How activations are checkpointed, and the memory that a step then takes.
 
@@ -130,7 +154,7 @@ def memory_of(
     for how in ways:
         memory = estimate(
             model, recipe.optimizer, dtype, device, largest,
-            accumulates=accumulates, holdings=holdings, checkpointing=how,
+            accumulates=accumulates, holdings=holdings, checkpointing=how, teacher=teacher,
         )  # fmt: skip
         if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
             break
@@ -146,18 +170,24 @@ def summary(plan: dict[str, Any]) -> str:
         f"({share:.0%} trained); {plan['trained_parameters']:,} of {plan['parameters']:,} parameters, "
         f"{plan['dtype']} on {plan['device']}, packs of {plan['tokens_per_pack']:,} tokens"
         + ("" if how == NONE else f", {how} activation checkpointing")
+        + (f"; {plan['teacher']['divergence']} from {plan['teacher']['path']}" if "teacher" in plan else "")
     )
 
 
 def time_of_products(
-    model: PreTrainedModel, run: dict[str, Any], device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    run: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    beside: float = 0.0,
 ) -> dict[str, Any]:
     """Seconds that the run's products of weights take at the rate of one measured product: a bound from below.
 
-    Attention, and all that is not a product, come on top; so do the steps of the optimizer.
+    Attention, and all that is not a product, come on top; so do the steps of the optimizer. beside: operations of
+    another model's products.
     """
     work, rate = work_of(model), measured_peak(device, dtype)
-    operations = work.per_token * run["tokens"] + work.per_trained_token * run["trained_tokens"]
+    operations = work.per_token * run["tokens"] + work.per_trained_token * run["trained_tokens"] + beside
     return {
         "at_least_seconds": operations / rate,
         "basis": f"a matrix product in {str(dtype).removeprefix('torch.')} measured now on {device.type}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -60,3 +61,13 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:  # other C libraries have none
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def give_back_memory() -> None:
+    """Return to the system, or to the device, what a model that is not used any more took."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:  # other C libraries have none
+        trim(0)

@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from transformers import GenerationConfig
 
 from training_hub.backends.torch_engine.export import set_stop_ids
 from training_hub.backends.torch_engine.loop import Run
-from training_hub.backends.torch_engine.objectives.cross_entropy import losses_of_logits, model_logits
-from training_hub.backends.torch_engine.objectives.token_loss import TokenLoss
+from training_hub.backends.torch_engine.objectives import on_excerpts, plain_total
 from training_hub.backends.torch_engine.optim import build_optimizer
 from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.backends.torch_engine.preflight import evaluating, packed_equals_alone
@@ -93,7 +92,8 @@ class Subject:
 
 def prove(subject: Subject) -> list[Proof]:
     """Every proof, in the order in which one rests on another."""
-    run = subject.run
+    run = replace(subject.run, objective=on_excerpts(subject.run.objective))
+    subject = replace(subject, run=run)
     proofs = [_text(subject), *_stops(subject), _finite_weights(subject)]
     if proofs[-1].status == "fails":
         return proofs
@@ -236,7 +236,7 @@ def _fast_loss(subject: Subject, excerpts: Sequence[Sample]) -> Proof:
 
 
 def _plain_loss(run: Run, one: PackTensors) -> Tensor:
-    return losses_of_logits(model_logits(run.model, one), one, TokenLoss.of(run.recipe.loss)).sum()
+    return plain_total(run.objective, run.recipe, run.model, one)
 
 
 def _accumulation_and_update(subject: Subject, excerpts: Sequence[Sample]) -> list[Proof]:

@@ -7,7 +7,7 @@ that sees each other. Padding, recomputation and logits of untrained tokens are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,39 +57,51 @@ class Work:
         return self.per_token * sum(lengths) + self.per_trained_token * trained + in_attention
 
 
+def no_operations(pack: Pack) -> float:
+    """Where there is no other model."""
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Scale:
-    """A run's work, and `peak`: operations per second that a matrix product reached on its device at the start."""
+    """A run's work, and `peak`: operations per second that a matrix product reached on its device at the start.
+
+    beside: operations that a pack needs of another model, a teacher.
+    """
 
     work: Work
     peak: float
+    beside: Callable[[Pack], float] = no_operations
 
     def fraction(self, packs: Iterable[Pack], seconds: float) -> float:
         """Needed operations of `packs` as a share of what the device could have multiplied in `seconds`."""
-        return self.work.operations(packs) / (seconds * self.peak)
+        packs = tuple(packs)
+        return (self.work.operations(packs) + sum(map(self.beside, packs))) / (seconds * self.peak)
 
 
-def work_of(model: PreTrainedModel) -> Work:
-    """The work of training `model`, from its shapes; it may lie on the meta device.
+def work_of(model: PreTrainedModel, *, learns: bool = True) -> Work:
+    """The work of training `model`, or with learns=False of asking it, from its shapes; it may lie on the meta device.
 
-    Each number in a matrix costs 6 operations per token (4 where it is frozen), in the head only per trained token. Of
-    experts, those count that a token is sent to. A table of embeddings is looked up, not multiplied.
+    Each number in a matrix costs 6 operations per token (4 where it is frozen, 2 in a model that is only asked), in the
+    head only per trained token. Of experts, those count that a token is sent to. A table of embeddings is looked up,
+    not multiplied.
     """
     head = model.get_output_embeddings()
     apart = {id(layer.weight) for layer in model.modules() if layer is head or isinstance(layer, nn.Embedding)}
     config = model.config.get_text_config()
     share = _share_of_experts(config)
     body = sum(
-        num_numbers(parameter) * _operations(parameter.requires_grad) * (share if ".experts." in name else 1.0)
+        num_numbers(parameter) * _operations(parameter.requires_grad, learns) * (share if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in apart
     )
-    in_head = head.weight.numel() * _operations(head.weight.requires_grad) if head is not None else 0
-    return Work(float(body), float(in_head), tuple(_attention_layers(config)))
+    in_head = head.weight.numel() * _operations(head.weight.requires_grad, learns) if head is not None else 0
+    layers = ((each if learns else each / 3, window) for each, window in _attention_layers(config))
+    return Work(float(body), float(in_head), tuple(layers))
 
 
-def _operations(is_trained: bool) -> int:
-    return FORWARD + INPUT_GRADIENT + (WEIGHT_GRADIENT if is_trained else 0)
+def _operations(is_trained: bool, learns: bool) -> int:
+    return FORWARD + (INPUT_GRADIENT + (WEIGHT_GRADIENT if is_trained else 0) if learns else 0)
 
 
 def _share_of_experts(config: Any) -> float:

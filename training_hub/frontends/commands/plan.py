@@ -21,6 +21,7 @@ MEMORY = (
     ("optimizer", "optimizer state"),
     ("activations", "activations of the largest pack"),
     ("logits", "a chunk of logits, or copies of the head's gradient"),
+    ("teacher", "teacher: its weights, states and a chunk of its logits, or what is kept of its word"),
     ("gaps", "lost by the allocator between blocks"),
     ("total", "at the fullest moment of a step"),
 )
@@ -84,6 +85,9 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"packs     {about}{steps['packs']:,} of {plan['tokens_per_pack']:,} tokens{how}; "
         f"{steps['packs_per_step']:.1f} a step, {steps['fill']:.1%} full"
     )
+    if "teacher" in plan:
+        words = {"none": "asked in each step", "top_k": "its likeliest tokens kept", "sampled": "draws from it kept"}
+        yield f"teacher   {plan['teacher']['path']}, {plan['teacher']['divergence']}; {words[plan['teacher']['cache']]}"
     yield from _memory_lines(plan["memory_gib"], plan["device"])
     yield from _time_lines(plan.get("time"))
 
@@ -92,7 +96,7 @@ def _memory_lines(memory: Mapping[str, Any], device: str) -> Iterator[str]:
     unit, scale = ("GiB", 1) if memory["total"] >= 1 else ("MiB", 1024)
     yield f"memory    estimated from shapes, in {unit}, on {device}"
     for key, what in MEMORY:
-        if memory[key] is not None:
+        if memory.get(key) is not None:
             yield f"{memory[key] * scale:>14,.2f}  {what}"
     if memory["note"]:
         yield f"          {memory['note']}; what is added up is without them"

@@ -236,6 +236,54 @@ def gpu_cross_entropy(
     return losses_R, gradient_RV
 
 
+def divergence_(
+    logits_RV: Tensor,
+    teacher_RU: Tensor,
+    targets_R: Tensor,
+    weights_R: Tensor,
+    common: int,
+    multiplier: float,
+    teacher_multiplier: float,
+    kind: int,
+    beta: float,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    """losses [R] in float32: weight * (alpha * temperature^2 * D + (1 - alpha) * -log p(target)), see Divergence.
+
+    `logits_RV` become the gradient of their sum; of both, the first `common` entries are compared.
+    """
+    losses_R = weights_R.new_empty(len(targets_R))
+    tensors = (logits_RV, teacher_RU.contiguous(), targets_R.contiguous(), weights_R.contiguous(), losses_R)
+    sizes = (*logits_RV.shape, teacher_RU.shape[-1], common, teacher_RU.dtype == torch.bfloat16)
+    _call("divergence", tensors, *sizes, multiplier, teacher_multiplier, kind, beta, temperature, alpha)
+    return losses_R
+
+
+def bucket_divergence_(
+    logits_RV: Tensor,
+    ids_RK: Tensor,
+    logs_RK: Tensor,
+    last_R: Tensor,
+    targets_R: Tensor,
+    weights_R: Tensor,
+    common: int,
+    multiplier: float,
+    kind: int,
+    beta: float,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    """The same against some of the teacher's tokens: ids int64, logs their log-probabilities, last the mass of all
+    others, less than 0 where there are none; or, of kind 3, tokens drawn from it, and last its entropy."""
+    losses_R = weights_R.new_empty(len(targets_R))
+    theirs = (ids_RK.contiguous(), logs_RK.float().contiguous(), last_R.float().contiguous())
+    tensors = (logits_RV, *theirs, targets_R.contiguous(), weights_R.contiguous(), losses_R)
+    sizes = (*logits_RV.shape, common, ids_RK.shape[-1])
+    _call("bucket_divergence", tensors, *sizes, multiplier, kind, beta, temperature, alpha)
+    return losses_R
+
+
 def _library() -> ctypes.CDLL:
     library = kernels()
     assert library is not None  # the caller has asked

@@ -73,6 +73,24 @@ INLINE float exponential(float x) {
     return p * power.number;
 }
 
+/* The natural logarithm to 1e-7 for x > 0 that is not subnormal; without branches, too. */
+INLINE float logarithm(float x) {
+    union { float number; int32_t bits; } from = {x};
+    int32_t n = (from.bits - 0x3f3504f3) >> 23; /* so that what is left lies between sqrt(1/2) and sqrt(2) */
+    from.bits -= n * (1 << 23);
+    float r = from.number - 1.0f, square = r * r;
+    float p = 7.0376836292e-2f;
+    p = p * r - 1.1514610310e-1f;
+    p = p * r + 1.1676998740e-1f;
+    p = p * r - 1.2420140846e-1f;
+    p = p * r + 1.4249322787e-1f;
+    p = p * r - 1.6668057665e-1f;
+    p = p * r + 2.0000714765e-1f;
+    p = p * r - 2.4999993993e-1f;
+    p = p * r + 3.3333331174e-1f;
+    return r - 0.5f * square + p * r * square + (float)n * 0.69314718f;
+}
+
 INLINE float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 /* ---- small matrix products ------------------------------------------------------------------------------------- */
@@ -449,5 +467,168 @@ void cross_entropy(void *logits, const int64_t *targets, const float *weights, f
             give(logits, low, r * V, V, row);
         }
         free(row);
+    }
+}
+
+/* ---- distillation: how far rows of logits are from a teacher's, and the gradient over them ----------------------- */
+
+enum { FORWARD_KL, REVERSE_KL, JENSEN_SHANNON, DRAWN };
+#define LEAST -1e4f /* a logarithm below it is taken for it, so that a probability of 0 times its logarithm is 0 */
+
+INLINE float largest(const float *row, long n) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < n; i++) most = row[i] > most ? row[i] : most;
+    return most;
+}
+
+/* row[i] becomes the logarithm of softmax(row * by). */
+INLINE void log_softmax(const float *from, float *row, long n, float by) {
+    float most = largest(from, n), sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) {
+        row[i] = (from[i] - most) * by;
+        sum += exponential(row[i]);
+    }
+    float normaliser = logf(sum);
+    for (long i = 0; i < n; i++) {
+        float value = row[i] - normaliser;
+        row[i] = value < LEAST ? LEAST : value;
+    }
+}
+
+/* The divergence of distribution p from q, given by their logarithms; q becomes its gradient by q's logits, p is lost. */
+INLINE float divergence_of(float *p, float *q, long n, int kind, float beta) {
+    float value = 0, mean = 0;
+    if (kind == FORWARD_KL) {
+#pragma omp simd reduction(+ : value)
+        for (long i = 0; i < n; i++) {
+            float share = exponential(p[i]);
+            value += share * (p[i] - q[i]);
+            q[i] = exponential(q[i]) - share;
+        }
+        return value;
+    }
+    if (kind == REVERSE_KL) {
+#pragma omp simd reduction(+ : mean)
+        for (long i = 0; i < n; i++) {
+            float share = exponential(q[i]);
+            p[i] = q[i] - p[i];
+            q[i] = share;
+            mean += share * p[i];
+        }
+    } else {
+#pragma omp simd reduction(+ : value, mean)
+        for (long i = 0; i < n; i++) {
+            float theirs = exponential(p[i]), share = exponential(q[i]);
+            float middle = logarithm(beta * theirs + (1.0f - beta) * share);
+            value += theirs * (p[i] - middle);
+            p[i] = q[i] - middle;
+            q[i] = share;
+            mean += share * p[i];
+        }
+    }
+    float by = kind == REVERSE_KL ? 1.0f : 1.0f - beta;
+    for (long i = 0; i < n; i++) q[i] *= by * (p[i] - mean);
+    return kind == REVERSE_KL ? mean : beta * value + (1.0f - beta) * mean;
+}
+
+/* The loss of a row, of which scale * value is known already, and its gradient into logits [R, V]: `over` that of the
+ * value over the first C entries, times the temperature; s the row's logits, multiplied. */
+INLINE void finish_row(void *logits, int low, long r, float *s, const float *over, long V, long C, int64_t target,
+                       float weight, float multiplier, float temperature, float alpha, float value, float *loss) {
+    float rest = 1.0f - alpha, up = weight * multiplier, both = alpha * temperature * up;
+    *loss = weight * alpha * temperature * temperature * value;
+    if (rest > 0) {
+        float most = largest(s, V), sum = 0, chosen = s[target] - most;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < V; i++) {
+            s[i] = exponential(s[i] - most);
+            sum += s[i];
+        }
+        *loss += weight * rest * (logf(sum) - chosen);
+        float factor = rest * up / sum;
+        for (long i = 0; i < V; i++) s[i] *= factor;
+        s[target] -= rest * up;
+    } else {
+        memset(s, 0, V * sizeof(float));
+    }
+    for (long i = 0; i < C; i++) s[i] += both * over[i];
+    give(logits, low, r * V, V, s);
+}
+
+/* logits [R, V] become the gradient of the sum of losses [R]; teacher [R, across], of which the first C entries count. */
+void divergence(void *logits, const void *teacher, const int64_t *targets, const float *weights, float *losses, int low,
+                long R, long V, long across, long C, int teacher_low, float multiplier, float teacher_multiplier,
+                int kind, float beta, float temperature, float alpha, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float *s = malloc((V + 2 * C) * sizeof(float)), *p = s + V, *q = p + C;
+#pragma omp for schedule(static)
+        for (long r = 0; r < R; r++) {
+            if (!s) {
+                losses[r] = NAN;
+                continue;
+            }
+            take(logits, low, r * V, V, multiplier, s);
+            take(teacher, teacher_low, r * across, C, teacher_multiplier, q);
+            log_softmax(q, p, C, 1.0f / temperature);
+            log_softmax(s, q, C, 1.0f / temperature);
+            float value = divergence_of(p, q, C, kind, beta);
+            finish_row(logits, low, r, s, q, V, C, targets[r], weights[r], multiplier, temperature, alpha, value,
+                       losses + r);
+        }
+        free(s);
+    }
+}
+
+/* The same against K entries of the teacher for each row: ids [R, K], logs [R, K] their log-probabilities, and last
+ * [R] the mass of all others, less than 0 where there are none. Or, DRAWN, ids that were drawn from it, and last its
+ * entropy. */
+void bucket_divergence(void *logits, const int64_t *ids, const float *logs, const float *last, const int64_t *targets,
+                       const float *weights, float *losses, int low, long R, long V, long C, long K, float multiplier,
+                       int kind, float beta, float temperature, float alpha, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float *s = malloc((V + C + 2 * (K + 1)) * sizeof(float)), *q = s + V, *p_B = q + C, *q_B = p_B + K + 1;
+#pragma omp for schedule(static)
+        for (long r = 0; r < R; r++) {
+            const int64_t *chosen = ids + r * K;
+            int has_tail = last[r] >= 0;
+            float value = 0, others = 0;
+            if (!s) {
+                losses[r] = NAN;
+                continue;
+            }
+            take(logits, low, r * V, V, multiplier, s);
+            log_softmax(s, q, C, 1.0f / temperature);
+            if (kind == DRAWN) {
+                for (long k = 0; k < K; k++) value -= q[chosen[k]] / K;
+                for (long i = 0; i < C; i++) q[i] = exponential(q[i]);
+                for (long k = 0; k < K; k++) q[chosen[k]] -= 1.0f / K;
+                value -= last[r];
+            } else {
+                for (long k = 0; k < K; k++) {
+                    p_B[k] = logs[r * K + k];
+                    q_B[k] = q[chosen[k]];
+                }
+                for (long k = 0; k < K; k++) q[chosen[k]] = -INFINITY;
+#pragma omp simd reduction(+ : others)
+                for (long i = 0; i < C; i++) {
+                    q[i] = q[i] < LEAST ? 0.0f : exponential(q[i]);
+                    others += q[i];
+                }
+                others = others < 1.1754944e-38f ? 1.1754944e-38f : others;
+                p_B[K] = logf(last[r] < 1.1754944e-38f ? 1.1754944e-38f : last[r]);
+                q_B[K] = logf(others);
+                value = divergence_of(p_B, q_B, K + has_tail, kind, beta);
+                float by = has_tail ? q_B[K] / others : 0.0f;
+                for (long i = 0; i < C; i++) q[i] *= by;
+                for (long k = 0; k < K; k++) q[chosen[k]] = q_B[k];
+            }
+            finish_row(logits, low, r, s, q, V, C, targets[r], weights[r], multiplier, temperature, alpha, value,
+                       losses + r);
+        }
+        free(s);
     }
 }

@@ -56,7 +56,7 @@ def cross_entropy(model: PreTrainedModel) -> tuple[CrossEntropy, str | None]:
     return CrossEntropy(through_head=reason is None), reason
 
 
-def as_asked(plain: CrossEntropy, recipe: Recipe) -> CrossEntropy:
+def as_asked(plain: CrossEntropy, recipe: Recipe, teaching: object = None) -> CrossEntropy:
     """The same with what the recipe's section `loss` adds."""
     return replace(plain, loss=TokenLoss.of(recipe.loss))
 

@@ -49,7 +49,6 @@ class Criterion(Protocol):
     """What is made of the logits of some trained positions, `part` of all N. Both ways give the losses [R], and turn
     the logits into the gradient of their sum.
 
-    on_gpu gets them in float32 and leaves them, and gives the losses and their gradient as `dtype`.
     on_kernel_ gets them as hidden @ weight.T gives them, in_torch_ in float32, multiplied and capped; it gives the
     gradient by these, times `multiplier`.
     """
@@ -60,13 +59,6 @@ class Criterion(Protocol):
     def on_kernel_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor: ...
 
     def in_torch_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor: ...
-
-    @property
-    def has_gpu_kernel(self) -> bool: ...
-
-    def on_gpu(
-        self, logits_RV: Tensor, part: slice, multiplier: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +137,8 @@ class _HeadLoss(torch.autograd.Function):
         losses_N = total.new_empty(len(hidden_ND))
         is_plain = bias_V is None and cap is None
         is_fused = is_plain and criterion.has_kernel and are_fit(hidden_ND, weight_VD) and kernels() is not None
-        is_on_gpu = is_plain and criterion.has_gpu_kernel and _has_triton(hidden_ND)
+        # The only criterion that has a kernel there, too.
+        tokens = criterion if isinstance(criterion, TokenCriterion) and is_plain and _has_triton(hidden_ND) else None
         # One place for all chunks: a new one each time would leave holes in the heap that the next does not fit into.
         chunk_RV = hidden_ND.new_empty(min(rows, len(hidden_ND)) if is_fused else 0, len(weight_VD))
         for start in range(0, len(hidden_ND), rows):
@@ -154,9 +147,9 @@ class _HeadLoss(torch.autograd.Function):
                 chosen = hidden_ND[part]
                 logits_grad_RV = torch.mm(chosen, weight_VD.T, out=chunk_RV[: len(chosen)])
                 losses_R = criterion.on_kernel_(logits_grad_RV, part, multiplier)
-            elif is_on_gpu:
+            elif tokens is not None:
                 logits_RV = product(hidden_ND[part], weight_VD.T)
-                losses_R, logits_grad_RV = criterion.on_gpu(logits_RV, part, multiplier, hidden_ND.dtype)
+                losses_R, logits_grad_RV = tokens.on_gpu(logits_RV, part, multiplier, hidden_ND.dtype)
             else:
                 logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier)
                 losses_R, logits_grad_RV = _chunk_(logits_RV, criterion, part, multiplier, cap)

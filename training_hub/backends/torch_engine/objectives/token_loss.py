@@ -54,7 +54,7 @@ class TokenCriterion:
     targets_N: Tensor
     weights_N: Tensor
 
-    has_kernel = has_gpu_kernel = True
+    has_kernel = True
 
     def on_kernel_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor:
         """losses [R]; the logits, not yet multiplied, become the gradient of their sum."""

@@ -1,0 +1,199 @@
+"""What a teacher said, made once over the data and kept on disk: its likeliest tokens, or tokens drawn from it."""
+
+# N trained positions, R rows of one chunk, C tokens that both vocabularies have, K tokens kept
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training_hub.backends.torch_engine.objectives.distillation import Teaching
+from training_hub.backends.torch_engine.objectives.targets import Targets
+from training_hub.backends.torch_engine.processor import give_back_memory
+from training_hub.backends.torch_engine.room import free_bytes
+from training_hub.backends.torch_engine.teacher.facts import TeacherFacts
+from training_hub.backends.torch_engine.teacher.form import Form
+from training_hub.backends.torch_engine.teacher.online import Online
+from training_hub.backends.torch_engine.tensors import PackTensors, to_device
+from training_hub.data.cache import Cache, cache_folder, kept_in_parts, key_of
+from training_hub.data.packing import pack_all
+from training_hub.data.store import TokenStore
+from training_hub.data.targets import Rows, TargetStore, borders, missing_parts, write_part
+from training_hub.errors import DiskError
+from training_hub.recipe import Recipe
+from training_hub.types import Console
+
+VERSION = 1  # of what is kept, beside the code that key_of counts in
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """What would be kept of a teacher's word, made when it is asked for: for a check, which trains nothing."""
+
+    online: Online
+    form: Form
+
+    @property
+    def common(self) -> int:
+        return self.form.common
+
+    @torch.no_grad()
+    def targets(self, pack: PackTensors) -> Targets:
+        generator = torch.Generator(pack.ids.device).manual_seed(self.form.seed)
+        return self.form.targets(*self.form.kept(self.online.targets(pack), len(pack.rows), generator))
+
+    def on_excerpts(self) -> Condensed:
+        return Condensed(self.online.on_excerpts(), self.form)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a teacher's word, by the number of the sample; the teacher itself is not there any more."""
+
+    store: TargetStore
+    form: Form
+
+    @property
+    def common(self) -> int:
+        return self.form.common
+
+    def targets(self, pack: PackTensors) -> Targets:
+        assert pack.on_host is not None
+        rows, device = self.store.rows(pack.on_host.samples.tolist()), pack.ids.device
+        assert len(rows.ids) == len(pack.rows)
+
+        def moved(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+        return self.form.targets(moved(rows.ids), None if rows.logs is None else moved(rows.logs), moved(rows.last))
+
+    def on_excerpts(self) -> Teaching:
+        return MadeUp(self.form)
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Targets that follow from the trained token alone: enough to compare two ways to the same loss."""
+
+    form: Form
+
+    @property
+    def common(self) -> int:
+        return self.form.common
+
+    def targets(self, pack: PackTensors) -> Targets:
+        steps_K = torch.arange(self.form.width, device=pack.ids.device)
+        ids_NK = (pack.targets[:, None] + steps_K) % self.form.common
+        last_N = torch.full((len(ids_NK),), 0.1, device=pack.ids.device)
+        if self.form.kind == "sampled":
+            return self.form.targets(ids_NK, None, last_N)
+        mass = 0.9 if self.form.width < self.form.common else 1.0
+        logs_K = torch.log_softmax(-steps_K / 4, -1) + float(np.log(mass))
+        return self.form.targets(ids_NK, logs_K.expand(ids_NK.shape), last_N)
+
+    def on_excerpts(self) -> MadeUp:
+        return self
+
+
+def kept_teaching(
+    recipe: Recipe,
+    facts: TeacherFacts,
+    store: TokenStore,
+    dtype: torch.dtype,
+    load: Callable[[], Online],
+    budget: int,
+    console: Console,
+) -> Kept:
+    """The kept targets of `store`: those found under the hash of all they are made from, the others made now.
+
+    load: the teacher, asked for only where something is missing. budget: tokens that it reads at once.
+    """
+    form = Form.of(recipe.distillation, facts.common, recipe.seed)
+    starts = borders(store)
+
+    def make(folder: Path) -> None:
+        missing = missing_parts(folder, starts, console)
+        if missing:
+            _make_parts(folder, missing, starts, store, form, load(), budget, console)
+            give_back_memory()
+        else:
+            console.say(f"teacher: asked before, its targets taken from {folder}")
+
+    data = recipe.data
+    cache = Cache(cache_folder(data.cache_dir), data.cache_size * 1e9) if data.cache else None
+    folder, use = kept_in_parts(cache, key_of(_made_from(form, facts, store, dtype)), make, console)
+    return Kept(TargetStore(folder, starts, form.width, keep_alive=use), form)
+
+
+def _made_from(form: Form, facts: TeacherFacts, store: TokenStore, dtype: torch.dtype) -> dict[str, object]:
+    """All that decides what is kept. Draws depend on the seed, likeliest tokens do not."""
+    prompted = facts.prompted
+    return {
+        "targets": VERSION,
+        "form": [form.kind, form.width, form.common, form.temperature, form.seed if form.kind == "sampled" else None],
+        "teacher": facts.fingerprint,
+        "dtype": str(dtype),
+        "data": store.fingerprint,
+        "read": None if prompted is None else [prompted.store.fingerprint, prompted.twins.tobytes().hex()],
+    }
+
+
+@torch.no_grad()
+def _make_parts(
+    folder: Path,
+    missing: list[int],
+    starts: list[int],
+    store: TokenStore,
+    form: Form,
+    online: Online,
+    budget: int,
+    console: Console,
+) -> None:
+    spans = [range(starts[number], starts[number + 1]) for number in missing]
+    trained, lengths = store.trained_tokens, store.lengths
+    total = sum(int(lengths[span.start : span.stop].sum()) for span in spans)
+    needed = form.bytes_per_row * sum(int(trained[span.start : span.stop].sum()) for span in spans)
+    free = free_bytes(folder)
+    if needed > free:
+        raise DiskError(
+            f"distillation.cache: {needed / 1e9:.3g} GB are needed in {folder}, and {free / 1e9:.3g} GB are free. Make "
+            "room, name another folder as data.cache_dir, or keep less: distillation.top_k, distillation.samples."
+        )
+    with console.progress("asking the teacher", total, "tokens") as advance:
+        for number, span in zip(missing, spans, strict=True):
+            counts = trained[span.start : span.stop]
+            rows = _rows_of(span, counts, store, form, online, budget, number, advance)
+            write_part(folder, number, rows, counts)
+
+
+def _rows_of(
+    span: range,
+    counts: np.ndarray,
+    store: TokenStore,
+    form: Form,
+    online: Online,
+    budget: int,
+    number: int,
+    advance: Callable[[float], None],
+) -> Rows:
+    """The rows of the samples in `span`, in their order, whatever packs they are read in."""
+    device = online.model.device
+    generator = torch.Generator(device).manual_seed((form.seed * 1_000_003 + number) % 2**63)
+    ends = np.cumsum(counts)
+    ids, last = np.empty((ends[-1], form.width), np.int32), np.empty(ends[-1], np.float32)
+    logs = np.empty((ends[-1], form.width), np.float32) if form.kind == "top_k" else None
+    for one in pack_all(list(span), store.__getitem__, budget):
+        tensors = to_device(one, device)
+        made = form.kept(online.targets(tensors), len(tensors.rows), generator)
+        places = [np.arange(ends[at] - counts[at], ends[at]) for at in (one.samples - span.start).tolist()]
+        for kept, column in zip(made, (ids, logs, last), strict=True):
+            if kept is not None and column is not None:
+                column[np.concatenate(places)] = kept.cpu().numpy()
+        advance(len(one))
+    return Rows(ids, logs, last)

@@ -1,0 +1,86 @@
+"""What a teacher costs a run, in memory and in work, from the shapes of its config: no weight is loaded."""
+
+# T tokens that the teacher reads at once, N trained positions, D its width, V its vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from training_hub.backends.torch_engine.model import choose_dtype, read_blank_model
+from training_hub.backends.torch_engine.objectives.head import chunk_rows
+from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher
+from training_hub.backends.torch_engine.teacher.form import Form
+from training_hub.backends.torch_engine.work import Work, work_of
+from training_hub.data.store import TokenStore
+from training_hub.recipe import Recipe
+from training_hub.types import Pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class TeacherLoad:
+    """Bytes: what is there during the student's forward and backward (weights, states and a chunk of logits, or kept
+    targets); what comes and goes while the teacher is asked; and all there is before the first step, where it is asked
+    then. work: operations of asking it in each step; None where nobody does. prompted: as in TeacherFacts.
+    """
+
+    beside: int
+    passing: int
+    before: int
+    work: Work | None
+    facts: TeacherFacts
+
+    def operations(self, pack: Pack) -> float:
+        """Those that the teacher needs for a pack of the student's."""
+        if self.work is None:
+            return 0.0
+        lengths = np.diff(pack.boundaries)
+        if self.facts.prompted is not None:
+            lengths = self.facts.prompted.lengths[pack.samples]
+        return self.work.of_lengths(lengths.tolist(), int(np.count_nonzero(pack.weights)))
+
+    def operations_of(self, store: TokenStore, run: dict[str, Any]) -> float:
+        """Those of its products in a whole run over `store`, of so many `tokens` and `trained_tokens`."""
+        if self.work is None:
+            return 0.0
+        tokens, prompted = run["tokens"], self.facts.prompted
+        if prompted is not None:
+            tokens *= float(prompted.lengths.sum()) / float(store.lengths.sum())
+        return self.work.per_token * tokens + self.work.per_trained_token * run["trained_tokens"]
+
+
+def teacher_load(recipe: Recipe, facts: TeacherFacts, largest: Pack, device: torch.device) -> TeacherLoad:
+    """The load of the recipe's teacher in a run whose largest pack is `largest`."""
+    with told_of_teacher():
+        blank, _ = read_blank_model(facts.chosen)
+        dtype = choose_dtype(facts.chosen.dtype, device)
+    tokens, trained = len(largest), int(np.count_nonzero(largest.weights))
+    if facts.prompted is not None:
+        tokens = int(facts.prompted.lengths[largest.samples].sum())
+    weights = sum(parameter.numel() for parameter in blank.parameters()) * dtype.itemsize
+    config = blank.config.get_text_config()
+    states = trained * config.hidden_size * dtype.itemsize
+    rows = min(trained, chunk_rows(config.vocab_size, device.type))
+    # On a CPU the kernels take logits as a product gives them; elsewhere they are float32, with their logarithm beside.
+    chunk = rows * config.vocab_size * (dtype.itemsize if device.type == "cpu" else 8)
+    passing = tokens * _widest(blank) * dtype.itemsize
+    if recipe.distillation.cache == "none":
+        return TeacherLoad(weights + states + chunk, passing, 0, work_of(blank, learns=False), facts)
+    form = Form.of(recipe.distillation, facts.common, recipe.seed)
+    # Ids become 8 bytes wide on the device.
+    kept = trained * (form.bytes_per_row + 4 * form.width)
+    return TeacherLoad(kept, 0, weights + states + passing + rows * config.vocab_size * 12, None, facts)
+
+
+def _widest(model: PreTrainedModel) -> int:
+    """Numbers for each token at the fullest moment of a layer that keeps nothing: in attention the state, its norm,
+    query, key, value and result; in the gated unit the state, its norm, and three of its own width."""
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return int(max(6 * config.hidden_size, 2 * config.hidden_size + 3 * inner))

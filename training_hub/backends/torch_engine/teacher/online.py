@@ -1,0 +1,104 @@
+"""The teacher as a second model, frozen, beside the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from training_hub.backends.torch_engine.model import choose_dtype, load_model
+from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy, decoder_states, model_logits
+from training_hub.backends.torch_engine.objectives.head import find_head
+from training_hub.backends.torch_engine.objectives.targets import WholeTargets
+from training_hub.backends.torch_engine.preflight import can_pack
+from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher
+from training_hub.backends.torch_engine.teacher.prompted import Prompted
+from training_hub.backends.torch_engine.tensors import PackTensors, nonfinite_tensors, to_device
+from training_hub.errors import TrainingError
+from training_hub.recipe import Recipe
+from training_hub.types import Console, Pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Online:
+    """The teacher's word on a pack, asked when the pack is trained.
+
+    through_head: whether its decoder and head can be run apart. is_packed: whether it keeps packed samples apart; else
+    each runs alone. prompted: what it reads in place of the student's samples. sharpness: what its logits are
+    multiplied by.
+    """
+
+    model: PreTrainedModel
+    common: int
+    through_head: bool
+    is_packed: bool
+    prompted: Prompted | None = None
+    sharpness: float = 1.0
+
+    @torch.no_grad()
+    def targets(self, pack: PackTensors) -> WholeTargets:
+        """Its states at the trained tokens of the pack, and its head; or its logits there."""
+        assert pack.on_host is not None
+        read = pack
+        if self.prompted is not None:
+            read = to_device(self.prompted.pack(pack.on_host), self.model.device)
+            assert len(read.rows) == len(pack.rows)
+        parts = [read] if self.is_packed else [to_device(one, self.model.device) for one in _alone(read.on_host)]
+        if self.through_head:
+            head = find_head(self.model)
+            assert head is not None
+            head = replace(head, multiplier=head.multiplier * self.sharpness)
+            return WholeTargets(self.common, self._joined(decoder_states, parts), head)
+        return WholeTargets(self.common, logits_NV=self._joined(model_logits, parts) * self.sharpness)
+
+    def on_excerpts(self) -> Online:
+        """Half as sure as it is: a model that teaches itself would leave nothing but rounding to compare."""
+        return replace(self, prompted=None, sharpness=0.5)
+
+    def _joined(self, run: Callable[[PreTrainedModel, PackTensors], Tensor], parts: list[PackTensors]) -> Tensor:
+        return torch.cat([run(self.model, part) for part in parts]) if len(parts) > 1 else run(self.model, parts[0])
+
+
+def _alone(pack: Pack | None) -> list[Pack]:
+    """Each sample of a pack as a pack of its own."""
+    assert pack is not None
+    samples = enumerate(zip(pack.boundaries[:-1], pack.boundaries[1:], strict=True))
+    return [
+        replace(
+            pack,
+            ids=pack.ids[start:end],
+            positions=pack.positions[start:end],
+            weights=pack.weights[start:end],
+            boundaries=(pack.boundaries[number : number + 2] - start),
+            samples=pack.samples[number : number + 1],
+        )
+        for number, (start, end) in samples
+    ]
+
+
+def load_teacher(
+    recipe: Recipe, facts: TeacherFacts, device: torch.device, console: Console, lengths: list[int]
+) -> Online:
+    """The teacher on `device`, frozen, in its own number format, with attention and kernels of its own.
+
+    Raises RecipeError for a model that cannot be loaded, TrainingError for weights that are not finite.
+    """
+    with told_of_teacher():
+        dtype = choose_dtype(facts.chosen.dtype, device)
+        console.say(f"teacher: loading {facts.chosen.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
+        loaded = load_model(recipe.model_copy(update={"model": facts.chosen}), device, dtype, lengths=lengths)
+    broken = nonfinite_tensors(loaded.model.state_dict())
+    if broken:
+        raise TrainingError([*broken, f"The teacher {facts.chosen.path} came with them. Download or convert it again."])
+    model = loaded.model.requires_grad_(False).eval()
+    plain, note = cross_entropy(model)
+    for line in (*loaded.notes, *([note] if note else [])):
+        console.say(f"teacher: {line}")
+    is_packed = can_pack(model, plain, dtype, console)
+    return Online(model, facts.common, plain.through_head, is_packed, facts.prompted)

@@ -1,0 +1,50 @@
+"""Where the word of a teacher comes from: a model beside the student, or what it said before."""
+
+from __future__ import annotations
+
+import torch
+
+from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
+from training_hub.backends.torch_engine.model import choose_dtype
+from training_hub.backends.torch_engine.objectives.distillation import Teaching
+from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher
+from training_hub.backends.torch_engine.teacher.form import Form
+from training_hub.backends.torch_engine.teacher.kept import Condensed, kept_teaching
+from training_hub.backends.torch_engine.teacher.online import Online, load_teacher
+from training_hub.data.store import TokenStore
+from training_hub.recipe import Recipe
+from training_hub.types import Console
+
+# Tokens that a teacher reads at once before training; more only cost memory.
+READ_AT_ONCE = {"cpu": 8192, "cuda": 32768}
+
+
+def open_teaching(
+    recipe: Recipe,
+    facts: TeacherFacts | None,
+    store: TokenStore,
+    device: torch.device,
+    console: Console,
+    *,
+    keeps: bool = True,
+) -> Teaching | None:
+    """Where the word of the recipe's teacher on the samples of `store` comes from; None where there is no teacher.
+
+    keeps=False: nothing is made for later; what would be kept is made where it is asked for.
+    """
+    if facts is None:
+        return None
+
+    def load() -> Online:
+        lengths: list[int] = store.lengths[:TIMED_TOKENS].tolist()
+        return load_teacher(recipe, facts, device, console, lengths)
+
+    if recipe.distillation.cache == "none":
+        return load()
+    if not keeps:
+        return Condensed(load(), Form.of(recipe.distillation, facts.common, recipe.seed))
+    with told_of_teacher():
+        dtype = choose_dtype(facts.chosen.dtype, device)
+    most = READ_AT_ONCE[device.type]
+    budget = max(int(store.lengths.max()), min(recipe.training.max_tokens_per_gpu or most, most))
+    return kept_teaching(recipe, facts, store, dtype, load, budget, console)
