@@ -71,3 +71,13 @@ def test_methods_are_compared_at_the_same_new_task_score(tmp_path: Path):
     found = json.loads((tmp_path / "matched" / "continual.json").read_text())
     assert [one["method"] for one in found["courses"]] == ["full", "osft"]
     assert all(len(one["watch"]) == 3 for one in found["courses"])
+
+
+@pytest.mark.slow
+def test_every_form_of_distillation_has_its_line(tmp_path: Path):
+    out = run("distillation.py", "--tiny", "--rounds", "1", "--output", str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert page.strip() in out
+    losses = {row.split(" | ")[1]: float(row.rstrip(" |").split(" | ")[-1]) for row in page.splitlines()[-4:]}
+    assert list(losses) == ["naive", "online", "kept", "sampled"]
+    assert losses["naive"] == pytest.approx(losses["online"], abs=2e-5)
