@@ -103,3 +103,13 @@ def test_three_ways_to_generate_make_the_same_answers():
     rows = [line.split("|") for line in out.splitlines() if line.startswith("| float32 |")]
     assert [row[2].strip().split()[0] for row in rows] == ["ours", "batches", "one"]
     assert all(row[6].strip() == "6 of 6" for row in rows)
+
+
+@pytest.mark.slow
+def test_every_form_of_distillation_has_its_line(tmp_path: Path):
+    out = run("distillation.py", "--tiny", "--rounds", "1", "--output", str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert page.strip() in out
+    losses = {row.split(" | ")[1]: float(row.rstrip(" |").split(" | ")[-1]) for row in page.splitlines()[-4:]}
+    assert list(losses) == ["naive", "online", "kept", "sampled"]
+    assert losses["naive"] == pytest.approx(losses["online"], abs=2e-5)

@@ -18,7 +18,7 @@ class Distillation(Section):
 
     teacher: str | None = None
     """Folder in Hugging Face format, or a name on the hub, of the model that teaches. Its vocabulary must be the
-    trained model's."""
+    trained model's. model.attention and model.trust_remote_code hold for it, too."""
 
     teacher_revision: str | None = None
     """Branch, tag or commit, for a teacher on the hub."""

@@ -26,7 +26,7 @@ from training_hub.backends.torch_engine.export import export
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
-from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
+from training_hub.backends.torch_engine.materials import Materials, load_materials, rows_kept_back, stop_ids
 from training_hub.backends.torch_engine.merging import merge_for
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
@@ -41,7 +41,15 @@ from training_hub.backends.torch_engine.objectives.cross_entropy import cross_en
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import problems, table_names
-from training_hub.backends.torch_engine.outcome import card_of, early_end, final_metrics, final_step, told, versions
+from training_hub.backends.torch_engine.outcome import (
+    card_of,
+    early_end,
+    final_metrics,
+    final_step,
+    speed_lines,
+    told,
+    versions,
+)
 from training_hub.backends.torch_engine.plan import (
     describe,
     feed_settings,
@@ -53,7 +61,6 @@ from training_hub.backends.torch_engine.plan import (
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
-from training_hub.backends.torch_engine.profile import table as split_table
 from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
 from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.signals import StopRequest
@@ -73,7 +80,6 @@ from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.jsonl import read_metrics
 from training_hub.monitoring.proof_table import as_json, table
-from training_hub.monitoring.throughput import speed_line
 from training_hub.monitoring.watchers import open_watchers
 from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
@@ -398,12 +404,6 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
     return folder.final
 
 
-def rows_kept_back(materials: Materials, most: int = 8) -> list[list[int]]:
-    """Token ids of the first validation rows, on which two models can be compared; [] where there are none."""
-    store = materials.prepared.validation
-    return [] if store is None else [store[index].ids.tolist() for index in range(min(most, len(store)))]
-
-
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
     """The number format of the final model."""
     wanted, files = run.recipe.model.save_dtype, run.adaptation.files
@@ -442,12 +442,3 @@ def go_back(run: Run, step: int) -> None:
     state = run.checkpoints.load(step)
     run.updater.masters.load(state.weights)
     run.updater.load_state(state.optimizer)
-
-
-def speed_lines(run: Run, folder: RunFolder) -> Iterator[str]:
-    """How fast the run was, and where the time of its steps went if it was asked to find out."""
-    metrics = final_metrics(run, tuple(read_metrics(folder.metrics)))
-    if metrics:
-        yield speed_line(metrics)
-    if run.profile is not None and run.profile.split is not None:
-        yield from (f"profile: {line}" for line in split_table(run.profile.split))

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from training_hub.backends.torch_engine.loop import Run
+from training_hub.backends.torch_engine.profile import table as split_table
 from training_hub.evaluation.metrics import perplexity
 from training_hub.evaluation.predictions import FILE_NAME as PREDICTIONS
 from training_hub.monitoring.base_model import read_base
 from training_hub.monitoring.card import CardFacts, card_files
 from training_hub.monitoring.jsonl import read_metrics
+from training_hub.monitoring.throughput import speed_line
 from training_hub.recipe.folder import RunFolder
 
 VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "training-hub")
@@ -131,3 +134,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # training_hub run from its source folder is not an installed package
             found[name] = "not installed as a package"
     return found
+
+
+def speed_lines(run: Run, folder: RunFolder) -> Iterator[str]:
+    """How fast the run was, and where the time of its steps went if it was asked to find out."""
+    metrics = final_metrics(run, tuple(read_metrics(folder.metrics)))
+    if metrics:
+        yield speed_line(metrics)
+    if run.profile is not None and run.profile.split is not None:
+        yield from (f"profile: {line}" for line in split_table(run.profile.split))

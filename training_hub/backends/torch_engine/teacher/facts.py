@@ -159,7 +159,9 @@ def fingerprint_of(chosen: Model, console: Console) -> str:
     if not is_folder(chosen.path):
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(chosen.path, revision=chosen.revision)
+        config = AutoConfig.from_pretrained(
+            chosen.path, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
+        )
         digest.update(f"{chosen.path}@{getattr(config, '_commit_hash', None)}".encode())
         return digest.hexdigest()
     folder = Path(chosen.path).expanduser()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch import Tensor
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.objectives.targets import Targets
 from training_hub.backends.torch_engine.processor import give_back_memory
-from training_hub.backends.torch_engine.room import free_bytes
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts
 from training_hub.backends.torch_engine.teacher.form import Form
 from training_hub.backends.torch_engine.teacher.online import Online
@@ -159,7 +159,7 @@ def _make_parts(
     trained, lengths = store.trained_tokens, store.lengths
     total = sum(int(lengths[span.start : span.stop].sum()) for span in spans)
     needed = form.bytes_per_row * sum(int(trained[span.start : span.stop].sum()) for span in spans)
-    free = free_bytes(folder)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskError(
             f"distillation.cache: {needed / 1e9:.3g} GB are needed in {folder}, and {free / 1e9:.3g} GB are free. Make "
