@@ -26,7 +26,7 @@ from training_hub.backends.torch_engine.export import export
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
-from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
+from training_hub.backends.torch_engine.materials import Materials, load_materials, rows_kept_back, stop_ids
 from training_hub.backends.torch_engine.merging import merge_for
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
@@ -396,12 +396,6 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
     )
     run.adaptation.further(folder.final, rows_kept_back(materials), console)
     return folder.final
-
-
-def rows_kept_back(materials: Materials, most: int = 8) -> list[list[int]]:
-    """Token ids of the first validation rows, on which two models can be compared; [] where there are none."""
-    store = materials.prepared.validation
-    return [] if store is None else [store[index].ids.tolist() for index in range(min(most, len(store)))]
 
 
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:

@@ -119,3 +119,9 @@ def stop_ids(materials: Materials) -> list[int]:
     special = set(materials.tokenizer.special_ids.values())
     learned = {last} if last in special and 2 * count > ends.total() else set()
     return sorted(materials.tokenizer.stop_ids | learned)
+
+
+def rows_kept_back(materials: Materials, most: int = 8) -> list[list[int]]:
+    """Token ids of the first validation rows, on which two models can be compared; [] where there are none."""
+    store = materials.prepared.validation
+    return [] if store is None else [store[index].ids.tolist() for index in range(min(most, len(store)))]
