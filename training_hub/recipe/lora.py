@@ -18,8 +18,8 @@ class Lora(Section):
     """An adapter of PEFT beside the frozen weights: LoRA, and every other tuner that PEFT knows by name."""
 
     tuner: str = "lora"
-    """lora, rslora, dora, pissa, olora, or another tuner by PEFT's name for it: oft, boft, ia3, vera, loha,
-    lokr, ..."""
+    """lora, rslora, dora, pissa, olora, or another tuner by PEFT's name for it: oft, boft, ia3, vera, loha, lokr and
+    more."""
 
     r: Count | None = None
     """Rank of what is added to each weight. Default: 16 for the kinds of LoRA, PEFT's own for other tuners."""

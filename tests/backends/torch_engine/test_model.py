@@ -150,7 +150,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing. Give the folder"),
     "adapter": (
         lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
-        "holds an adapter: merge it",
+        "holds an adapter: give its base as model.path",
     ),
     "config in a folder below": (
         lambda folder: shutil.move(folder / "config.json", (folder / "hf").mkdir() or folder / "hf" / "config.json"),

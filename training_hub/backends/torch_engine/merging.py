@@ -18,8 +18,6 @@ from torch import Tensor
 
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations.lora import library
-from training_hub.backends.torch_engine.adaptations.lora.configs import CONFIG_FILE, WEIGHTS_FILE
-from training_hub.backends.torch_engine.adaptations.lora.files import ORIGIN_FILE
 from training_hub.backends.torch_engine.export import WholeModel
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.model import choose_device, folder_problems
@@ -31,6 +29,7 @@ from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import RecipeError, TrainingError
 from training_hub.folders import write_json, write_whole
 from training_hub.recipe import Recipe
+from training_hub.recipe.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, origin_of
 from training_hub.types import Console
 
 REPORT = "merge.json"
@@ -71,22 +70,13 @@ class Deviation:
         )
 
 
-def origin_of(adapter: Path) -> dict[str, Any]:
-    """What the folder of an adapter says of its base: path, revision, quantization, dtype. Raises RecipeError."""
+def refuse_other_folders(adapter: Path) -> None:
+    """Raise RecipeError where the folder holds no adapter."""
     if not (adapter / CONFIG_FILE).is_file() or not (adapter / WEIGHTS_FILE).is_file():
         raise RecipeError(
             f"adapter: {adapter} holds no {CONFIG_FILE} and {WEIGHTS_FILE}. Give the folder of an adapter in PEFT's "
             "format, such as final/ of a run of lora-sft."
         )
-    said = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
-    noted = adapter / ORIGIN_FILE
-    ours = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
-    return {
-        "path": said.get("base_model_name_or_path"),
-        "revision": said.get("revision"),
-        "quantization": ours.get("quantization", NONE),
-        "dtype": ours.get("dtype"),
-    }
 
 
 def merge_for(recipe: Recipe, given: Given, adapter: Path, console: Console) -> dict[str, Any]:
@@ -96,6 +86,7 @@ def merge_for(recipe: Recipe, given: Given, adapter: Path, console: Console) -> 
     compared on, with the adapter's own tokenizer and template.
     """
     base = None if recipe.model.path.startswith("(") else recipe.model.path
+    refuse_other_folders(adapter)
     origin = origin_of(adapter)
     rows: list[list[int]] = []
     if given.rows is not None or (recipe.data.path is not None and recipe.data.path != NO_ROWS):
@@ -131,6 +122,7 @@ def merge(
     Raises RecipeError where something is not there or cannot be merged, TrainingError where the merged model says
     something else.
     """
+    refuse_other_folders(adapter)
     origin = origin_of(adapter)
     path = base or origin["path"]
     problems = _problems(adapter, output, path, trust_remote_code)

@@ -113,7 +113,10 @@ def _config_problems(folder: Path, trust_remote_code: bool) -> Iterator[str]:
 
 def _hint_without_config(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
-        return "The folder holds an adapter: merge it into its base model and give the merged folder."
+        return (
+            "The folder holds an adapter: give its base as model.path and the folder as lora.adapter to go on with it, "
+            "or the folder that `training-hub merge` makes of the two."
+        )
     if (folder / "params.json").exists():
         return "The folder is in the maker's own format: convert it to Hugging Face format, or fetch the -hf version."
     if any(folder.glob("*.gguf")):

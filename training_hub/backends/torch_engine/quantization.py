@@ -7,9 +7,9 @@ and embeddings stay as they are.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
+from training_hub.backends.torch_engine.quiet import quiet
 from training_hub.recipe.sections import Model
 
 NONE = "none"
@@ -54,8 +55,8 @@ def loading_options(quantization: str, dtype: torch.dtype, device: torch.device)
         return {}
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for kernels on the hub that nobody asked for
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    with quiet():
+        import_module(METHODS[quantization].package)
     config: Any
     if quantization == "int4":
         config = transformers.BitsAndBytesConfig(

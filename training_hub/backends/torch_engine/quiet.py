@@ -1,12 +1,17 @@
-"""transformers' own progress bars: shown on a terminal, silent in a log, where each redraw would be a line."""
+"""What libraries say on their own: bars shown on a terminal only, and nothing about kernels that a machine lacks."""
 
 from __future__ import annotations
 
+import logging as python_logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging
+
+LOUD = ("torchao", "bitsandbytes", "peft", "torch.utils._pytree")
+"""Loggers that warn at import of kernels that a CPU does not have."""
 
 
 @contextmanager
@@ -20,3 +25,19 @@ def library_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block LOUD loggers tell errors only, and no warning is shown."""
+    loggers = [python_logging.getLogger(name) for name in LOUD]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(python_logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -85,3 +85,14 @@ def test_what_cannot_be_merged_is_refused_by_name(tuned, tmp_path, chat_file):
     with pytest.raises(RecipeError, match=r"there is no folder .*/gone"):
         merge_adapter(tuned.model_path, tmp_path / "merged", model_path=str(tmp_path / "gone"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_folder_is_scored_as_the_model_that_it_makes(tuned, chat_file, tmp_path):
+    from training_hub import evaluate
+
+    merge_adapter(tuned.model_path, tmp_path / "merged")
+    folders = [tuned.model_path, tmp_path / "merged"]
+    made = evaluate(folders, str(chat_file), ["loss"], overrides={"model.dtype": "float32", "data.cache": False})
+    beside, merged = (made.scores[name]["loss"] for name in made.scores)
+    assert beside == pytest.approx(merged, rel=1e-5)
+    assert beside < tuned.history[0]["loss"] - 0.02

@@ -113,6 +113,10 @@ TUNERS: dict[str, dict[str, Any]] = {
     "vera": {"r": 8},
     "loha": {"r": 2, "alpha": 2},
     "hra": {"r": 2},
+    "lokr": {"r": 2},
+    "randlora": {},
+    "delora": {"r": 2},
+    "miss": {"r": 4},
     "ln_tuning": {"target_modules": ["input_layernorm", "norm"]},
 }
 

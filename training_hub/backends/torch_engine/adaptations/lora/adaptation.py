@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import (
-    WEIGHTS_FILE,
     is_changing_its_base,
     make_config,
 )
@@ -31,6 +30,7 @@ from training_hub.backends.torch_engine.quantization import num_numbers, spared_
 from training_hub.errors import RecipeError
 from training_hub.folders import remove
 from training_hub.recipe import Recipe
+from training_hub.recipe.adapter_folder import WEIGHTS_FILE
 from training_hub.types import Console, Proof
 
 IDLE = ("did not match", "was matched", "no modules were excluded")

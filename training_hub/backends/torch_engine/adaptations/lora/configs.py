@@ -13,6 +13,7 @@ from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.quantization import problems as quantization_problems
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
+from training_hub.recipe.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from training_hub.recipe.lora import Lora as Settings
 from training_hub.recipe.names import nearest
 
@@ -41,6 +42,8 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "adalora": "it moves ranks between layers by a call in the training loop that only PEFT's own trainer makes",
         "shadow": "it hands another object than a tensor from layer to layer",
         "frod": "its weights cannot be laid out before those of the model are read",
+        "shira": "its weights cannot be laid out before those of the model are read",
+        "lily": "its gradients depend on how a step is cut into packs",
         "trainable_tokens": "it is a setting here: lora.trainable_tokens, beside any tuner",
         "osf": "it is an algorithm here: training-hub osft",
     }
@@ -52,7 +55,6 @@ OF_DATA = ("eva", "corda", "lora_ga", "loftq")
 
 OWN_FIELDS = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
               "peft_version")  # fmt: skip
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def problems(recipe: Recipe) -> list[str]:

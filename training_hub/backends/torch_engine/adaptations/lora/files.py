@@ -12,14 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.lora import library
-from training_hub.backends.torch_engine.adaptations.lora.configs import WEIGHTS_FILE, is_changing_its_base
+from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.model_folder import is_folder
 from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
-
-ORIGIN_FILE = "trained_beside.json"
-"""What PEFT's configuration has no field for: in how many bits the base was there, and in what format it computed."""
+from training_hub.recipe.adapter_folder import ORIGIN_FILE, WEIGHTS_FILE
 
 ADAPTER = "default"
 """How PEFT calls an adapter that has no name."""

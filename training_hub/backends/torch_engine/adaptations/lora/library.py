@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-MISSING = "peft is not installed, and adapters are trained by it: pip install 'training-hub[peft]'"
+from training_hub.backends.torch_engine.quiet import quiet
 
-LOUD = ("torchao", "bitsandbytes", "peft", "torch.utils._pytree")
-"""Loggers that warn at import of kernels that a CPU does not have."""
+__all__ = ["MISSING", "is_installed", "load", "quiet"]
+
+MISSING = "peft is not installed, and adapters are trained by it: pip install 'training-hub[peft]'"
 
 
 def is_installed() -> bool:
@@ -25,19 +22,3 @@ def load() -> Any:
         import peft
 
         return peft
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block LOUD loggers tell errors only, and no warning is shown."""
-    loggers = [logging.getLogger(name) for name in LOUD]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,0 +1,26 @@
+"""What the folder of an adapter says of its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's files."""
+
+ORIGIN_FILE = "trained_beside.json"
+"""What PEFT's configuration has no field for: in how many bits the base was there, and in what format it computed."""
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What the folder of an adapter says of its base: path, revision, quantization, dtype."""
+    said = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    noted = folder / ORIGIN_FILE
+    ours = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    return {
+        "path": said.get("base_model_name_or_path"),
+        "revision": said.get("revision"),
+        "quantization": ours.get("quantization", "none"),
+        "dtype": ours.get("dtype"),
+    }
