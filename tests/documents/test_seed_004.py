@@ -17,16 +17,9 @@ import torch
 import yaml
 
 from training_hub.frontends.cli import main
-from training_hub.recipe.names import all_settings, sections
 from training_hub.trainers.clm import train
 from training_hub.trainers.clm.params import LLMTrainingParams
 from training_hub.trainers.clm.train_clm_sft import CustomSFTTrainer
-
-needs_bits = pytest.mark.skipif(
-    "model.quantization" not in all_settings(), reason="quantization is not in this version yet"
-)
-needs_merge = pytest.mark.skipif("lora.merge" not in all_settings(), reason="merging is not in this version yet")
-needs_teacher = pytest.mark.skipif("distillation" not in sections(), reason="distillation is not in this version yet")
 
 TEXTS = [
     "Question: What is Python? Answer: Python is a programming language.",
@@ -112,7 +105,6 @@ def test_basic_sft_training_without_the_flag_train(gpt2: str):
     assert recipe_in("my-sft-model")["training"]["global_batch_size"] == 32, "8, times the guide's accumulation of 4"
 
 
-@needs_bits
 def test_with_peft_and_int4(tiny_model_folder: Path):
     code, _ = command(f"""aitraining llm \\
       --model {tiny_model_folder} \\
@@ -169,7 +161,6 @@ def test_the_python_api_gives_a_model(gpt2: str):
     assert isinstance(model.generate("Question: What is Python?", max_new_tokens=4), str)
 
 
-@needs_merge
 def test_merging_leaves_the_adapter_and_writes_a_model_beside_it(tiny_model_folder: Path):
     line = f"aitraining llm --model {tiny_model_folder} --data-path ./data --project-name both --epochs 1 --peft"
     assert command(f"{line} --lora-r 4 --merge-adapter")[0] == 0
@@ -183,7 +174,6 @@ def test_merging_leaves_the_adapter_and_writes_a_model_beside_it(tiny_model_fold
 # Training features
 
 
-@needs_teacher
 def test_knowledge_distillation(gpt2: str):
     code, _ = command(f"""aitraining llm \\
       --model {gpt2} \\
@@ -273,7 +263,6 @@ def test_example_1_a_csv_file_by_its_name(gpt2: str):
     assert [line["loss"] for line in of_frame.history] == [line["loss"] for line in model.history]
 
 
-@needs_bits
 def test_example_2_lora(tiny_model_folder: Path):
     config = LLMTrainingParams(
         model=str(tiny_model_folder),
@@ -394,7 +383,7 @@ def test_wrong_in_the_guide_accelerate_starts_this_command_once_for_each_process
     "flags",
     [
         "--batch-size 1 --gradient-accumulation 32",
-        pytest.param("--gradient-checkpointing --quantization int4 --peft --lora-r 8", marks=needs_bits),
+        "--gradient-checkpointing --quantization int4 --peft --lora-r 8",
         "--peft --lora-r 8",
         "--lr 1e-5",
         "--warmup-ratio 0.2",
@@ -452,11 +441,18 @@ def test_text_without_an_end_token(gpt2: str):
 
 
 def test_pushing_without_a_token_is_refused_in_words(gpt2: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("HF_HOME", str(Path.cwd() / "nobody"))
-    model = train(LLMTrainingParams(model=gpt2, data_path="./data", project_name="mine", epochs=1))
-    with pytest.raises(RuntimeError, match="no token for me/mine"):
+    config = LLMTrainingParams(model=gpt2, data_path="./data", project_name="mine", epochs=1)
+    model = train(config)
+    with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set, so nothing can be uploaded"):
         model.push_to_hub("me/mine")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(RuntimeError, match=r"there is no token\. Set HF_TOKEN"):
+        model.push_to_hub("me/mine")
+    config.push_to_hub, config.username, config.project_name = True, "me", "pushed"
+    with pytest.raises(ValueError, match=r"there is no token\. Set HF_TOKEN"):
+        train(config)
+    assert not Path("pushed").exists(), "asked before anything is trained"
 
 
 def test_a_trainer_that_is_given_something_else_says_so(gpt2: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_hub.errors import BackendError
@@ -9,6 +10,7 @@ from training_hub.frontends.autotrain.meaning import Asked, Name, asked
 from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.dialects import recipe_from
 from training_hub.recipe import Recipe
+from training_hub.recipe.hub import Hub
 
 if TYPE_CHECKING:
     from training_hub.types import TrainResult
@@ -67,19 +69,22 @@ class TrainedModel:
         self.tokenizer.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
-        """Send the final model to the hub; its address there.
+        """Send the files of the final model to the hub, as `hub.push` does; their address there.
 
-        The token is the one of HF_TOKEN or of `hf auth login`. Raises BackendError where there is none.
+        The token is the one of HF_TOKEN or of `hf auth login`. Raises BackendError where there is none, or where the
+        hub refuses.
         """
-        from huggingface_hub import HfApi, get_token
+        from training_hub.launch.hub import objections, push
+        from training_hub.monitoring.console import open_console
+        from training_hub.recipe.folder import RunFolder
+        from training_hub.recipe.load import load_file
 
-        if not get_token():
-            raise BackendError(
-                f"push_to_hub: no token for {repo_id}. Set HF_TOKEN to one that may write, or log in: `hf auth login`."
-            )
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=self._folder))
+        recipe = load_file(RunFolder(self.result.output_dir).recipe)
+        wanted = recipe.model_copy(update={"hub": Hub(push=True, repo_id=repo_id, private=private)})
+        problems = objections(wanted)
+        if problems:
+            raise BackendError(problems)
+        return push(Path(self._folder), wanted, open_console(recipe.monitoring.console))
 
     @property
     def _folder(self) -> str:

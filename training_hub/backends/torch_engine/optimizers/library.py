@@ -5,6 +5,7 @@ Each moves the same float32 masters as torch's own optimizers do; none is import
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def _muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
 
 
 def _galore(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as below
     from galore_torch import GaLoreAdamW
 
     projected = {
@@ -147,6 +149,8 @@ def _galore(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimize
 
 def _bitsandbytes(name: str, *, has_eps: bool = True) -> Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]:
     def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+        # It looks for kernels on the hub that nobody asked for, and says that there are none.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         import bitsandbytes
 
         return getattr(bitsandbytes.optim, name)(groups, **(_adam if has_eps else _betas)(settings))
