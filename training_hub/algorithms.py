@@ -41,6 +41,9 @@ class Algorithm:
 
 TORCH = Contract("torch", engine="torch")
 
+# An adapter learns at about ten times the rate of the weights themselves (Schulman et al. 2025, "LoRA Without Regret").
+TORCH_LORA = Contract("torch", engine="torch", defaults={"optimizer.lr": 2e-4})
+
 # training_hub 0.1.0, page "SFT": documented defaults; betas and clip from instructlab-training 0.16 `TrainingArgs`.
 INSTRUCTLAB = Contract(
     "instructlab-training",
@@ -105,7 +108,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         objective="cross_entropy",
         adaptation="lora",
         required=("model.path", "output"),
-        contracts=(UNSLOTH, TORCH),
+        contracts=(UNSLOTH, TORCH_LORA),
     ),
 }
 

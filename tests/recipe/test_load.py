@@ -133,6 +133,7 @@ FREE = [
         "data.unmask",
         "training.max_tokens_per_gpu",
         "model.quantization",
+        "optimizer.name",  # a schedule-free one forbids schedules
     }
     and path not in {"processes.node_rank", "processes.master_port"}
     and (not path.startswith("evaluation.") or path.endswith(("interval", "at_epoch", "at_start", ".watch")))
