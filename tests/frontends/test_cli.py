@@ -38,9 +38,12 @@ def test_every_setting_and_every_spelling_is_a_flag(capsys: pytest.CaptureFixtur
             assert " ".join(setting.doc.split()[:4]) in one_line
 
 
+NEED_OTHERS = ("checkpoint.keep_best", "hub.push", "hub.private", "osft.importance")
+
+
 def test_every_boolean_has_both_forms():
     for setting in all_settings().values():
-        if setting.is_boolean and setting.path not in ("checkpoint.keep_best", "hub.push", "hub.private"):
+        if setting.is_boolean and setting.path not in NEED_OTHERS:
             is_osft = setting.path.startswith("osft.")
             given = ["osft", *NEEDED[1:], "--osft.energy=0.5"] if is_osft else NEEDED
             given = ["lora-sft", *NEEDED[1:]] if setting.path.startswith("lora.") else given
