@@ -11,7 +11,7 @@ import pytest
 
 from training_hub.errors import RecipeError
 from training_hub.frontends.cli import SHORTCUTS, main, recipe_of
-from training_hub.recipe.check import value_at
+from training_hub.recipe.findings import value_at
 from training_hub.recipe.load import dump, load
 from training_hub.recipe.names import all_settings
 from training_hub.version import VERSION

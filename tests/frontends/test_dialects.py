@@ -12,7 +12,7 @@ from training_hub.algorithms import INSTRUCTLAB
 from training_hub.errors import RecipeError
 from training_hub.frontends.dialects import KEYWORDS, is_live, recipe_from, request_from
 from training_hub.recipe import Recipe
-from training_hub.recipe.check import value_at
+from training_hub.recipe.findings import value_at
 from training_hub.recipe.load import Layer, layer_of
 from training_hub.recipe.names import all_settings
 

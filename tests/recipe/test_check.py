@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
-from training_hub.recipe.check import NEEDS, RIVALS, Names
+from training_hub.recipe.check import NEEDS, RIVALS
+from training_hub.recipe.findings import Names
 from training_hub.recipe.load import build
 from training_hub.recipe.names import all_settings
 from training_hub.recipe.sections import Model, Monitoring

@@ -19,8 +19,9 @@ from training_hub.errors import RecipeError
 from training_hub.frontends.keyword import Keyword, Settings, flag
 from training_hub.frontends.lora_keywords import LORA, whole_batch
 from training_hub.recipe import Recipe
-from training_hub.recipe.check import RIVALS, Names
+from training_hub.recipe.check import RIVALS
 from training_hub.recipe.evaluation import LIVE
+from training_hub.recipe.findings import Names
 from training_hub.recipe.load import Layer, build, layer_of, merge
 from training_hub.recipe.names import nearest, nearest_setting
 from training_hub.recipe.sections import DataSource

@@ -18,7 +18,7 @@ from training_hub.monitoring.charts import Curve, line_chart
 from training_hub.monitoring.settings import redacted
 from training_hub.monitoring.words import duration, printable
 from training_hub.recipe import Recipe
-from training_hub.recipe.check import value_at
+from training_hub.recipe.findings import value_at
 from training_hub.recipe.names import REQUIRED, all_settings
 from training_hub.recipe.yaml_text import write_yaml
 from training_hub.version import VERSION

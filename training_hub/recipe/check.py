@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from training_hub.recipe.check_after import CHECKS
 from training_hub.recipe.check_distillation import about_the_teacher
 from training_hub.recipe.evaluation import needs_validation
+from training_hub.recipe.findings import Contradiction, Names, is_default, plainly, value_at
 from training_hub.recipe.lora import Lora, adapter_problems
 from training_hub.recipe.osft import Osft
 from training_hub.recipe.secrets import secret_in, texts_in
-from training_hub.recipe.yaml_text import write_yaml
 
 if TYPE_CHECKING:
     from training_hub.recipe.recipe import Recipe
@@ -89,41 +89,8 @@ IN_HOME = (
 )
 
 
-@dataclass(frozen=True)
-class Names:
-    """How the caller wrote each setting. `spelled`: path -> keyword (num_epochs), flag or other YAML key."""
-
-    spelled: Mapping[str, str] = field(default_factory=dict)
-
-    def __call__(self, path: str) -> str:
-        """The path, with the caller's own name for it behind: "training.epochs (num_epochs)"."""
-        own = self._own(path)
-        return f"{path} ({own})" if own and own.lstrip("-") != path else path
-
-    def write(self, path: str, value: Any) -> str:
-        """What the caller would write to give `path` this value: num_epochs=1, --epochs 1 or training.epochs: 1."""
-        own = self._own(path) or path
-        if own.startswith("-"):
-            return f"{own} {plainly(value)}"
-        return f"{own}={value!r}" if own.isidentifier() and own != path else write_yaml({own: value}).strip()
-
-    def _own(self, path: str) -> str | None:
-        inside = (name for key, name in self.spelled.items() if key.startswith(path + "."))
-        return self.spelled.get(path) or next(inside, None)
-
-
-@dataclass(frozen=True)
-class Contradiction:
-    """A finding and the settings it is about."""
-
-    paths: tuple[str, ...]
-    message: str
-
-
 def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
     """All settings of `recipe` that are at odds with each other, or that no run could be saved with."""
-    from training_hub.recipe.check_after import CHECKS  # which speaks of what is defined here
-
     checks: tuple[Callable[[Recipe, Names], Iterator[Contradiction]], ...] = (
         _given_both_ways,
         _without_effect,
@@ -154,20 +121,6 @@ def unmet(recipe: Recipe, names: Names, live: Collection[str] = ()) -> list[Cont
     """
     rows = [] if "data.validation" in live else list(_validation(recipe, names))
     return [*_homes(recipe, names), *rows]
-
-
-def value_at(recipe: Recipe, path: str) -> Any:
-    """The value of a setting by its path."""
-    value: Any = recipe
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def is_default(recipe: Recipe, path: str) -> bool:
-    section, _, name = path.rpartition(".")
-    owner = value_at(recipe, section) if section else recipe
-    return bool(getattr(owner, name) == type(owner).model_fields[name].get_default(call_default_factory=True))
 
 
 def _given_both_ways(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
@@ -352,10 +305,8 @@ def _watch(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 
 def _distillation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    for paths, message in about_the_teacher(recipe, names, lambda path: is_default(recipe, path)):
-        # What needs another setting has been told.
-        if paths[0] not in NEEDS:
-            yield Contradiction(paths, message)
+    # What needs another setting has been told.
+    return (found for found in about_the_teacher(recipe, names) if found.paths[0] not in NEEDS)
 
 
 def _processes(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
@@ -416,15 +367,6 @@ def _validation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names(path)}: {plainly(value)} needs validation rows, and there are none. "
             f"Write {names.write('data.validation_fraction', 0.05)}, or give a file as data.validation.",
         )
-
-
-def plainly(value: Any) -> str:
-    """A value as YAML shows it."""
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else str(value)
-    )
 
 
 def cautions(recipe: Recipe) -> list[str]:

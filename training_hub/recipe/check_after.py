@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from training_hub.recipe.check import Contradiction, Names, is_default, plainly, value_at
 from training_hub.recipe.evaluation import metric_problems, names_of
+from training_hub.recipe.findings import Contradiction, Names, is_default, plainly, value_at
 from training_hub.recipe.hub import REPO_ID
 
 if TYPE_CHECKING:

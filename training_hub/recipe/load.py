@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from training_hub.errors import RecipeError
-from training_hub.recipe.check import Names, contradictions, unmet, value_at
+from training_hub.recipe.check import contradictions, unmet
+from training_hub.recipe.findings import Names, value_at
 from training_hub.recipe.names import (
     REQUIRED,
     Setting,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from training_hub.recipe.check import Names, contradictions
+from training_hub.recipe.check import contradictions
 from training_hub.recipe.distillation import Distillation
 from training_hub.recipe.evaluation import Evaluation
+from training_hub.recipe.findings import Names
 from training_hub.recipe.freezing import Freezing
 from training_hub.recipe.hub import Hub
 from training_hub.recipe.lora import Lora

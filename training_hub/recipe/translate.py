@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from training_hub.recipe.check import Names
+from training_hub.recipe.findings import Names
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, nearest, owner_of
 from training_hub.recipe.sections import DataSource
 
