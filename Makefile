@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PINS := -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-base continual-base test test-all campaign bench check audit format package reference clean
+.PHONY: help demo demo-base continual-base test test-all test-distributed campaign bench check audit format package reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ test: $(VENV)/.installed ## the tests
 
 test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
 	$(RUN) -m pytest -q
+
+# Processes compute in one thread each here.
+test-distributed: $(VENV)/.installed ## several processes: equal numbers, hangs, 50 random kills (20 minutes)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/distributed tests/launch tests/documents/test_seed_002.py
 
 campaign: $(VENV)/.installed ## break runs on purpose, 1,500 times; the table is benchmarks/reliability (14 to 18 minutes)
 	$(RUN) -m tests.campaigns --write benchmarks/reliability

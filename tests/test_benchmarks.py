@@ -113,3 +113,13 @@ def test_every_form_of_distillation_has_its_line(tmp_path: Path):
     losses = {row.split(" | ")[1]: float(row.rstrip(" |").split(" | ")[-1]) for row in page.splitlines()[-4:]}
     assert list(losses) == ["naive", "online", "kept", "sampled"]
     assert losses["naive"] == pytest.approx(losses["online"], abs=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_and_one_are_timed_on_the_same_run(tmp_path: Path):
+    words = ("--rounds", "1", "--steps", "3", "--batch", "4", "--size", "tiny")
+    run("distributed.py", *words, "--output", str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert "| 2 processes x 1 thread |" in page and "Two processes over one: " in page
+    # float32 sums in another order.
+    assert float(page.rpartition("at most ")[2].rstrip(".\n")) < 1e-5

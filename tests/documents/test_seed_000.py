@@ -131,16 +131,22 @@ def test_the_parameters_of_one_process_are_accepted(paths: dict[str, str]):
     final_model(result)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"nproc_per_node": 2, "nnodes": 1, "node_rank": 0, "rdzv_id": 12345, "rdzv_endpoint": ""},
-        {"nproc_per_node": 4, "nnodes": 2, "node_rank": 0, "rdzv_id": 12345, "rdzv_endpoint": "node0:29500"},
-        {"nproc_per_node": 4, "nnodes": 2, "node_rank": 1, "rdzv_id": 12345, "rdzv_endpoint": "node0:29500"},
-    ],
-    ids=["one node", "first of two nodes", "second of two nodes"],
-)
-def test_more_than_one_process_is_refused_in_words_of_the_caller(layout: dict[str, Any], paths: dict[str, str]):
-    with pytest.raises((ValueError, RuntimeError), match="nproc_per_node"):
-        sft(**paths, **layout)
+def test_two_processes_on_one_node_find_the_numbers_of_one(paths: dict[str, str]):
+    """The page's torchrun parameters, with two processes for its two GPUs."""
+    alone = sft(**paths, effective_batch_size=16)
+    together = {**paths, "ckpt_output_dir": paths["ckpt_output_dir"] + "-2"}
+    layout = {"nproc_per_node": 2, "nnodes": 1, "node_rank": 0, "rdzv_id": 12345, "rdzv_endpoint": ""}
+    result = sft(**together, effective_batch_size=16, **layout)
+    final_model(result)
+    assert result.plan["processes"] == 2
+    for one, other in zip(alone.history, result.history, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-2), "bfloat16 where the processor has it"
+        assert other["trained_tokens"] == one["trained_tokens"]
+    logs = Path(together["ckpt_output_dir"]) / "logs"
+    assert {path.name for path in logs.glob("*.log")} == {"rank0.log", "rank1.log"}
+
+
+def test_nodes_without_a_place_to_meet_are_refused_in_words_of_the_caller(paths: dict[str, str]):
+    with pytest.raises(ValueError, match=r"nnodes.*rdzv_endpoint"):
+        sft(**paths, nproc_per_node=4, nnodes=2, node_rank=1, rdzv_id=12345)
     assert not Path(paths["ckpt_output_dir"]).exists(), "refused before anything was made"

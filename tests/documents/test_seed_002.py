@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,18 +213,22 @@ def test_one_process_may_be_spelled_out(basic: dict[str, Any]):
     final_model(osft(**basic, nproc_per_node=1, nnodes=1, node_rank=0, rdzv_id=12345, rdzv_endpoint=""))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"nproc_per_node": 2, "nnodes": 1, "node_rank": 0, "rdzv_id": 12345, "rdzv_endpoint": ""},
-        {"nproc_per_node": 4, "nnodes": 2, "node_rank": 0, "rdzv_id": 12345, "rdzv_endpoint": "node0:29500"},
-    ],
-    ids=["one node", "first of two nodes"],
-)
-def test_more_than_one_process_is_refused_in_words_of_the_caller(layout: dict[str, Any], basic: dict[str, Any]):
-    with pytest.raises((ValueError, RuntimeError), match="nproc_per_node"):
-        osft(**basic, **layout)
-    assert not Path(basic["ckpt_output_dir"]).exists(), "refused before anything was made"
+@pytest.mark.slow
+def test_two_nodes_train_together(basic: dict[str, Any], tmp_path: Path):
+    """The page's multi-node parameters, with both nodes here and a process on each; the second runs its own call."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    layout = {"nproc_per_node": 1, "nnodes": 2, "rdzv_id": 12345, "rdzv_endpoint": endpoint}
+    basic |= {"effective_batch_size": 32}
+    settings = {**basic, **layout, "node_rank": 1}
+    call = f"from training_hub import osft; print(osft(**{settings!r}).status)"
+    second = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True)
+    result = osft(**basic, **layout, node_rank=0)
+    final_model(result)
+    assert result.plan["processes"] == 2
+    assert len(result.history) == 2
+    assert second.communicate(timeout=60)[0].splitlines()[-1] == "finished"
 
 
 def test_paths_that_do_not_exist_are_a_value_error(basic: dict[str, Any]):

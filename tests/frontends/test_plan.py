@@ -117,11 +117,24 @@ def test_a_measured_product_gives_a_bound_and_says_so(without_weights: Path, cha
     assert "time      at least " in capsys.readouterr().out
 
 
+def test_the_plan_says_what_several_processes_do(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--batch-size", "8"]
+    alone, many = (planned(capsys, *words, "--processes.procs", count) for count in ("1", "4"))
+    assert (alone["processes"], many["processes"]) == (1, 4)
+    same = ("total_steps", "samples", "tokens", "trained_tokens", "run", "memory_gib")
+    assert [alone[name] for name in same] == [many[name] for name in same], "the global batch stays what it is"
+    assert alone["exchanged_gib_per_step"] == 0
+    # Each gradient goes round a ring twice: 2 (n - 1) / n times 4 bytes.
+    assert many["exchanged_gib_per_step"] == pytest.approx(many["trained_parameters"] * 4 * 1.5 / 2**30)
+    assert main(["plan", *words, "--processes.procs", "4"]) == 0
+    assert "processes 4, each with the whole model and about 2.0 of the 8 samples of a step" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         (["--rate", "nowhere"], 2, "--rate: there is no file nowhere"),
-        (["--processes.procs", "4"], 2, "4 processes on 1 nodes"),
+        (["--processes.procs", "0"], 2, "allowed: a whole number of at least 1"),
         (["--data", "nowhere.jsonl"], 3, "nowhere.jsonl"),
         (["--max-seq-len", "10"], 3, "more than training.max_seq_len 10"),
     ],

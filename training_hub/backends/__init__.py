@@ -20,6 +20,12 @@ from training_hub.types import Console, Message, StepReport, TrainResult
 
 Watcher = Callable[[StepReport], None]
 
+LISTEN_FD = "TRAINING_HUB_LISTEN_FD"
+"""Environment of rank 0: number of a socket that listens already, at which it is to answer the others."""
+
+RUN_ID = "TRAINING_HUB_RUN_ID"
+"""Environment of each process of a run that has several: the name that they share."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -49,6 +55,18 @@ class Backend(Protocol):
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
         """Run the recipe to its end."""
+        ...
+
+
+@runtime_checkable
+class Several(Protocol):
+    """What an engine may be able to do beside: train in several processes, each of which is told by torchrun's
+    environment (RANK, WORLD_SIZE, MASTER_ADDR) which one it is."""
+
+    name: str
+
+    def num_devices(self) -> int:
+        """How many processes `auto` and `gpu` mean on this node."""
         ...
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from training_hub.data.columns import largest
 from training_hub.data.packing import pack_all
+from training_hub.data.shares import shares
 from training_hub.data.shuffle import shuffled
 from training_hub.data.store import TokenStore
 from training_hub.types import Batch, Pack
@@ -72,11 +73,15 @@ class Feed:
         end = min(start + self.settings.samples_per_step, self.samples_per_epoch)
         return self._numbers(epoch, np.arange(start, end))
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step`, which counts from 1."""
-        indices = self.indices(step)
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The batch of `step`, which counts from 1: its numbers, and the packs of one of `world_size` processes.
+
+        Whatever their number, together they have the samples of the step, each once; one may have none.
+        """
+        indices, store = self.indices(step), self.store
+        mine = indices if world_size == 1 else indices[shares(store.lengths[indices], world_size) == rank]
         packs = pack_all(
-            indices.tolist(), self.store.__getitem__, self.settings.token_budget, is_packed=self.settings.is_packed
+            mine.tolist(), store.__getitem__, self.settings.token_budget, is_packed=self.settings.is_packed
         )
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         seen = min((place + 1) * self.settings.samples_per_step, self.samples_per_epoch)
@@ -85,9 +90,9 @@ class Feed:
             epoch=epoch + seen / self.samples_per_epoch,
             packs=tuple(packs),
             num_samples=len(indices),
-            num_tokens=sum(len(pack) for pack in packs),
-            num_trained_tokens=sum(int(np.count_nonzero(pack.weights)) for pack in packs),
-            trained_weight=float(sum(np.sum(pack.weights, dtype=np.float64) for pack in packs)),
+            num_tokens=int(store.lengths[indices].sum()),
+            num_trained_tokens=int(store.trained_tokens[indices].sum()),
+            trained_weight=float(store.trained_weight[indices].sum()),
         )
 
     def largest_pack(self) -> Pack:

@@ -1,4 +1,4 @@
-"""Starting a run: settle what the output folder holds, ask the engine, run, keep the result."""
+"""Starting a run: settle what the output folder holds, run in one process or several, keep the result."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from training_hub.algorithms import engine_of
-from training_hub.backends import Backend, Given, find_backend
+from training_hub.backends import Given, Several, find_backend
 from training_hub.errors import CheckpointError, DiskError, HubError, Interrupted, RecipeError
-from training_hub.folders import damage, tidy, write_json
+from training_hub.folders import damage, tidy, write_json, write_text
 from training_hub.launch import hub
+from training_hub.launch.layout import Layout, layout_of
 from training_hub.launch.stopping import Stop, interruption, stoppable
+from training_hub.launch.supervisor import supervise
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.report import write_report
 from training_hub.monitoring.settings import public_settings
@@ -26,20 +30,25 @@ from training_hub.monitoring.watchers import objections as watcher_objections
 from training_hub.recipe import Recipe
 from training_hub.recipe.check import cautions
 from training_hub.recipe.folder import RunFolder, differences, write_recipe
+from training_hub.recipe.load import dump
 from training_hub.types import Console, TrainResult
 
 FINISHED, STOPPED, RUNNING = "finished", "stopped", "running"
 LIMITS = ("watch_limit", "early_stopping_patience", "early_stopping_min_delta", "best_metric", "best_mode")
 """Settings of evaluation that may end a run early."""
 
+Work = Callable[[Recipe, Given], TrainResult]
+"""What trains: the engine here, or in processes that are started."""
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def run(recipe: Recipe, given: Given | None = None) -> TrainResult:
-    """Run `recipe` in this process and return its result; errors of the run are raised as they are.
+    """Run `recipe` and return its result; errors of the run are raised as they are, also those of processes it starts.
 
-    An unfinished run of the same recipe in the output folder goes on; a finished one is returned as it is. Raises
-    RecipeError listing every objection, before anything is loaded.
+    In this process; in several that are started, where the recipe or torchrun's environment asks for them; or as one of
+    several that torchrun started. An unfinished run of the same recipe in the output folder goes on; a finished one is
+    returned as it is. Raises RecipeError listing every objection, before anything is loaded.
     """
     stop = Stop()
     try:
@@ -56,13 +65,49 @@ def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
     if objections:
         raise RecipeError(objections)
     folder = RunFolder(Path(recipe.output))
-    console = open_console(recipe.monitoring.console)
+    layout = Layout()
+    if isinstance(engine, Several):
+        layout = layout_of(recipe, os.environ, engine.num_devices)
+    is_first = layout.rank == 0 and layout.node_rank == 0
+    console = open_console(recipe.monitoring.console if is_first else "off")
     for line in cautions(recipe):
         console.say(f"recipe: {line}")
-    return _run(recipe, given, engine, folder, console, stop)
+    work = engine.train
+    if layout.world_size > 1 and not layout.is_rank:
+        refuse_live(given, layout)
+        work = partial(_in_processes, layout)
+    if is_first:
+        return _run(recipe, given, work, folder, console, stop)
+    # The first process keeps the folder; the others come to the same conclusions, and leave no trace.
+    earlier = None if recipe.checkpoint.resume == "restart" else settle(folder, recipe)
+    return earlier or work(recipe, given)
 
 
-def _run(recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, console: Console, stop: Stop) -> TrainResult:
+def _in_processes(layout: Layout, recipe: Recipe, given: Given) -> TrainResult:
+    """Run `recipe` in processes of this node, which read it from the run folder."""
+    folder = RunFolder(Path(recipe.output))
+    path = folder.recipe
+    if layout.node_rank > 0:  # the first node writes the folder's own
+        path = folder.path / "logs" / f"node{layout.node_rank}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, dump(recipe))
+    content = supervise(layout, path, folder)
+    return replace(from_json(content), status=content["status"])
+
+
+def refuse_live(given: Given, layout: Layout) -> None:
+    """Raise RecipeError for live objects, which cannot travel to processes that are started for the run."""
+    live = [name for name in ("model", "tokenizer", "rows", "validation_rows") if getattr(given, name) is not None]
+    live += ["callbacks"] if given.watchers else []
+    if live:
+        raise RecipeError(
+            f"{', '.join(live)}: a live object stays in this process, and processes.procs, processes.nodes "
+            f"(nproc_per_node, nnodes) start {layout.world_size} others. Save it to a file or folder and name that, or "
+            "start this program itself with torchrun, in each process of which it then lives."
+        )
+
+
+def _run(recipe: Recipe, given: Given, work: Work, folder: RunFolder, console: Console, stop: Stop) -> TrainResult:
     if recipe.checkpoint.resume == "restart" and folder.recipe.exists():
         console.say(f"output: what {folder.path} held is now in {folder.move_aside()}")
     with folder.claimed():
@@ -72,7 +117,7 @@ def _run(recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, conso
             console.say(f"output: {folder.path} holds this run, finished; to run it again: checkpoint.resume: restart")
             return pushed(earlier, recipe, folder, console)
         try:
-            result = _train(recipe, given, engine, folder, console, stop)
+            result = _train(recipe, given, work, folder, console, stop)
         except KeyboardInterrupt:  # raised in the engine, or while an error of the engine was being written down
             stop.is_over = True
             record(folder, failure(interruption(stop.number, folder.newest_checkpoint())), console)
@@ -97,15 +142,13 @@ def pushed(result: TrainResult, recipe: Recipe, folder: RunFolder, console: Cons
     return result
 
 
-def _train(
-    recipe: Recipe, given: Given, engine: Backend, folder: RunFolder, console: Console, stop: Stop
-) -> TrainResult:
-    """Run the engine, and write down in result.json how that ended; KeyboardInterrupt is the caller's to write down."""
+def _train(recipe: Recipe, given: Given, work: Work, folder: RunFolder, console: Console, stop: Stop) -> TrainResult:
+    """Do the work, and write down in result.json how that ended; KeyboardInterrupt is the caller's to write down."""
     try:
         with out_of_room_explained(folder):
             write_recipe(folder, recipe)
             write_json(folder.result, {"status": RUNNING, "process": os.getpid(), "host": socket.gethostname()})
-            result = engine.train(recipe, given)
+            result = work(recipe, given)
             stop.is_over = True  # what is left takes milliseconds
             write_json(folder.result, as_json(result))
             return result
@@ -191,6 +234,7 @@ def from_json(content: dict[str, Any]) -> TrainResult:
     from training_hub.monitoring.jsonl import read_metrics
 
     output = Path(content["output_dir"])
+    metrics = RunFolder(output).metrics
     return TrainResult(
         **{
             **content,
@@ -199,7 +243,7 @@ def from_json(content: dict[str, Any]) -> TrainResult:
             "model_path": Path(content["model_path"]) if content["model_path"] else None,
             "predictions": Path(content["predictions"]) if content.get("predictions") else None,
             "checkpoints": tuple(Path(path) for path in content["checkpoints"]),
-            "history": tuple(read_metrics(RunFolder(output).metrics)),
+            "history": tuple(read_metrics(metrics)) if metrics.exists() else (),
         }
     )
 

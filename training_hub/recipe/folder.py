@@ -1,7 +1,7 @@
 """The run folder: the one place where processes, runs and readers meet.
 
 recipe.yaml  plan.json  preflight.json  rejects.jsonl  metrics.jsonl  result.json  report.html
-checkpoints/step-N/  final/
+checkpoints/step-N/  final/  logs/rankN.log
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "hub.",
     "monitoring.",
     "processes.",
+    "comm.",
     "data.workers",
     "data.cache",
     "data.cache_dir",

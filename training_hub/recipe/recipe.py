@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, ValidationInfo, model_validator
 
 from training_hub.recipe.check import contradictions
+from training_hub.recipe.comm import Comm
 from training_hub.recipe.distillation import Distillation
 from training_hub.recipe.evaluation import Evaluation
 from training_hub.recipe.findings import Names
@@ -62,6 +63,7 @@ class Recipe(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitoring: Monitoring = Field(default_factory=Monitoring)
     processes: Processes = Field(default_factory=Processes)
+    comm: Comm = Field(default_factory=Comm)
     hub: Hub = Field(default_factory=Hub)
 
     @model_validator(mode="after")

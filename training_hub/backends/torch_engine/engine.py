@@ -1,10 +1,10 @@
-"""The torch engine: from a recipe to a trained model in one process."""
+"""The torch engine: from a recipe to a trained model, in one process or as one of several."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from training_hub.algorithms import find_algorithm
-from training_hub.backends import Given
+from training_hub.backends import Given, Watcher
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
@@ -22,11 +22,11 @@ from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.exam import exam_of
-from training_hub.backends.torch_engine.export import export
+from training_hub.backends.torch_engine.final import finish, saved_dtype, write_model
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
-from training_hub.backends.torch_engine.materials import Materials, load_materials, rows_kept_back, stop_ids
+from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.merging import merge_for
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
@@ -42,14 +42,13 @@ from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import problems, table_names
 from training_hub.backends.torch_engine.outcome import (
-    card_of,
     early_end,
     final_metrics,
-    final_step,
     speed_lines,
     told,
     versions,
 )
+from training_hub.backends.torch_engine.parallel import ALONE, Group, joined
 from training_hub.backends.torch_engine.plan import (
     describe,
     feed_settings,
@@ -72,7 +71,7 @@ from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed
-from training_hub.errors import RecipeError, TrainingError
+from training_hub.errors import DataError, RecipeError, TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.judging import objections as metric_objections
 from training_hub.evaluation.predictions import Sitting
@@ -90,9 +89,13 @@ ROWS_COMPARED = {True: 256, False: 32}
 
 
 class TorchEngine:
-    """Trains with torch in this process, on one CPU or one GPU."""
+    """Trains with torch on a CPU or a GPU, in this process alone or with others that were started with it."""
 
     name = "torch"
+
+    def num_devices(self) -> int:
+        """GPUs of this node, which take a process each; 1 where there is none."""
+        return max(1, torch.cuda.device_count())
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights."""
@@ -132,75 +135,101 @@ class TorchEngine:
         return [problem] if problem else []
 
     def _process_problems(self, recipe: Recipe) -> list[str]:
-        found = []
-        processes = recipe.processes
-        if processes.procs not in (1, "auto", "gpu") or processes.nodes > 1:
-            found.append(
-                f"processes: {processes.procs} processes on {processes.nodes} nodes; the torch engine runs one process "
-                "so far. Write processes.procs: 1 (nproc_per_node=1) and processes.nodes: 1 (nnodes=1)."
-            )
-        if processes.procs in ("auto", "gpu") and torch.cuda.device_count() > 1:
-            found.append(
-                f"processes.procs: {processes.procs!r} would start {torch.cuda.device_count()} processes; the torch "
-                "engine runs one so far. Write processes.procs: 1."
-            )
-        return found
+        procs, there = recipe.processes.procs, torch.cuda.device_count()
+        if isinstance(procs, str) or procs <= max(1, there) or not there:
+            return []
+        return [
+            f"processes.procs: found {procs}; each process takes a GPU of its own, and this node has {there}. Write "
+            f"processes.procs: {there} (nproc_per_node={there}), or gpu."
+        ]
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
-        """Run the recipe to its end, going on from the newest whole checkpoint of its output folder."""
-        console = open_console(recipe.monitoring.console)
+        """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.
+
+        Where the environment says that this is one process of several (RANK, WORLD_SIZE), with the others.
+        """
+        with joined(recipe.comm) as group:
+            return self._train(recipe, given, group)
+
+    def _train(self, recipe: Recipe, given: Given, group: Group) -> TrainResult:
+        console = open_console(recipe.monitoring.console if group.is_main else "off")
         folder = RunFolder(Path(recipe.output))
         began = time.perf_counter()
-        materials = load_materials(recipe, given, console, folder.rejects)
+        rejects = folder.rejects if group.is_main else None
+        materials = group.main_first("reading data", lambda: load_materials(recipe, given, console, rejects))
+        refuse_other_data(group, materials)
         device = choose_device()
         prepare_processor(device)
         dtype = choose_dtype(recipe.model.dtype, device)
         step = None
         if given.model is None:
-            step = starting_step(outline(recipe, materials, device, dtype), console)
-        teaching = open_teaching(recipe, materials.teacher, materials.prepared.train, device, console)
+            known = partial(outline, recipe, materials, device, dtype)
+            step = group.on_main("looking for checkpoints", lambda: starting_step(known(), console))
+        teaching = group.main_first(
+            "the teacher",
+            lambda: open_teaching(recipe, materials.teacher, materials.prepared.train, device, console),
+        )
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_model(recipe, device, dtype, given.model, first_lengths(materials))
-        run = assemble(recipe, loaded, materials, device, dtype, console, teaching)
+        run = assemble(recipe, loaded, materials, device, dtype, console, teaching, group)
+        holdings = run.adaptation.holdings()
         if given.model is not None:  # there were no weights to read, so nothing is asked too late
-            known = Outline(
-                recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, run.adaptation.holdings()
-            )
-            step = starting_step(known, console)
+            live = Outline(recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, holdings)
+            step = group.on_main("looking for checkpoints", lambda: starting_step(live, console))
         planned = describe(
-            recipe, materials, run.model, run.feed, device, dtype, loaded.original_dtype, run.adaptation.holdings()
+            recipe, materials, run.model, run.feed, device, dtype, loaded.original_dtype, holdings, group.world_size
         )
         forget_activations(run, planned["activation_checkpointing"])
-        write_json(folder.plan, planned)
+        if group.is_main:
+            write_json(folder.plan, planned)
         console.say(summary(planned))
-        if step is not None:
+        if step is None:
+            same_start(run)
+        else:
             resume(run, step)
             console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
         beside = load_beside(recipe, materials, run.feed, device)
         asked = beside.operations if beside is not None else no_operations
         run.scale = Scale(work_of(run.model), measured_peak(device, dtype), asked)
-        if recipe.monitoring.profile:
+        if recipe.monitoring.profile and group.is_main:
             run.profile = StepProfile(run.step + 1, run.feed.total_steps - run.step, device, folder.path / FILE_NAME)
+        model_path = self._run(run, loaded, materials, given, planned["memory_gib"], folder)
+        return self._result(run, folder, planned, model_path, time.perf_counter() - began)
+
+    def _run(
+        self,
+        run: Run,
+        loaded: LoadedModel,
+        materials: Materials,
+        given: Given,
+        memory: dict[str, Any],
+        folder: RunFolder,
+    ) -> Path | None:
+        """From the dry step to the final model, whose folder it gives, None where none is written."""
+        recipe, group, console = run.recipe, run.group, run.console
+        audience: AbstractContextManager[list[Watcher]] = nullcontext([])
+        if group.is_main:
+            audience = open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=given.watchers)
         with (
             memory_errors_explained(run),
             closing_masters(run),
             StopRequest() as stop,
-            open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=given.watchers) as watchers,
+            audience as watchers,
         ):
             dry_step(run)
             if recipe.training.preflight and run.step == 0:
-                proofs = preflight(run, loaded, materials, given, planned["memory_gib"], folder)
-                for line in table(proofs):
-                    console.say(f"preflight: {line}")
-                refuse(proofs)
+                group.on_main("preflight", lambda: begin_safely(run, loaded, materials, given, memory, folder))
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)
-            for line in speed_lines(run, folder):
-                console.say(line)
+            if group.is_main:
+                for line in speed_lines(run, folder):
+                    console.say(line)
+            if not recipe.checkpoint.final:
+                return None
             # Within reach of the stop request: a first signal lets the final model be finished.
-            model_path = finish(run, loaded, materials, folder, console) if recipe.checkpoint.final else None
-        return self._result(run, folder, planned, model_path, time.perf_counter() - began)
+            path = group.on_main("the final model", lambda: finish(run, loaded, materials, folder, console))
+            return Path(path) if path else None
 
     def check(self, recipe: Recipe, given: Given) -> list[Proof]:
         """Load all that a run would, and try every proof; the output folder must exist and only gets the proofs."""
@@ -241,7 +270,8 @@ class TorchEngine:
     def _result(
         self, run: Run, folder: RunFolder, plan: dict[str, Any], model_path: Path | None, seconds: float
     ) -> TrainResult:
-        history = tuple(read_metrics(folder.metrics))
+        run.group.gather("steps")  # the last line has been written
+        history = tuple(read_metrics(folder.metrics)) if folder.metrics.exists() else ()
         reason = (run.watch.reason if run.watch is not None else "") or early_end(run)
         return TrainResult(
             status="stopped" if reason else "finished",
@@ -267,6 +297,7 @@ def assemble(
     dtype: torch.dtype,
     console: Console,
     teaching: Teaching | None = None,
+    group: Group = ALONE,
 ) -> Run:
     """The run at step 0."""
     broken = nonfinite_tensors(loaded.model.state_dict())
@@ -289,7 +320,7 @@ def assemble(
         objective=make_objective(recipe, plain, teaching),
         plain=plain,
         adaptation=adaptation,
-        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model)),
+        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), group),
         feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
@@ -299,6 +330,7 @@ def assemble(
         best=Best(recipe.evaluation),
         exam=exam_of(recipe, materials),
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
+        group=group,
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
@@ -306,6 +338,28 @@ def assemble(
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
     return run
+
+
+def refuse_other_data(group: Group, materials: Materials) -> None:
+    """Raise DataError where the processes of a run do not train on the same tokens."""
+    prints = group.gather([materials.prepared.train.fingerprint, materials.tokenizer.fingerprint])
+    other = next((rank for rank, one in enumerate(prints) if one != prints[0]), None)
+    if other is not None:
+        raise DataError(
+            f"data.path: rank {other} has read other data, or has another tokenizer, than rank 0: {prints[other]}, not "
+            f"{prints[0]}. Give every node the same files."
+        )
+
+
+def same_start(run: Run) -> None:
+    """Let all processes begin from the weights of rank 0: new ones may be drawn, or found by another library."""
+    if run.group.world_size == 1:
+        return
+    run.group.spread(run.model.state_dict().values())
+    masters = run.updater.masters
+    state = masters.saved()
+    run.group.spread(state.values())
+    masters.load(state)
 
 
 def first_lengths(materials: Materials) -> list[int]:
@@ -380,65 +434,11 @@ def preflight(
     return proofs
 
 
-def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> Path | None:
-    """Write the final model: the best one where the recipe keeps it, the last within the limit where the watch stopped
-    the run; None where it stopped it before there was one."""
-    if run.watch is not None and run.watch.reason:
-        if run.watch.kept is None:
-            return None
-        go_back(run, run.watch.kept)
-    elif run.recipe.checkpoint.keep_best and run.best.step not in (None, run.step):
-        console.say(
-            f"final: taking step {run.best.step}, with the best {run.best.settings.best_metric} {run.best.value}"
-        )
-        go_back(run, final_step(run))
-    if run.exam is not None:
-        run.exam.show(final_step(run))
-    dtype = saved_dtype(run, loaded)
-    difference = write_model(run, loaded, materials, folder.final, card_of(run, folder, dtype))
-    console.say(
-        f"final: {folder.final} ({str(dtype).removeprefix('torch.')}), loaded again and equal; logits differ from "
-        f"training by at most {difference:.1e}"
-    )
-    run.adaptation.further(folder.final, rows_kept_back(materials), console)
-    return folder.final
-
-
-def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
-    """The number format of the final model."""
-    wanted, files = run.recipe.model.save_dtype, run.adaptation.files
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    return (files.dtype if files is not None else None) or loaded.original_dtype
-
-
-def write_model(
-    run: Run,
-    loaded: LoadedModel,
-    materials: Materials,
-    folder: Path,
-    documents: Mapping[str, bytes] | None = None,
-) -> float:
-    """Write the model as it stands into `folder`; the largest difference of logits once it is loaded again."""
-    dtype = saved_dtype(run, loaded)
-    with run.updater.averaged():
-        return export(
-            run.model,
-            run.adaptation.export(run.updater.masters.all_exact(), dtype),
-            dtype,
-            folder,
-            materials.tokenizer.hf,
-            materials.template.source if materials.template else None,
-            stop_ids(materials),
-            trust_remote_code=run.recipe.model.trust_remote_code,
-            beside=run.adaptation.beside(),
-            files=run.adaptation.files,
-            documents=documents,
-        )
-
-
-def go_back(run: Run, step: int) -> None:
-    """Take the weights of checkpoint `step`, and what the optimizer needs to average them."""
-    state = run.checkpoints.load(step)
-    run.updater.masters.load(state.weights)
-    run.updater.load_state(state.optimizer)
+def begin_safely(
+    run: Run, loaded: LoadedModel, materials: Materials, given: Given, memory: dict[str, Any], folder: RunFolder
+) -> None:
+    """Try every proof and say what came of it. Raises TrainingError for one that failed."""
+    proofs = preflight(run, loaded, materials, given, memory, folder)
+    for line in table(proofs):
+        run.console.say(f"preflight: {line}")
+    refuse(proofs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
 from training_hub.backends.torch_engine.exam import Exam
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.optim import Updater
+from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.signals import StopRequest
@@ -74,6 +75,7 @@ class Run:
     profile: StepProfile | None = None
     by_source: BySource | None = None
     thaw: Thaw | None = None
+    group: Group = ALONE
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
@@ -92,14 +94,14 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         before = run.validation_before
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
         if run.exam is not None:
-            run.exam.begin(run.model, run.console)
+            begin_exam(run, run.exam)
     if run.watch is not None and run.watch.before is None:
         run.watch.begin(run.step, run.console)
     while run.step < run.feed.total_steps:
         with profiled(run):
             began = time.perf_counter()
             with record_function(DATA), wait.measured():
-                batch = run.feed.batch(run.step + 1)
+                batch = run.feed.batch(run.step + 1, run.group.rank, run.group.world_size)
             report = take_step(run, batch, meter, began)
         if slow := wait.line(report.step, report.step_seconds, run.feed.store):
             run.console.say(slow)
@@ -114,14 +116,18 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
             run.console.say(f"stopped: {run.watch.reason}")
             return
         is_best = report.validation_loss is not None and run.best.note(measured(report), run.step)
-        if stop.number is not None or is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best):
+        is_due = is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best)
+        # Clocks differ, and a signal may have reached one process only: what one is asked for, all do.
+        number, must_save = run.group.highest([stop.number or 0, int(is_due)])
+        if number or must_save:
             save(run)
+            number = run.group.highest([stop.number or 0])[0]  # one may have come while it was saved
         if run.step < run.feed.total_steps:
             if run.best.reason:
                 run.console.say(f"stopped: {run.best.reason}")
                 return
-            if stop.number is not None:
-                raise interrupted(run, stop.number)
+            if number:
+                raise interrupted(run, number)
 
 
 def profiled(run: Run) -> AbstractContextManager[Any]:
@@ -132,9 +138,13 @@ def profiled(run: Run) -> AbstractContextManager[Any]:
 def take_step(run: Run, batch: Batch, meter: ThroughputMeter, began: float) -> StepReport:
     """Forward, backward and update on one batch; the loss is a sum divided once by the batch's trained weight.
 
+    Of several processes each has packs of its own; losses and gradients are summed, so that all find the same numbers.
+
     began: when the step began, by time.perf_counter: before its batch was asked for, so that waiting counts.
     """
+    run.group.note(f"step {batch.step}, its packs")
     mean = accumulate(run, batch)
+    run.group.note(f"step {batch.step}, the sum of gradients")
     with record_function(OPTIMIZER):
         norm = run.updater.clip()
     # The only place in a step where the host waits for the device, but for what an adaptation measures at its end.
@@ -188,6 +198,8 @@ def plain_numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
 def accumulate(run: Run, batch: Batch) -> Tensor:
     """Add up the gradients of the batch's packs; its mean loss per trained token, as a float64 scalar."""
     torch.manual_seed(step_seed(run.recipe.seed, batch.step))
+    if run.group.rank:
+        torch.rand(run.group.rank, device=run.device)  # from here on dropout is not that of the other processes
     run.model.train()
     if run.thaw is not None:
         run.thaw.begin(batch.step, run.console)
@@ -203,7 +215,9 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
         total += term.total.detach()
         if run.by_source is not None:
             run.by_source.add(term, tensors.target_weights, one)
-    return total / batch.trained_weight
+    if run.by_source is not None:
+        run.group.sum(run.by_source.sums)
+    return run.group.sum(total) / batch.trained_weight
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -218,18 +232,39 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
     with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
-        for one in packs:
-            total += run.plain(run.model, to_device(one, run.device)).total
+        for number, one in enumerate(packs):
+            if number % run.group.world_size == run.group.rank:
+                total += run.plain(run.model, to_device(one, run.device)).total
             advance(len(one))
-    return float(total) / float(store.trained_weight.sum())
+    return float(run.group.sum(total)) / float(store.trained_weight.sum())
 
 
 def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
     """The report with what the validation rows say: their loss, and scores of answers where these are asked for."""
     loss = evaluate(run, store)
-    with run.updater.averaged():
-        scores = run.exam.take(run.model, run.step, run.console) if run.exam is not None else {}
+    scores = take_exam(run, run.exam) if run.exam is not None else {}
     return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), scores=scores)
+
+
+def begin_exam(run: Run, exam: Exam) -> None:
+    """Ask before the first step: one process does, and all know the scores."""
+
+    def begin() -> dict[str, float]:
+        exam.begin(run.model, run.console)
+        return exam.before
+
+    exam.before = exam.last = run.group.on_main("answers before training", begin)
+
+
+def take_exam(run: Run, exam: Exam) -> dict[str, float]:
+    """The scores of the answers at this step: one process asks, and all know the scores."""
+
+    def take() -> dict[str, float]:
+        with run.updater.averaged():
+            return exam.take(run.model, run.step, run.console)
+
+    exam.last = run.group.on_main(f"answers at step {run.step}", take)
+    return dict(exam.last)
 
 
 def measured(report: StepReport) -> dict[str, float]:
@@ -283,6 +318,12 @@ def save(run: Run) -> None:
     """Write a checkpoint of the step the run has reached, once."""
     if run.saved_step == run.step and run.step > 0:
         return
+    run.group.on_main(f"saving step {run.step}", lambda: write_checkpoint(run))
+    run.saved_at, run.saved_step = time.monotonic(), run.step
+
+
+def write_checkpoint(run: Run) -> None:
+    """Write the checkpoint; all processes hold the same, so one does."""
     best = run.best.step if run.recipe.checkpoint.keep_best else None
     kept = run.watch.kept if run.watch is not None else None
     facts = {
@@ -299,7 +340,6 @@ def save(run: Run) -> None:
     size = sum(t.numel() * t.element_size() for t in (*state.weights.values(), *state.optimizer.values()))
     with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
         run.checkpoints.save(state, dump(run.recipe), protected=[step for step in (best, kept) if step is not None])
-    run.saved_at, run.saved_step = time.monotonic(), run.step
 
 
 def refuse_broken(run: Run, state: State) -> None:
@@ -348,9 +388,14 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
     run.updater.masters.drop_gradients()
     indices = [int(index) for one in batch.packs for index in one.samples]
     guilty = [index for index in indices if not math.isfinite(_loss_alone(run, index))]
-    who = "rows whose own loss is not finite" if guilty else "no row does it alone; rows of the step"
-    named = [str(run.feed.store.origin(index)) for index in (guilty or indices)]
-    shown = ", ".join(named[:ROWS_NAMED]) + (f" and {len(named) - ROWS_NAMED} more" if len(named) > ROWS_NAMED else "")
+    found = run.group.gather([[str(run.feed.store.origin(index)) for index in some] for some in (guilty, indices)])
+    is_told = any(alone for alone, _ in found)
+    who = "rows whose own loss is not finite" if is_told else "no row does it alone; rows of the step"
+    shown = "; ".join(
+        (f"on rank {rank} " if run.group.world_size > 1 else "") + listed(alone if is_told else rows)
+        for rank, (alone, rows) in enumerate(found)
+        if (alone if is_told else rows)
+    )
     rate = run.recipe.optimizer.lr
     count, kept = run.skipped_in_row, "Nothing of this step was kept or saved"
     remedy = "training.on_nonfinite: skip"
@@ -362,6 +407,11 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
         f"{who.capitalize()}: {shown}. Look at these rows; or write optimizer.lr: {rate / 10:g} (now {rate:g}), or "
         f"{remedy}."
     )
+
+
+def listed(rows: Sequence[str]) -> str:
+    """The rows by name, the first of many."""
+    return ", ".join(rows[:ROWS_NAMED]) + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from training_hub.backends.torch_engine.fused.products import hold_gradient, rel
 from training_hub.backends.torch_engine.optimizers import library, saved
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
 from training_hub.backends.torch_engine.optimizers.split import join, split
+from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
 
 if TYPE_CHECKING:
@@ -137,17 +138,32 @@ def _move_grad_to(master: Tensor) -> Callable[[Tensor], None]:
 
 
 class Updater:
-    """The optimizer over the masters: clip, step, publish. tables: names of embeddings and the head."""
+    """The optimizer over the masters: clip, step, publish. tables: names of embeddings and the head.
 
-    def __init__(self, masters: Masters, settings: OptimizerSettings, max_norm: float, tables: Collection[str] = ()):
+    group: the processes whose gradients are added up before they are clipped.
+    """
+
+    def __init__(
+        self,
+        masters: Masters,
+        settings: OptimizerSettings,
+        max_norm: float,
+        tables: Collection[str] = (),
+        group: Group = ALONE,
+    ):
         self.masters = masters
+        self.group = group
         self.max_norm = max_norm
         self.optimizer = build_optimizer(masters.weights, settings, masters.added, masters.extras, tables)
 
     @torch.no_grad()
     def clip(self) -> Tensor:
-        """Scale gradients down to `max_norm`; their norm before that, over all weights, as a float32 scalar."""
+        """Scale gradients down to `max_norm`; their norm before that, over all weights, as a float32 scalar.
+
+        What an adaptation makes of the gradients is linear in them, and less: so that is what processes add up.
+        """
         self.masters.gather()
+        self.group.sum_gradients(self.masters.weights.values())
         weights = [weight for weight in self.masters.weights.values() if weight.grad is not None]
         limit = self.max_norm if self.max_norm > 0 else float("inf")
         return torch.nn.utils.clip_grad_norm_(weights, limit)

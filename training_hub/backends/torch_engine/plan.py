@@ -46,7 +46,10 @@ def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
     model = adaptation.attach(blank)
     store = materials.prepared.train
     feed = Feed(store, feed_settings(recipe, int(store.lengths.max()), device, recipe.data.packing))
-    found = describe(recipe, materials, model, feed, device, dtype, save_dtype, adaptation.holdings())
+    procs = recipe.processes.procs
+    local = procs if isinstance(procs, int) else max(1, torch.cuda.device_count())
+    world_size = local * recipe.processes.nodes
+    found = describe(recipe, materials, model, feed, device, dtype, save_dtype, adaptation.holdings(), world_size)
     if measures:
         beside = load_beside(recipe, materials, feed, device)
         asked = beside.operations_of(store, found["run"]) if beside is not None else 0.0
@@ -84,11 +87,16 @@ def describe(
     dtype: torch.dtype,
     save_dtype: torch.dtype,
     holdings: Holdings = NOTHING,
+    world_size: int = 1,
 ) -> dict[str, Any]:
-    """The plan as plain JSON. `model` may lie on the meta device: only its shapes count."""
+    """The plan as plain JSON. `model` may lie on the meta device: only its shapes count.
+
+    Of several processes each holds what `memory_gib` says; samples, tokens and packs are those of all.
+    """
     store, validation = materials.prepared.train, materials.prepared.validation
     parameters = list(model.parameters())
     moved = [p for name, p in model.named_parameters() if p.requires_grad and name not in holdings.claimed]
+    trained = sum(p.numel() for p in moved) + holdings.trained
     ahead = forecast(feed)
     beside = load_beside(recipe, materials, feed, device)
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside)
@@ -96,11 +104,14 @@ def describe(
         "algorithm": recipe.algorithm,
         "engine": "torch",
         "device": device.type,
+        "processes": world_size,
+        # What each process sends in a ring, where every float32 gradient passes twice.
+        "exchanged_gib_per_step": 2 * (world_size - 1) / world_size * 4 * trained / 2**30,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": {"name": recipe.model.quantization, **quantiser(recipe.model.quantization)},
         "save_dtype": str(save_dtype).removeprefix("torch."),
         "parameters": sum(num_numbers(p) for p in parameters),
-        "trained_parameters": sum(p.numel() for p in moved) + holdings.trained,
+        "trained_parameters": trained,
         "frozen_at_first": Thaw(model, recipe.freezing).frozen_at_first(),
         "samples": len(store),
         "tokens": int(store.lengths.sum()),
@@ -109,6 +120,7 @@ def describe(
         "lengths": {**length_quantiles(store), "max_seq_len": recipe.training.max_seq_len},
         "validation_samples": len(validation) if validation is not None else 0,
         "samples_per_epoch": feed.samples_per_epoch,
+        "samples_per_step": feed.settings.samples_per_step,
         "steps_per_epoch": feed.steps_per_epoch,
         "total_steps": feed.total_steps,
         "tokens_per_pack": feed.settings.token_budget,
@@ -169,6 +181,7 @@ def summary(plan: dict[str, Any]) -> str:
         f"plan: {plan['total_steps']:,} steps over {plan['samples']:,} samples, {plan['tokens']:,} tokens "
         f"({share:.0%} trained); {plan['trained_parameters']:,} of {plan['parameters']:,} parameters, "
         f"{plan['dtype']} on {plan['device']}, packs of {plan['tokens_per_pack']:,} tokens"
+        + ("" if plan["processes"] == 1 else f", in {plan['processes']} processes")
         + ("" if how == NONE else f", {how} activation checkpointing")
         + (f"; {plan['teacher']['divergence']} from {plan['teacher']['path']}" if "teacher" in plan else "")
     )

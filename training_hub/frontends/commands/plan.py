@@ -68,6 +68,12 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"model     {plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained, in {plan['dtype']} "
         f"on {plan['device']}; saved as {plan['save_dtype']}"
     )
+    if (count := plan["processes"]) > 1:
+        samples, sent = plan["samples_per_step"], plan["exchanged_gib_per_step"]
+        yield (
+            f"processes {count}, each with the whole model and about {samples / count:.1f} of the {samples:,} samples "
+            f"of a step; each sends {sent:.2g} GiB a step"
+        )
     trained = _share(plan["trained_tokens"], plan["tokens"])
     yield f"data      {plan['samples']:,} samples, {plan['tokens']:,} tokens, {trained} trained"
     quantiles = ", ".join(f"{name} {lengths[name]:,}" for name in ("p50", "p90", "p99", "max"))

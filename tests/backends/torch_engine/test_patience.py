@@ -1,0 +1,48 @@
+"""Calls of the store come back, also when the one that keeps it was stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from training_hub.backends.torch_engine.patience import PatientStore
+
+KEEPER = """
+import socket, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, True, timedelta(seconds=20), wait_for_workers=False)
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process is stopped as on Unix")
+def test_a_keeper_that_is_stopped_is_given_up():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with subprocess.Popen([sys.executable, "-c", KEEPER, str(port)], stdout=subprocess.PIPE, text=True) as keeper:
+        assert keeper.stdout is not None
+        keeper.stdout.readline()
+        store = PatientStore(dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=20)), seconds=1)
+        store.set("word", "here")
+        assert store.get("word") == b"here" and store.check(["word"]) and not store.check(["other"])
+        with pytest.raises(RuntimeError, match="timeout"):
+            store.wait(["other"], timedelta(seconds=0.2))
+        keeper.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="rank 0, which keeps what the others say, did not answer for 1 s"):
+            store.get("word")
+        with pytest.raises(RuntimeError, match="has stopped answering"):
+            store.set("word", "again")
+        assert 1 <= time.monotonic() - began < 10
+        keeper.kill()
