@@ -36,7 +36,7 @@ SETTINGS: tuple[tuple[int, Sequence[str], Sequence[str]], ...] = (
     ),
     (89, ["training.epoch=2"], ["training.epoch", "training.epochs"]),
     (89, ["--epochs", "2"], ["training.epochs", "training.steps", "one excludes the other"]),
-    (89, ["--processes.procs", "3"], ["processes.procs: 1"]),
+    (89, ["--processes.procs", "0"], ["processes.procs", "found 0", "Write processes.procs: 1"]),
     (90, ["--training.steps", "0"], ["training.steps", "found 0"]),
     (92, ["--checkpoint.resume", "checkpoint-500"], ["checkpoint.resume", "'checkpoint-500'"]),
 )
