@@ -8,83 +8,16 @@ what to write; the tests of these are named so.
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from training_hub.frontends.cli import main
+from tests.documents.autotrain.page import CHAT, TEXTS, command, error_of, recipe_in
 from training_hub.trainers.clm import train
 from training_hub.trainers.clm.params import LLMTrainingParams
 from training_hub.trainers.clm.train_clm_sft import CustomSFTTrainer
-
-TEXTS = [
-    "Question: What is Python? Answer: Python is a programming language.",
-    "Question: What is ML? Answer: Machine Learning is a subset of AI.",
-]
-CHAT = [
-    {
-        "messages": [
-            {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": "What is Python?"},
-            {"role": "assistant", "content": "Python is a high-level programming language."},
-        ]
-    }
-]
-
-
-@pytest.fixture(scope="session")
-def gpt2(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny GPT-2 with its tokenizer, without a chat template, as GPT-2 has none."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("gpt2") / "gpt2"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=2,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory with the files that the guide speaks of."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, rows in {
-        "data/train.jsonl": [{"text": text} for text in TEXTS],
-        "chat_data/train.jsonl": CHAT,
-    }.items():
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "instructions.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
-    (tmp_path / "conversations.json").write_text(json.dumps(CHAT))
-    return tmp_path
-
-
-def command(line: str, capsys: pytest.CaptureFixture[str] | None = None) -> tuple[int, str]:
-    """The exit code of a line of the guide, and what it says of errors."""
-    code = main(shlex.split(line.replace("aitraining", "").replace("\\\n", " "), comments=True))
-    return code, capsys.readouterr().err if capsys else ""
-
-
-def recipe_in(folder: str) -> dict[str, Any]:
-    return yaml.safe_load((Path(folder) / "recipe.yaml").read_text())
-
-
-def error_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    code, said = command(line, capsys)
-    assert code != 0
-    return said
-
 
 # Quick start
 
@@ -415,54 +348,3 @@ def test_early_stopping_is_a_flag(gpt2: str):
 def test_what_its_next_steps_name_is_refused_by_name(trainer: str, gpt2: str, capsys: pytest.CaptureFixture[str]):
     line = f"aitraining llm --trainer {trainer} --model {gpt2} --data-path ./data --project-name out"
     assert f"--trainer: found '{trainer}'; only sft is here" in error_of(line, capsys)
-
-
-# What else AutoTrain documents of the same command
-
-
-def test_its_file_is_a_command_of_its_own(gpt2: str):
-    Path("run.yml").write_text(
-        f"task: llm-sft\nbase_model: {gpt2}\nproject_name: from-file\nlog: none\nbackend: local\n"
-        "data:\n  path: ./data\n  train_split: train\n  valid_split: null\n  chat_template: none\n"
-        "  column_mapping: {text_column: text}\n"
-        "params: {epochs: 1, batch_size: 2, lr: 3.0e-5, mixed_precision: fp16, block_size: 128}\n"
-        "hub: {username: '${HF_USERNAME}', token: '${HF_TOKEN}', push_to_hub: false}\n"
-    )
-    assert command("aitraining --config run.yml")[0] == 0
-    assert Path("from-file/final/model.safetensors").is_file()
-
-
-def test_text_without_an_end_token(gpt2: str):
-    line = f"aitraining llm --model {gpt2} --data-path ./data --epochs 1"
-    assert command(f"{line} --project-name with")[0] == 0
-    assert command(f"{line} --project-name without --no-add-eos-token")[0] == 0
-    plans = [json.loads((Path(name) / "plan.json").read_text()) for name in ("with", "without")]
-    assert plans[0]["tokens"] - plans[1]["tokens"] == len(TEXTS)
-
-
-def test_pushing_without_a_token_is_refused_in_words(gpt2: str, monkeypatch: pytest.MonkeyPatch):
-    config = LLMTrainingParams(model=gpt2, data_path="./data", project_name="mine", epochs=1)
-    model = train(config)
-    with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set, so nothing can be uploaded"):
-        model.push_to_hub("me/mine")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(RuntimeError, match=r"there is no token\. Set HF_TOKEN"):
-        model.push_to_hub("me/mine")
-    config.push_to_hub, config.username, config.project_name = True, "me", "pushed"
-    with pytest.raises(ValueError, match=r"there is no token\. Set HF_TOKEN"):
-        train(config)
-    assert not Path("pushed").exists(), "asked before anything is trained"
-
-
-def test_a_trainer_that_is_given_something_else_says_so(gpt2: str):
-    with pytest.raises(ValueError, match=r"args: found a dict; allowed: LLMTrainingParams"):
-        CustomSFTTrainer(model=gpt2, args={"lr": 1})  # type: ignore[arg-type]
-
-    class Short(CustomSFTTrainer):
-        def preprocess_function(self, examples):
-            return {"text": examples["text"], "more": []}
-
-    trainer = Short(model=gpt2, args=LLMTrainingParams(project_name="short"), train_dataset=[{"text": "a"}])
-    with pytest.raises(ValueError, match="all must have as many"):
-        trainer.train()
