@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.freezing import freeze
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.recipe.freezing import Freezing
 from training_hub.types import Console, Proof
 
 
-class Full:
+class Full(OfParameters):
     """The adaptation that adapts everything but what is frozen: nothing is replaced, nothing happens around a step."""
-
-    claimed: frozenset[str] = frozenset()
-    """Parameters that the adaptation moves itself; the optimizer leaves them alone."""
 
     def __init__(self, freezing: Freezing | None = None) -> None:
         self._freezing = freezing
@@ -41,42 +39,8 @@ class Full:
     def begin(self, console: Console) -> None:
         """Nothing to prepare from the weights."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """What the optimizer moves beside the model's own parameters: nothing."""
-        return {}
-
-    def expect_last_backward(self) -> None:
-        """Nothing to do with a gradient before all are there."""
-
-    def gather(self) -> None:
-        """Nothing to do once the gradients of a step are complete."""
-
-    def drop_gradients(self) -> None:
-        """No gradients but those of the parameters."""
-
-    def before_step(self, rate: float) -> None:
-        """Nothing to do before the optimizer moves the weights."""
-
-    def after_step(self) -> None:
-        """Nothing to do after it."""
-
-    def metrics(self) -> dict[str, Tensor]:
-        """Nothing to measure."""
-        return {}
-
-    def saved(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the weights that the optimizer moves: nothing."""
-        return {}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to take over."""
-
     def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
         """Make something of the final model beside it: nothing."""
-
-    def beside(self) -> dict[str, dict[str, Tensor]]:
-        """Further files of the final model's folder: none."""
-        return {}
 
     def proofs(self) -> list[Proof]:
         """What an adaptation itself can prove before the first step: nothing."""

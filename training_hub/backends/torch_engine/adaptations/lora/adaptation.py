@@ -24,6 +24,7 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
+from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.quantization import num_numbers, spared_bytes
@@ -39,10 +40,8 @@ IDLE = ("did not match", "was matched", "no modules were excluded")
 EMBEDDINGS = ("embed_tokens", "wte", "lm_head", "embed_out", "output")
 
 
-class Lora:
+class Lora(OfParameters):
     """The adaptation that freezes the model and trains an adapter of PEFT."""
-
-    claimed: frozenset[str] = frozenset()
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
@@ -91,36 +90,6 @@ class Lora:
         for line in (*self._notes, *_told(self._model, self._config)):
             console.say(f"lora: {line}")
 
-    def weights(self) -> dict[str, Tensor]:
-        """What the optimizer moves beside the model's own parameters: nothing, the adapter's are among them."""
-        return {}
-
-    def expect_last_backward(self) -> None:
-        """Nothing to do with a gradient before all are there."""
-
-    def gather(self) -> None:
-        """Nothing to do once the gradients of a step are complete."""
-
-    def drop_gradients(self) -> None:
-        """No gradients but those of the parameters."""
-
-    def before_step(self, rate: float) -> None:
-        """Nothing to do before the optimizer moves the weights."""
-
-    def after_step(self) -> None:
-        """Nothing to do after it."""
-
-    def metrics(self) -> dict[str, Tensor]:
-        """Nothing to measure."""
-        return {}
-
-    def saved(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the weights that the optimizer moves: nothing."""
-        return {}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to take over."""
-
     def proofs(self) -> list[Proof]:
         """That the model with its new adapter says what it said without; left out for one that has learned already."""
         name = "the adapter begins as the model"
@@ -157,10 +126,6 @@ class Lora:
         merge(
             final, merged, console, save_dtype=chosen.save_dtype, rows=rows, trust_remote_code=chosen.trust_remote_code
         )
-
-    def beside(self) -> dict[str, dict[str, Tensor]]:
-        """Further files of the final model's folder: none."""
-        return {}
 
     @property
     def files(self) -> AdapterFiles:

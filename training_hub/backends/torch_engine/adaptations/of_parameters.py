@@ -1,0 +1,48 @@
+"""What adaptations share whose trained weights are parameters of the model: nothing happens around a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+class OfParameters:
+    """The part of an adaptation that has nothing to do where the optimizer moves the model's own parameters."""
+
+    claimed: frozenset[str] = frozenset()
+    """Parameters that the adaptation moves itself; the optimizer leaves them alone."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves beside the model's own parameters: nothing."""
+        return {}
+
+    def expect_last_backward(self) -> None:
+        """Nothing to do with a gradient before all are there."""
+
+    def gather(self) -> None:
+        """Nothing to do once the gradients of a step are complete."""
+
+    def drop_gradients(self) -> None:
+        """No gradients but those of the parameters."""
+
+    def before_step(self, rate: float) -> None:
+        """Nothing to do before the optimizer moves the weights."""
+
+    def after_step(self) -> None:
+        """Nothing to do after it."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Nothing to measure."""
+        return {}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights that the optimizer moves: nothing."""
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """Further files of the final model's folder: none."""
+        return {}
