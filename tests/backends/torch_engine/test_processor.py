@@ -54,8 +54,10 @@ def test_freed_memory_is_taken_again_without_asking_the_system() -> None:
         "prepare_processor(torch.device('cpu'));"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
         "step = lambda: [torch.ones(size * 2**20) for size in (16, 24, 12)] and None;"
-        "[step() for _ in range(3)]; before = faults(); [step() for _ in range(3)]; print(faults() - before)"
+        "rounds = [(faults(), step(), faults()) for _ in range(12)];"
+        "print(sorted(after - before for before, _, after in rounds)[6])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    # 208 MiB in each of three steps are 160,000 pages; larger than 32 MiB, glibc itself would give all of them back.
-    assert int(done.stdout) < 20_000
+    # 52 blocks of 4 MiB are 53,000 pages; larger than 32 MiB, glibc itself would give all of them back each time. The
+    # median is asked because the heap may still grow in the first rounds.
+    assert int(done.stdout) < 5_000
