@@ -6,6 +6,8 @@ RUN := $(VENV)/bin/python
 # One thread per core of a small machine. More make tiny matrices slower, and tests share the machine.
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
+# Processes that run tests side by side.
+WORKERS ?= 2
 
 PINS := -c constraints.txt
 
@@ -35,8 +37,9 @@ demo-base: $(VENV)/.installed ## pre-train the demo's tiny base model again (lon
 continual-base: $(VENV)/.installed ## pre-train the larger base of benchmarks/continual.py (minutes)
 	$(RUN) benchmarks/continual_base.py
 
+# Each of WORKERS processes takes whole files of tests and computes in one thread.
 test: $(VENV)/.installed ## the tests
-	$(RUN) -m pytest -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
 	$(RUN) -m pytest -q

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any
 
 from training_hub.algorithms import ALGORITHMS
 from training_hub.errors import HubError, RecipeError
 from training_hub.frontends.commands import COMMANDS
+from training_hub.frontends.parser import Parser
 from training_hub.recipe.load import Layer, layer_of, merge, overrides, read_text, read_value
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, nearest, resolve, sections
 from training_hub.recipe.recipe import Recipe
@@ -48,20 +49,6 @@ USAGE = """training-hub sft --model M --data D --output O [--section.field VALUE
        training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]"""
 
 SHOWN_VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "pyarrow")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are RecipeErrors, so that all errors look alike."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        # argparse takes -1e-5 for a flag
-        hint = (
-            ". A value that begins with - is written FLAG=VALUE." if message.endswith("expected one argument") else ""
-        )
-        raise RecipeError(message + hint)
 
 
 class Assign(argparse.Action):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training_hub import LLMTrainingParams, RecipeError
-from training_hub.frontends.autotrain.run import train
+from training_hub.frontends.autotrain.train import train
 
 
 @pytest.fixture

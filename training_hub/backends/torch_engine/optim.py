@@ -22,7 +22,7 @@ from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
 
 if TYPE_CHECKING:
-    from training_hub.backends.torch_engine.adaptations import Adaptation
+    from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
 
 FUSED = frozenset({"AdamW", "Adam", "SGD", "Adagrad"})  # have fused kernels on CPU and CUDA in torch 2.11 and later
 LOW_PRECISION = (torch.bfloat16, torch.float16)

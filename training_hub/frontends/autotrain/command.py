@@ -12,8 +12,8 @@ from typing import Any, get_args
 from training_hub.errors import RecipeError
 from training_hub.frontends.autotrain.file import params_of_file
 from training_hub.frontends.autotrain.params import TOKENS, LLMTrainingParams, nearest_parameter, unknown_parameter
-from training_hub.frontends.autotrain.run import train
-from training_hub.frontends.cli import Parser
+from training_hub.frontends.autotrain.train import train
+from training_hub.frontends.parser import Parser
 from training_hub.recipe.load import overrides
 from training_hub.recipe.translate import shown
 

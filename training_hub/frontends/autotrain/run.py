@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_hub.errors import BackendError
-from training_hub.frontends.autotrain.meaning import Asked, Name, asked
-from training_hub.frontends.autotrain.params import LLMTrainingParams
+from training_hub.frontends.autotrain.meaning import Asked
 from training_hub.frontends.dialects import recipe_from
 from training_hub.recipe import Recipe
 from training_hub.recipe.hub import Hub
@@ -101,19 +100,6 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         return f"TrainedModel({self.result.status}, {self.result.model_path})"
-
-
-def train(config: LLMTrainingParams, write: Name = str) -> TrainedModel:
-    """Train as `config` says, and give the model; of a sweep the best. Raises RecipeError that lists everything that is
-    wrong.
-
-    write: a parameter as its caller writes it, for errors.
-    """
-    if config.use_sweep:
-        from training_hub.frontends.autotrain.sweep import sweep
-
-        return sweep(config, write)
-    return run(asked(config, write))
 
 
 def recipe_of(wanted: Asked) -> Recipe:

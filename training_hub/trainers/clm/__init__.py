@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from training_hub.frontends.autotrain.run import TrainedModel, train
+from training_hub.frontends.autotrain.run import TrainedModel
+from training_hub.frontends.autotrain.train import train
 
 __all__ = ["TrainedModel", "train"]

@@ -1,0 +1,88 @@
+"""What every adaptation can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.model_files import ModelFiles
+from training_hub.types import Console, Proof
+
+
+class Adaptation(Protocol):
+    """Chooses or replaces the weights that train.
+
+    claimed: parameters that it moves itself, which the optimizer leaves alone.
+    """
+
+    claimed: frozenset[str]
+
+    @property
+    def files(self) -> ModelFiles | None:
+        """How the final model is written and read again; None: as a whole one."""
+        ...
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Choose or replace what trains; the model may lie on the meta device."""
+        ...
+
+    def holdings(self) -> Holdings:
+        """What it will hold beside the model that was attached, from shapes alone."""
+        ...
+
+    def begin(self, console: Console) -> None:
+        """Prepare what depends on the weights."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimizer moves beside the model's own parameters, by name."""
+        ...
+
+    def expect_last_backward(self) -> None:
+        """The next backward completes the gradients of a step."""
+        ...
+
+    def gather(self) -> None:
+        """The gradients of a step are complete: make those of `weights` from them."""
+        ...
+
+    def drop_gradients(self) -> None: ...
+
+    def before_step(self, rate: float) -> None:
+        """The optimizer is about to move the weights at this learning rate."""
+        ...
+
+    def after_step(self) -> None: ...
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars to report after a step, by name."""
+        ...
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights that the optimizer moves."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `saved` gave; `weights` have been taken over before."""
+        ...
+
+    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state dict to write."""
+        ...
+
+    def proofs(self) -> list[Proof]:
+        """What it proves of itself before the first step."""
+        ...
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """Further safetensors files of the final model's folder, by name."""
+        ...
+
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+        """Make what is wanted of the final model beside it. rows: token ids of rows that were not trained."""
+        ...
