@@ -209,11 +209,10 @@ def _parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, entry in ALGORITHMS.items():
-        text = f"train: objective {entry.objective}, adaptation {entry.adaptation}"
         typed = name.replace("_", "-")  # lora-sft; lora_sft, as recipes write it, is taken too
         also = [name] if typed != name else []
         usage = USAGE.replace("training-hub sft", f"training-hub {typed}")
-        parser_of = commands.add_parser(typed, aliases=also, help=text, description=text, usage=usage)
+        parser_of = commands.add_parser(typed, aliases=also, help=entry.summary, description=entry.summary, usage=usage)
         _add_settings(parser_of)
         parser_of.set_defaults(command=name)
     for name, command in COMMANDS.items():
