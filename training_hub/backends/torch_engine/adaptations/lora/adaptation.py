@@ -32,6 +32,7 @@ from training_hub.errors import RecipeError
 from training_hub.folders import remove
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import WEIGHTS_FILE
+from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console, Proof
 
 IDLE = ("did not match", "was matched", "no modules were excluded")
@@ -119,7 +120,7 @@ class Lora(OfParameters):
             return
         from training_hub.backends.torch_engine.merging import merge
 
-        merged = final.parent / "merged"
+        merged = RunFolder(final.parent).merged
         if merged.exists():
             remove(merged)
         chosen = self._recipe.model
