@@ -32,8 +32,8 @@ RIVALS: tuple[tuple[str, str], ...] = (
 
 TORCH_ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
 # Whose steps have about the size of the learning rate, and which have an eps.
-ADAM = (*TORCH_ADAM, "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit")
-LION = ("Lion", "Lion8bit")
+ADAM = (*TORCH_ADAM, "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit")
+LION = ("Lion", "Lion8bit", "PagedLion", "PagedLion8bit")
 # Peak learning rate of the Adam family above which a run says so.
 HIGH_RATE = 1e-2
 
@@ -196,7 +196,9 @@ def _learning_rate(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 
 def _optimizer_state(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    if recipe.optimizer.name.endswith("8bit") and recipe.model.dtype == "float64":
+    if (
+        recipe.optimizer.name.startswith("Paged") or recipe.optimizer.name.endswith("8bit")
+    ) and recipe.model.dtype == "float64":
         yield Contradiction(
             ("optimizer.name", "model.dtype"),
             f"{names('optimizer.name')}: {recipe.optimizer.name} computes in float32, {names('model.dtype')} is "

@@ -25,7 +25,9 @@ from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
-DECOUPLED = ("AdamW", "Lion", "AdamW8bit", "Lion8bit")
+DECOUPLED = (
+    "AdamW", "Lion", "AdamW8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit", "PagedLion", "PagedLion8bit",
+)  # fmt: skip
 """Optimizers that decay weights themselves, apart from gradients."""
 
 NEARLY_NOTHING = 1e-12
