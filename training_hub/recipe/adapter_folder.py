@@ -9,6 +9,9 @@ from typing import Any
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's files."""
 
+BASE = "base_model_name_or_path"
+"""Where PEFT's configuration names the base."""
+
 ORIGIN_FILE = "trained_beside.json"
 """What PEFT's configuration has no field for: in how many bits the base was there, and in what format it computed."""
 
@@ -19,7 +22,7 @@ def origin_of(folder: Path) -> dict[str, Any]:
     noted = folder / ORIGIN_FILE
     ours = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     return {
-        "path": said.get("base_model_name_or_path"),
+        "path": said.get(BASE),
         "revision": said.get("revision"),
         "quantization": ours.get("quantization", "none"),
         "dtype": ours.get("dtype"),
