@@ -10,6 +10,7 @@ up) take all their A in one product, and their parts of dx are added up by the p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ CLASSES = (
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
 )
 """What PEFT puts in the place of a linear layer: over plain weights, and over those of 4 and 8 bits."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What a plain adapter adds to a layer: scale * (x @ down.T) @ up.T, with down [K, M] and up [N, K]."""
+
+    down_KM: Tensor
+    up_VK: Tensor
+    scale: float
+
+    def of(self, x_TM: Tensor) -> Tensor:
+        """[T, K]: scale * x @ down.T."""
+        return self.scale * (x_TM @ self.down_KM.T)
+
+
+def low_rank_of(layer: Any) -> LowRank | None:
+    """What the adapter of this layer adds, where that is all that it does; None for every other layer."""
+    if not hasattr(layer, "base_layer") or not _is_plain(layer, layer.base_layer.weight):
+        return None
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return LowRank(down, up, layer.scaling[ADAPTER])
 
 
 def run_adapters_fused(model: nn.Module) -> None:
