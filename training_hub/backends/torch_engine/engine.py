@@ -332,6 +332,7 @@ def assemble(
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
         group=group,
     )
+    adaptation.expect_steps(run.feed.total_steps)
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
         run.by_source = BySource(sources, store, device)

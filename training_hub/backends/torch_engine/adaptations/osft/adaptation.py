@@ -94,6 +94,9 @@ class Osft:
         waiting = trained if self._settings.gradients == "layer" else dense
         return Holdings(self.claimed, trained, fixed, dense, waiting, trained, dense + fixed)
 
+    def expect_steps(self, total: int) -> None:
+        """Nothing depends on how many steps the run has."""
+
     @torch.no_grad()
     def begin(self, console: Console) -> None:
         """Decompose the targets, and say what is protected, trained in full and frozen."""
