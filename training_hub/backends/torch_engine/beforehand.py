@@ -56,7 +56,7 @@ class Outline:
 
 def outline(recipe: Recipe, materials: Materials, device: torch.device, dtype: torch.dtype) -> Outline:
     """The run that the recipe asks for, from its model's config alone."""
-    blank, original_dtype = read_blank_model(recipe.model)
+    blank, original_dtype = read_blank_model(recipe.model, recipe.qat)
     facts = facts_of(materials, blank)
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(blank)

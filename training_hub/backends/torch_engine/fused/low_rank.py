@@ -82,8 +82,9 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         return False
     if layer.disable_adapters or layer.merged_adapters or layer.active_adapters != [ADAPTER] or layer.lora_variant:
         return False
-    if getattr(type(layer.base_layer), "made_by", "_linear") not in ("_linear", "_dense_forward"):
-        return False  # its product is another one, in 8-bit floating point for example
+    kind = type(layer.base_layer)
+    if kind is not nn.Linear and getattr(kind, "made_by", "") not in ("_linear", "_dense_forward"):
+        return False  # its product is another one: in 8-bit floating point, or of rounded numbers
     has_dropout = layer.training and not isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
     is_turned = layer.fan_in_fan_out or layer.lora_bias[ADAPTER]
     return not has_dropout and not is_turned and layer.lora_A[ADAPTER].weight.dtype == x.dtype

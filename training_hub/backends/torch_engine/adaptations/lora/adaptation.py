@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.adaptations.lora.adalora import ALLOCATE
 from training_hub.backends.torch_engine.adaptations.lora.configs import (
     is_changing_its_base,
     make_config,
+    refuse_unrounded,
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
@@ -60,6 +61,8 @@ class Lora(OfParameters):
         """
         config = make_config(self._recipe, _token_ids(self._recipe))
         refuse_idle(model, getattr(config, "target_modules", None), getattr(config, "modules_to_save", None))
+        if self._recipe.qat.weight_dtype is not None:
+            refuse_unrounded(config, self._recipe.lora.tuner)
         _tie(config, model)
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = None if parameter.is_meta else logits_of_one(model)

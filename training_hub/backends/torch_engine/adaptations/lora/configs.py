@@ -106,6 +106,16 @@ def is_changing_its_base(config: Any) -> bool:
     return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
 
 
+def refuse_unrounded(config: Any, tuner: str) -> None:
+    """Raise RecipeError for an adapter that reads weights past the layer that rounds them."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA" or config.use_dora or is_changing_its_base(config):
+        raise RecipeError(
+            f"lora.tuner: {tuner} ({kind}) computes with the weights themselves, and qat.weight_dtype has them rounded "
+            "in their own layer. Write lora.tuner: lora or rslora, without DoRA, PiSSA or OLoRA; or leave qat out."
+        )
+
+
 def _kinds() -> dict[str, Any]:
     """The classes of configurations of every tuner that adapts modules, by name."""
     with library.quiet():
