@@ -120,7 +120,7 @@ def _commands() -> Iterator[str]:
         for action in parser._actions:
             named = action.metavar
             value = f" {' '.join(named) if isinstance(named, tuple) else named}" if named else ""
-            yield f"- `{action.option_strings[0]}{value}`: {action.help}"
+            yield f"- `{' '.join([*action.option_strings[:1], value.strip()]).strip()}`: {action.help}"
         yield ""
 
 

@@ -14,6 +14,7 @@ from training_hub.recipe.hub import Hub
 from training_hub.recipe.lora import Lora
 from training_hub.recipe.loss import Loss
 from training_hub.recipe.osft import Osft
+from training_hub.recipe.qat import Qat
 from training_hub.recipe.sections import (
     Checkpoint,
     Data,
@@ -57,6 +58,7 @@ class Recipe(Section):
     lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
     osft: Osft = Field(default_factory=Osft)
     lora: Lora = Field(default_factory=Lora)
+    qat: Qat = Field(default_factory=Qat)
     freezing: Freezing = Field(default_factory=Freezing)
     distillation: Distillation = Field(default_factory=Distillation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)

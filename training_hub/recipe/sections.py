@@ -228,8 +228,10 @@ class Optimizer(Section):
     name: Literal[
         "AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adagrad", "RMSprop",
         "Lion", "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit", "Lion8bit",
+        "PagedAdamW", "PagedAdamW8bit", "PagedLion", "PagedLion8bit",
     ] = "AdamW"  # fmt: skip
-    """Class in torch.optim, lion-pytorch (Lion), schedulefree, galore-torch or bitsandbytes (8bit). Muon moves the
+    """Class in torch.optim, lion-pytorch (Lion), schedulefree, galore-torch or bitsandbytes (8bit, Paged). The state of
+    Paged ones may leave a GPU for the host's memory, where on a CPU it lies anyway: the same steps. Muon moves the
     matrices inside the blocks, AdamW beside it embeddings, head, norms and biases, at one learning rate.
     AdamWScheduleFree averages its steps in place of a falling rate: it needs lr_scheduler.name: constant."""
 

@@ -56,10 +56,11 @@ class Outline:
 
 def outline(recipe: Recipe, materials: Materials, device: torch.device, dtype: torch.dtype) -> Outline:
     """The run that the recipe asks for, from its model's config alone."""
-    blank, original_dtype = read_blank_model(recipe.model)
+    blank, original_dtype = read_blank_model(recipe.model, recipe.qat)
     facts = facts_of(materials, blank)
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(blank)
+    adaptation.expect_steps(_feed(recipe, materials, device).total_steps)
     return Outline(recipe, materials, model, device, dtype, original_dtype, facts, adaptation.holdings())
 
 
@@ -100,8 +101,8 @@ def refuse_another_run(run: Outline, checkpoints: Checkpoints, step: int) -> Non
 
 def check_room(run: Outline, step: int, kept: int) -> None:
     """Raise DiskError, with the numbers, where the disk cannot hold what the run will surely write after `step`."""
-    recipe, store = run.recipe, run.materials.prepared.train
-    feed = Feed(store, feed_settings(recipe, int(store.lengths.max()), run.device, recipe.data.packing))
+    recipe = run.recipe
+    feed = _feed(recipe, run.materials, run.device)
     asked = recipe.checkpoint
     ahead = saves_ahead(asked.interval, step, feed.total_steps, feed.steps_per_epoch, asked.at_epoch)
     wanted = recipe.model.save_dtype
@@ -110,6 +111,12 @@ def check_room(run: Outline, step: int, kept: int) -> None:
     problem = needed.objection(Path(recipe.output), free_bytes(Path(recipe.output)))
     if problem is not None:
         raise DiskError(problem)
+
+
+def _feed(recipe: Recipe, materials: Materials, device: torch.device) -> Feed:
+    """The steps of the run, before it is known whether its model can be given packs."""
+    store = materials.prepared.train
+    return Feed(store, feed_settings(recipe, int(store.lengths.max()), device, recipe.data.packing))
 
 
 def facts_of(materials: Materials, model: PreTrainedModel) -> dict[str, Any]:

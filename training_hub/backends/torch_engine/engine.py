@@ -61,6 +61,7 @@ from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
+from training_hub.backends.torch_engine.rounding import round_no_more
 from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
@@ -332,6 +333,7 @@ def assemble(
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
         group=group,
     )
+    adaptation.expect_steps(run.feed.total_steps)
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
         run.by_source = BySource(sources, store, device)
@@ -379,11 +381,12 @@ def forget_activations(run: Run, how: str) -> None:
 
 @contextmanager
 def closing_masters(run: Run) -> Iterator[None]:
-    """However the run ends, give a live model's parameters back to whoever handed it over."""
+    """However the run ends, give a live model back to whoever handed it over as one that others can train."""
     try:
         yield
     finally:
         run.updater.masters.release()
+        round_no_more(run.model)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-from training_hub.backends.torch_engine.export import export
+from training_hub.backends.torch_engine.export import WholeModel, export
 from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.materials import Materials, rows_kept_back, stop_ids
 from training_hub.backends.torch_engine.model import LoadedModel
+from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.outcome import card_of, final_step
+from training_hub.backends.torch_engine.rounding import RoundingModel
 from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console
 
@@ -66,11 +68,18 @@ def write_model(
             materials.tokenizer.hf,
             materials.template.source if materials.template else None,
             stop_ids(materials),
-            trust_remote_code=run.recipe.model.trust_remote_code,
             beside=run.adaptation.beside(),
-            files=run.adaptation.files,
+            files=_files(run),
             documents=documents,
         )
+
+
+def _files(run: Run) -> ModelFiles:
+    """How the model is written and read again. An adapter is read beside the base in memory, which rounds already."""
+    whole = WholeModel(run.recipe.model.trust_remote_code)
+    if run.recipe.qat.weight_dtype is not None:
+        return run.adaptation.files or RoundingModel(whole, run.recipe.qat)
+    return run.adaptation.files or whole
 
 
 def go_back(run: Run, step: int) -> None:

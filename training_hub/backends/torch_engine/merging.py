@@ -225,6 +225,11 @@ def _problems(adapter: Path, output: Path, path: str | None, trust_remote_code: 
         found.append(f"model.path: {adapter / CONFIG_FILE} names no base. Give its folder: --model BASE.")
     else:
         found += folder_problems(str(path), trust_remote_code=trust_remote_code)
+    if origin_of(adapter)["qat"]:
+        found.append(
+            f"adapter: {adapter} was trained beside weights rounded in forward (qat), and rounding its sum with them "
+            "would be another model. Quantise the base and load the adapter beside it."
+        )
     if output.exists():
         found.append(f"output: {output} exists, and a merged model gets a folder of its own. Name another.")
     return found

@@ -29,8 +29,10 @@ from training_hub.backends.torch_engine.preflight import (
 )
 from training_hub.backends.torch_engine.quantization import NONE, loading_options, multiply_dense
 from training_hub.backends.torch_engine.quiet import library_bars
+from training_hub.backends.torch_engine.rounding import round_in_forward
 from training_hub.errors import BackendError, RecipeError
 from training_hub.recipe import Recipe
+from training_hub.recipe.qat import Qat
 from training_hub.recipe.sections import Model
 
 if TYPE_CHECKING:
@@ -69,10 +71,10 @@ def read_limits(chosen: Model) -> Limits:
     return limits_of(_from_library(chosen, "AutoConfig", _source_options(chosen)))
 
 
-def read_blank_model(chosen: Model) -> tuple[PreTrainedModel, torch.dtype]:
+def read_blank_model(chosen: Model, rounding: Qat = Qat()) -> tuple[PreTrainedModel, torch.dtype]:
     """The recipe's model without contents, on torch's meta device, and the format it comes in: from its config alone.
 
-    Raises RecipeError where there is no config that can be read.
+    rounding: how its layers round in forward. Raises RecipeError where there is no config that can be read.
     """
     import transformers
 
@@ -85,6 +87,7 @@ def read_blank_model(chosen: Model) -> tuple[PreTrainedModel, torch.dtype]:
     config._experts_implementation = None
     with torch.device("meta"):
         blank = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=chosen.trust_remote_code)
+    round_in_forward(blank, rounding)
     return blank, original
 
 
@@ -154,7 +157,7 @@ def load_model(
     names, tried = _attention_names(recipe.model.attention, loaded, lengths)
     attention = _attach_attention(loaded, names, dtype)
     told_of = [*notes, *tried, *_attention_notes(attention, names), *_model_notes(loaded)]
-    told_of += [line for line in (run_on_kernels(loaded),) if line]
+    told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat)) if line]
     if recipe.training.fp8:
         told_of.append(_in_eight_bits(loaded))
     found = tuple(told_of)
@@ -291,6 +294,15 @@ def _attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch
             return name
     model.set_attn_implementation(own)
     return own
+
+
+def _rounding(model: PreTrainedModel, chosen: Qat) -> str | None:
+    """Let the model round as the recipe asks; what a user should be told of it."""
+    before = logits_of_one(model)
+    line = round_in_forward(model, chosen)
+    if line is None:
+        return None
+    return f"{line}, which changes the logits by {relative_difference(logits_of_one(model), before):.1%}"
 
 
 def _in_eight_bits(model: PreTrainedModel) -> str:

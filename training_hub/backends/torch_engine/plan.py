@@ -40,7 +40,7 @@ def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
     """
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
-    blank, save_dtype = read_blank_model(recipe.model)
+    blank, save_dtype = read_blank_model(recipe.model, recipe.qat)
     materials = load_materials(recipe, Given(), console)
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(blank)

@@ -17,6 +17,9 @@ class OfParameters:
         """What the optimizer moves beside the model's own parameters: nothing."""
         return {}
 
+    def expect_steps(self, total: int) -> None:
+        """Nothing depends on how many steps the run has."""
+
     def expect_last_backward(self) -> None:
         """Nothing to do with a gradient before all are there."""
 

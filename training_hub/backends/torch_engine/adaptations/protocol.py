@@ -35,6 +35,10 @@ class Adaptation(Protocol):
         """What it will hold beside the model that was attached, from shapes alone."""
         ...
 
+    def expect_steps(self, total: int) -> None:
+        """The run will have so many optimizer steps. Raises RecipeError where they are too few."""
+        ...
+
     def begin(self, console: Console) -> None:
         """Prepare what depends on the weights."""
         ...

@@ -59,7 +59,10 @@ class AdapterFiles:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self.config().save_pretrained(str(folder))
         chosen, computed = self.recipe.model, next(p.dtype for p in model.parameters() if p.requires_grad)
-        origin = {"quantization": chosen.quantization, "dtype": str(computed).removeprefix("torch.")}
+        origin: dict[str, Any] = {"quantization": chosen.quantization, "dtype": str(computed).removeprefix("torch.")}
+        rounding = self.recipe.qat
+        if rounding.weight_dtype is not None:
+            origin["qat"] = rounding.model_dump()
         write_json(folder / ORIGIN_FILE, {**origin, "versions": quantiser(chosen.quantization)})
 
     def config(self) -> Any:

@@ -25,7 +25,9 @@ from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
-DECOUPLED = ("AdamW", "Lion", "AdamW8bit", "Lion8bit")
+DECOUPLED = (
+    "AdamW", "Lion", "AdamW8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit", "PagedLion", "PagedLion8bit",
+)  # fmt: skip
 """Optimizers that decay weights themselves, apart from gradients."""
 
 NEARLY_NOTHING = 1e-12
@@ -91,6 +93,9 @@ class Osft:
         dense = sum(stack * rows * columns for stack, rows, columns in shapes)
         waiting = trained if self._settings.gradients == "layer" else dense
         return Holdings(self.claimed, trained, fixed, dense, waiting, trained, dense + fixed)
+
+    def expect_steps(self, total: int) -> None:
+        """Nothing depends on how many steps the run has."""
 
     @torch.no_grad()
     def begin(self, console: Console) -> None:
