@@ -25,6 +25,8 @@ from training_hub.backends.torch_engine.exam import exam_of
 from training_hub.backends.torch_engine.final import finish, saved_dtype, write_model
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout, layout_of
+from training_hub.backends.torch_engine.layouts.beforehand import process_problems
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.merging import merge_for
@@ -48,7 +50,7 @@ from training_hub.backends.torch_engine.outcome import (
     told,
     versions,
 )
-from training_hub.backends.torch_engine.parallel import ALONE, Group, joined
+from training_hub.backends.torch_engine.parallel import Group, joined
 from training_hub.backends.torch_engine.plan import (
     describe,
     feed_settings,
@@ -101,7 +103,7 @@ class TorchEngine:
         """Why this recipe cannot run here; cheap checks that load no weights."""
         asked, teacher = recipe.evaluation, chosen_teacher(recipe)
         return [
-            *self._process_problems(recipe),
+            *process_problems(recipe),
             *self._number_problems(recipe),
             *problems(recipe.optimizer),
             *self._model_problems(recipe),
@@ -115,7 +117,7 @@ class TorchEngine:
 
         measures: also time a matrix product, and say as `time` how long the run takes at least.
         """
-        problems = [*self._process_problems(recipe), *adaptation_problems(recipe)]
+        problems = [*process_problems(recipe), *adaptation_problems(recipe)]
         if problems:
             raise RecipeError(problems)
         return plan(recipe, console, measures=measures)
@@ -134,15 +136,6 @@ class TorchEngine:
         problem = eight_bit.problem_on(choose_device()) if recipe.training.fp8 else None
         return [problem] if problem else []
 
-    def _process_problems(self, recipe: Recipe) -> list[str]:
-        procs, there = recipe.processes.procs, torch.cuda.device_count()
-        if isinstance(procs, str) or procs <= max(1, there) or not there:
-            return []
-        return [
-            f"processes.procs: found {procs}; each process takes a GPU of its own, and this node has {there}. Write "
-            f"processes.procs: {there} (nproc_per_node={there}), or gpu."
-        ]
-
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
         """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.
 
@@ -160,6 +153,7 @@ class TorchEngine:
         refuse_other_data(group, materials)
         device = choose_device()
         prepare_processor(device)
+        layout = layout_of(recipe.parallelism, group, device)
         dtype = choose_dtype(recipe.model.dtype, device)
         step = None
         if given.model is None:
@@ -171,7 +165,7 @@ class TorchEngine:
         )
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_model(recipe, device, dtype, given.model, first_lengths(materials))
-        run = assemble(recipe, loaded, materials, device, dtype, console, teaching, group)
+        run = assemble(recipe, loaded, materials, device, dtype, console, teaching, layout)
         holdings = run.adaptation.holdings()
         if given.model is not None:  # there were no weights to read, so nothing is asked too late
             live = Outline(recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, holdings)
@@ -297,7 +291,7 @@ def assemble(
     dtype: torch.dtype,
     console: Console,
     teaching: Teaching | None = None,
-    group: Group = ALONE,
+    layout: Layout = WHOLE,
 ) -> Run:
     """The run at step 0."""
     broken = nonfinite_tensors(loaded.model.state_dict())
@@ -320,7 +314,7 @@ def assemble(
         objective=make_objective(recipe, plain, teaching),
         plain=plain,
         adaptation=adaptation,
-        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), group),
+        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), layout),
         feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
@@ -330,7 +324,7 @@ def assemble(
         best=Best(recipe.evaluation),
         exam=exam_of(recipe, materials),
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
-        group=group,
+        layout=layout,
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:

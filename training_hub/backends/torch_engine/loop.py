@@ -19,8 +19,9 @@ from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
 from training_hub.backends.torch_engine.exam import Exam
 from training_hub.backends.torch_engine.freezing import Thaw
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.optim import Updater
-from training_hub.backends.torch_engine.parallel import ALONE, Group
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.signals import StopRequest
@@ -75,7 +76,12 @@ class Run:
     profile: StepProfile | None = None
     by_source: BySource | None = None
     thaw: Thaw | None = None
-    group: Group = ALONE
+    layout: Layout = WHOLE
+
+    @property
+    def group(self) -> Group:
+        """All processes of the run."""
+        return self.layout.group
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
@@ -101,7 +107,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         with profiled(run):
             began = time.perf_counter()
             with record_function(DATA), wait.measured():
-                batch = run.feed.batch(run.step + 1, run.group.rank, run.group.world_size)
+                batch = run.feed.batch(run.step + 1, run.layout.data_rank, run.layout.data_size)
             report = take_step(run, batch, meter, began)
         if slow := wait.line(report.step, report.step_seconds, run.feed.store):
             run.console.say(slow)
@@ -198,8 +204,8 @@ def plain_numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
 def accumulate(run: Run, batch: Batch) -> Tensor:
     """Add up the gradients of the batch's packs; its mean loss per trained token, as a float64 scalar."""
     torch.manual_seed(step_seed(run.recipe.seed, batch.step))
-    if run.group.rank:
-        torch.rand(run.group.rank, device=run.device)  # from here on dropout is not that of the other processes
+    if run.layout.data_rank:
+        torch.rand(run.layout.data_rank, device=run.device)  # from here on dropout is not that of the other processes
     run.model.train()
     if run.thaw is not None:
         run.thaw.begin(batch.step, run.console)
@@ -216,8 +222,8 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
         if run.by_source is not None:
             run.by_source.add(term, tensors.target_weights, one)
     if run.by_source is not None:
-        run.group.sum(run.by_source.sums)
-    return run.group.sum(total) / batch.trained_weight
+        run.layout.sum(run.by_source.sums)
+    return run.layout.sum(total) / batch.trained_weight
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -232,11 +238,11 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
     with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
-        for number, one in enumerate(packs):
-            if number % run.group.world_size == run.group.rank:
+        for one, tokens in run.layout.rounds(packs):
+            if one is not None:
                 total += run.plain(run.model, to_device(one, run.device)).total
-            advance(len(one))
-    return float(run.group.sum(total)) / float(store.trained_weight.sum())
+            advance(tokens)
+    return float(run.layout.sum(total)) / float(store.trained_weight.sum())
 
 
 def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.optimizers import library, saved
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
 from training_hub.backends.torch_engine.optimizers.split import join, split
-from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _move_grad_to(master: Tensor) -> Callable[[Tensor], None]:
 class Updater:
     """The optimizer over the masters: clip, step, publish. tables: names of embeddings and the head.
 
-    group: the processes whose gradients are added up before they are clipped.
+    layout: how model and samples lie over processes, whose gradients are added up before they are clipped.
     """
 
     def __init__(
@@ -149,10 +149,10 @@ class Updater:
         settings: OptimizerSettings,
         max_norm: float,
         tables: Collection[str] = (),
-        group: Group = ALONE,
+        layout: Layout = WHOLE,
     ):
         self.masters = masters
-        self.group = group
+        self.layout = layout
         self.max_norm = max_norm
         self.optimizer = build_optimizer(masters.weights, settings, masters.added, masters.extras, tables)
 
@@ -163,7 +163,7 @@ class Updater:
         What an adaptation makes of the gradients is linear in them, and less: so that is what processes add up.
         """
         self.masters.gather()
-        self.group.sum_gradients(self.masters.weights.values())
+        self.layout.group.sum_gradients(self.masters.weights.values())
         weights = [weight for weight in self.masters.weights.values() if weight.grad is not None]
         limit = self.max_norm if self.max_norm > 0 else float("inf")
         return torch.nn.utils.clip_grad_norm_(weights, limit)
