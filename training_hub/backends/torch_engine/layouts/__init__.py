@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from training_hub.backends.torch_engine.layouts import fully_sharded
 from training_hub.backends.torch_engine.layouts.mesh import dense_mesh, place_in, size_of
 from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.recipe.parallelism import Degrees, Parallelism, degrees_of
@@ -23,6 +24,9 @@ from training_hub.types import Pack
 
 DATA = ("dp_replicate", "dp_shard")
 """Dimensions along which processes have samples of their own; along the others they share them."""
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -38,6 +42,7 @@ class Layout:
     degrees: Degrees = field(default_factory=Degrees)
     mesh: DeviceMesh | None = None
     asked: Parallelism = field(default_factory=Parallelism)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_divided(self) -> bool:
@@ -65,13 +70,10 @@ class Layout:
                     dist.all_reduce(numbers, group=self.mesh.get_group(name))
         return numbers
 
-    def passes(self, packs: Sequence[Pack]) -> Iterator[Pack | None]:
-        """This process's packs of a step, and None for each pass that it must make only because others have more."""
-        count = len(packs)
-        if self.is_divided:
-            count = self.group.highest([count])[0]
-        yield from packs
-        yield from [None] * (count - len(packs))
+    def passes(self, own: Sequence[T]) -> list[T | None]:
+        """What this process has to run, and None for each pass that it must make only because others have more."""
+        count = self.group.highest([len(own)])[0] if self.is_divided else len(own)
+        return [*own, *[None] * (count - len(own))]
 
     def rounds(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack | None, int]]:
         """Packs dealt out one to each share in turn: this process's of each round, and the tokens of all of them.
@@ -90,6 +92,30 @@ class Layout:
         if number % self.data_size:
             yield mine, tokens
 
+    def divide(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Divide the model over the processes, in place, as the degrees say; it goes on computing in `dtype`.
+
+        Everything that puts modules into the model or exchanges them must have happened. The order of the ways is that
+        in which they must be applied: whatever cuts single weights first, what gathers whole layers last.
+        """
+        if self.mesh is not None:
+            fully_sharded.shard(model, self.mesh, self.asked, dtype)
+
+    def begin_pass(self, model: PreTrainedModel, *, is_last: bool) -> None:
+        """Say, before a forward pass of a step, whether it is the last, in which all gradients are added up."""
+        if self.mesh is not None:
+            fully_sharded.begin_pass(model, self.asked, is_last=is_last)
+
+    def end_passes(self, model: PreTrainedModel) -> None:
+        """The backward passes of a step are over."""
+        if self.mesh is not None:
+            fully_sharded.end_passes(model)
+
+    def let_go(self, model: PreTrainedModel) -> None:
+        """Forget whole weights that were gathered, since the pieces have changed."""
+        if self.mesh is not None:
+            fully_sharded.let_go(model)
+
     def together(self, what: str, work: Callable[[], T]) -> T:
         """What `work`, which runs the model, gives: done by process 0 for all, or by all where it takes several."""
         return work() if self.is_divided else self.group.on_main(what, work)
@@ -102,4 +128,4 @@ def layout_of(asked: Parallelism, group: Group, device: torch.device) -> Layout:
     """The layout that a recipe asks for. Raises RecipeError where its degrees do not fit the number of processes."""
     degrees = degrees_of(asked, group.world_size)
     mesh = dense_mesh(degrees, device, group.timeout_seconds) if degrees.is_divided else None
-    return Layout(group, degrees, mesh, asked)
+    return Layout(group, degrees, mesh, asked, device)

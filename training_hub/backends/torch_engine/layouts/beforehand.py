@@ -10,6 +10,9 @@ from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import degrees_of
 
+ELEMENTWISE = ("AdamW", "Adam", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad", "Lion", "AdamWScheduleFree")
+"""Optimizers that move each number by itself, so that it does not matter which others a process holds."""
+
 
 def process_problems(recipe: Recipe) -> list[str]:
     """Why the processes that the recipe asks for cannot be had here, or its degrees do not fit them."""
@@ -24,9 +27,30 @@ def process_problems(recipe: Recipe) -> list[str]:
         degrees = degrees_of(recipe.parallelism, world_size_of(recipe))
     except RecipeError as error:
         return [*found, *error.problems]
-    if degrees.is_divided:
-        found.append("parallelism.data_parallel_shard_degree: models are not divided yet. Write 1.")
-    return found
+    return [*found, *divided_problems(recipe)] if degrees.is_divided else found
+
+
+def divided_problems(recipe: Recipe) -> list[str]:
+    """Why this recipe cannot train a model that is divided over processes."""
+    whole = "Write parallelism.data_parallel_shard_degree: 1, or"
+    asked = recipe.optimizer
+    refused = {
+        f"optimizer.name: {asked.name} works on whole matrices or blocks of weights, and each process has a slice. "
+        f"{whole} optimizer.name: AdamW.": asked.name not in ELEMENTWISE,
+        f"optimizer.state: {asked.state} saves memory by what stands beside whole 16-bit weights; divided ones have "
+        f"float32 slices. {whole} optimizer.state: full.": asked.state != "full",
+        f"algorithm: osft cuts whole weights. {whole} algorithm: sft.": recipe.algorithm == "osft",
+        f"freezing.unfreeze_interval: what trains must be known when weights are divided. {whole} leave it "
+        "out.": recipe.freezing.unfreeze_interval is not None,
+        f"model.quantization: {recipe.model.quantization} weights cannot be divided. {whole} "
+        "model.quantization: none.": recipe.model.quantization != "none",
+        f"training.fp8: 8-bit products need whole weights. {whole} training.fp8: false.": recipe.training.fp8,
+        f"evaluation.generate: answers are made by one process, which does not have the model. {whole} "
+        "evaluation.generate: false, and evaluate the final model.": recipe.evaluation.generate,
+        "parallelism.enable_cpu_offload: there is no GPU here whose memory it could spare. Leave it "
+        "out.": recipe.parallelism.enable_cpu_offload and not torch.cuda.is_available(),
+    }
+    return [problem for problem, is_so in refused.items() if is_so]
 
 
 def world_size_of(recipe: Recipe) -> int:
