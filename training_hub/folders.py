@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ TEMPORARY, REPLACED = ".tmp-", ".old-"
 
 
 @contextmanager
-def write_whole(folder: Path, facts: dict[str, Any] | None = None, replace: bool = False) -> Iterator[Path]:
+def write_whole(
+    folder: Path,
+    facts: dict[str, Any] | None = None,
+    replace: bool = False,
+    known: Mapping[str, FileFacts] | None = None,
+) -> Iterator[Path]:
     """Hand out a temporary folder; on a clean exit it becomes `folder`, with a manifest that also holds `facts`.
 
+    known: what the manifest says of files that others wrote into it, flushed and hashed; looked up at the end.
     On an exception the temporary folder is removed and `folder` is as it was. With `replace` an existing `folder` gives
     way only after the new one is complete; without, it raises FileExistsError.
     """
@@ -35,7 +42,7 @@ def write_whole(folder: Path, facts: dict[str, Any] | None = None, replace: bool
     aside.mkdir()
     try:
         yield aside
-        _seal(aside, facts or {})
+        _seal(aside, facts or {}, known or {})
         _move_into_place(aside, folder, replace)
     except BaseException:
         _clear(aside)
@@ -94,12 +101,26 @@ def _clear(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _seal(folder: Path, facts: dict[str, Any]) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+@dataclass(frozen=True)
+class FileFacts:
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def facts_of_file(path: Path) -> FileFacts:
+    """What a manifest says of this file, which is flushed to the disk."""
+    found = FileFacts(path.stat().st_size, sha256(path))
+    _sync_file(path)
+    return found
+
+
+def _seal(folder: Path, facts: dict[str, Any], known: Mapping[str, FileFacts]) -> None:
     listed = {}
-    for path in files:
-        listed[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        _sync_file(path)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        listed[name] = asdict(known.get(name) or facts_of_file(path))
     content = {"version": MANIFEST_VERSION, **facts, "files": listed}
     write_json(folder / MANIFEST, {**content, "sha256": _sum_of(content)})
     sync_folder(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,36 +17,36 @@ class Crew:
     """`world_size` processes that wait for runs."""
 
     def __init__(self, world_size: int, log: Path):
-        self._log = log.open("w")
-        self._members = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed.member", str(rank), str(world_size)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
+        orders = [os.pipe() for _ in range(world_size)]
+        answers = [os.pipe() for _ in range(world_size)]
+        theirs = [(order[0], answer[1]) for order, answer in zip(orders, answers, strict=True)]
+        with log.open("w") as file:
+            self._parent = subprocess.Popen(
+                [sys.executable, "-m", "tests.distributed.member", *(f"{get}:{give}" for get, give in theirs)],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                pass_fds=[end for pair in theirs for end in pair],
             )
-            for rank in range(world_size)
-        ]
+        for end in (end for pair in theirs for end in pair):
+            os.close(end)
+        self._orders = [os.fdopen(order[1], "w") for order in orders]
+        self._answers = [os.fdopen(answer[0]) for answer in answers]
 
     def close(self) -> None:
-        for member in self._members:
-            assert member.stdin is not None and member.stdout is not None
-            member.stdin.close()
-            member.wait(timeout=30)
-            member.stdout.close()
-        self._log.close()
+        for end in (*self._orders, *self._answers):
+            end.close()
+        self._parent.wait(timeout=30)
 
     def train(self, model: Path, data: Path | list[Path], output: Path, /, order: Any = None, **sections: Any) -> Any:
         """What each rank's run came to; `data` may be another for each rank."""
-        each = data if isinstance(data, list) else [data] * len(self._members)
+        each = data if isinstance(data, list) else [data] * len(self._orders)
         recipes = [recipe(model, one, output, **sections).model_dump(mode="json") for one in each]
         line = json.dumps({"recipes": recipes, "port": free_port(), **(order or {})})
-        for member in self._members:
-            assert member.stdin is not None
-            member.stdin.write(line + "\n")
-            member.stdin.flush()
-        return [json.loads(member.stdout.readline()) for member in self._members if member.stdout is not None]
+        for member in self._orders:
+            member.write(line + "\n")
+            member.flush()
+        return [json.loads(member.readline()) for member in self._answers]
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
-"""One process of a crew: takes runs as lines of JSON, does each as the rank it is told, answers with a line of JSON.
+"""The processes of a crew: each takes runs as lines of JSON, does them as its rank, answers with a line of JSON.
 
-Importing torch and transformers takes longer than a tiny run, so a crew serves a whole module of tests.
+Importing torch and transformers takes longer than a tiny run, so it is done once for all processes of a crew, which
+are forks of one that has computed nothing yet, and a crew serves a whole module of tests.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
         result = run(recipe, Given())
     except HubError as error:
         return {"error": type(error).__name__, "problems": error.problems}
+    except Exception as error:  # the crew goes on; the test sees which error it was, and the log where
+        traceback.print_exc()
+        return {"error": type(error).__name__, "problems": [str(error)]}
     return {**as_json(result), "history": list(result.history)}
 
 
@@ -58,13 +63,28 @@ def signal_in_save(output: Path) -> None:
 
 
 def main() -> None:
-    rank, world_size = int(sys.argv[1]), int(sys.argv[2])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints must not be taken for an answer
+    """Fork a process for each pair of pipes that is named: from where it gets its orders, and where it answers."""
+    pairs = [tuple(map(int, pair.split(":"))) for pair in sys.argv[1:]]
+    import torch._dynamo  # noqa: F401  # which torch loads when weights are first divided
+
     import training_hub.backends.torch_engine.engine  # noqa: F401
 
-    for line in sys.stdin:
-        print(json.dumps(do(json.loads(line), rank, world_size), default=str), file=answers, flush=True)
+    for rank, (orders, answers) in enumerate(pairs):
+        if os.fork() == 0:
+            for other in (end for pair in pairs for end in pair if pair[0] != orders):
+                os.close(other)
+            serve(rank, len(pairs), orders, answers)
+    for orders, answers in pairs:
+        os.close(orders)
+        os.close(answers)
+    for _ in pairs:
+        os.wait()
+
+
+def serve(rank: int, world_size: int, orders: int, answers: int) -> None:
+    with os.fdopen(orders) as lines, os.fdopen(answers, "w") as said:
+        for line in lines:
+            print(json.dumps(do(json.loads(line), rank, world_size), default=str), file=said, flush=True)
     os._exit(0)  # taking torch apart takes seconds
 
 

@@ -241,6 +241,11 @@ class TokenStore:
         """Tokens of each sample, [n] int64."""
         return self.column("lengths")
 
+    @cached_property
+    def shortest(self) -> int:
+        """The number of a sample that has as few tokens as any."""
+        return int(np.argmin(self.lengths))
+
     def largest_id(self) -> int:
         """The largest token id among all samples of the folder; -1 where there is none."""
         return int(self.columns["ids"].max(initial=-1))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.check_after import CHECKS
 from training_hub.recipe.check_distillation import about_the_teacher
+from training_hub.recipe.check_parallelism import about_layouts
 from training_hub.recipe.evaluation import needs_validation
 from training_hub.recipe.findings import Contradiction, Names, is_default, plainly, value_at
 from training_hub.recipe.lora import Lora, adapter_problems
@@ -108,6 +109,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         *CHECKS,
         _distillation,
         _processes,
+        about_layouts,
     )
     unusable = list(_unusable_texts(recipe, names))
     found = [one for check in checks for one in check(recipe, names)]

@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "hub.",
     "monitoring.",
     "processes.",
+    "parallelism.",
     "comm.",
     "data.workers",
     "data.cache",

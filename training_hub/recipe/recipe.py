@@ -14,6 +14,7 @@ from training_hub.recipe.hub import Hub
 from training_hub.recipe.lora import Lora
 from training_hub.recipe.loss import Loss
 from training_hub.recipe.osft import Osft
+from training_hub.recipe.parallelism import Parallelism
 from training_hub.recipe.qat import Qat
 from training_hub.recipe.sections import (
     Checkpoint,
@@ -65,6 +66,7 @@ class Recipe(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitoring: Monitoring = Field(default_factory=Monitoring)
     processes: Processes = Field(default_factory=Processes)
+    parallelism: Parallelism = Field(default_factory=Parallelism)
     comm: Comm = Field(default_factory=Comm)
     hub: Hub = Field(default_factory=Hub)
 

@@ -3,6 +3,7 @@
     checkpoints/step-N/
       model.safetensors      weights as the optimizer moves them (float32 masters where the model computes in bfloat16)
       optimizer.safetensors  the optimizer's tensors
+      model-rankN.safetensors, optimizer-rankN.safetensors   instead, where each process holds pieces
       trainer.json           step, seed, best validation loss, fingerprints, versions
       recipe.yaml            the recipe of the run
       manifest.json          size and sha256 of each file
@@ -15,20 +16,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from training_hub.backends.torch_engine.layouts.pieces import Cut, whole_cut
+from training_hub.backends.torch_engine.parallel import Group
+from training_hub.backends.torch_engine.tensor_files import (
+    Pieces,
+    files_of,
+    opened,
+    piece_file,
+    write_pieces,
+    write_whole_tensors,
+)
 from training_hub.errors import CheckpointError
-from training_hub.folders import damage, manifest, remove, tidy, write_whole
+from training_hub.folders import FileFacts, damage, facts_of_file, manifest, remove, tidy, write_whole
 
 STEP_FOLDER = re.compile(r"^step-(\d+)$")
 TRAINER_VERSION = 1
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,13 +70,44 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.root.parent} is gone; it was there when the run began")
         folder = self.root / f"step-{state.step}"
         with write_whole(folder, {"step": state.step}, replace=True) as aside:
-            save_file(_contiguous(state.weights), aside / "model.safetensors")
-            save_file(_contiguous(state.optimizer), aside / "optimizer.safetensors")
-            facts = {"version": TRAINER_VERSION, "step": state.step, **state.facts}
-            (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+            write_whole_tensors(aside / "model.safetensors", state.weights)
+            write_whole_tensors(aside / "optimizer.safetensors", state.optimizer)
+            _write_facts(aside, state, recipe_yaml)
         self._prune(state.step, protected)
         return folder
+
+    def save_together(
+        self,
+        state: State,
+        own: Mapping[str, Pieces],
+        recipe_yaml: str,
+        group: Group,
+        protected: Collection[int] = (),
+    ) -> None:
+        """The same by several processes, each of which writes its `own` pieces ("model", "optimizer") and hashes them.
+
+        The step gets its name once all have written. Raises, in every process, where the disk refuses one of them.
+        """
+        folder = self.root / f"step-{state.step}"
+        known: dict[str, FileFacts] = {}
+        with ExitStack() as stack:
+
+            def begin() -> str:
+                if not self.root.parent.is_dir():
+                    raise FileNotFoundError(f"{self.root.parent} is gone; it was there when the run began")
+                return str(stack.enter_context(write_whole(folder, {"step": state.step}, replace=True, known=known)))
+
+            def end() -> None:
+                _write_facts(aside, state, recipe_yaml)
+                stack.close()
+                self._prune(state.step, protected)
+
+            aside = Path(group.on_main(f"a folder for step {state.step}", begin))
+            for told in group.gather(_written(aside, own, group.rank)):
+                if told["problem"]:
+                    raise OSError(told["problem"])
+                known.update({name: FileFacts(**facts) for name, facts in told["files"].items()})
+            group.on_main(f"saving step {state.step}", end)
 
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending; by name, never by time of change."""
@@ -94,15 +138,16 @@ class Checkpoints:
         remedy = "No checkpoint is whole. Set checkpoint.resume: restart to begin anew; what is there is moved aside."
         raise CheckpointError([*found, remedy])
 
-    def load(self, step: int) -> State:
-        """The state saved at `step`, on the CPU. Call `newest_valid` first: this does not check sums again."""
-        folder = self.folder(step)
-        return State(
-            step=step,
-            weights=load_file(folder / "model.safetensors"),
-            optimizer=load_file(folder / "optimizer.safetensors"),
-            facts=self.facts(step),
-        )
+    def load(self, step: int, wanted: Callable[[str, Shape], Cut] = lambda name, shape: whole_cut(shape)) -> State:
+        """The state saved at `step`, on the CPU. Call `newest_valid` first: this does not check sums again.
+
+        wanted: the part that is read of each tensor, by its name and whole shape; however many processes wrote it.
+        """
+        parts = []
+        for name in ("model", "optimizer"):
+            with opened(files_of(self.folder(step), name)) as files:
+                parts.append({key: files.read(key, wanted(key, shape)) for key, shape in files.shapes.items()})
+        return State(step, weights=parts[0], optimizer=parts[1], facts=self.facts(step))
 
     def facts(self, step: int) -> dict[str, Any]:
         """What was noted beside the tensors of `step`."""
@@ -117,8 +162,8 @@ class Checkpoints:
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """The shapes of the weights of `step`, without reading one."""
-        with safe_open(self.folder(step) / "model.safetensors", framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with opened(files_of(self.folder(step), "model")) as files:
+            return files.shapes
 
     def _misnamed(self, step: int) -> list[str]:
         inside = manifest(self.folder(step)).get("step")
@@ -133,5 +178,28 @@ class Checkpoints:
                 remove(self.folder(step))
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+def newest_saved(checkpoints: Checkpoints) -> str:
+    """Which checkpoint there is to go on from, in words."""
+    kept = checkpoints.steps()
+    return f"the newest checkpoint is step-{kept[-1]}" if kept else "no checkpoint was due before it"
+
+
+def _write_facts(folder: Path, state: State, recipe_yaml: str) -> None:
+    facts = {"version": TRAINER_VERSION, "step": state.step, **state.facts}
+    (folder / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+
+
+def _written(folder: Path, own: Mapping[str, Pieces], rank: int) -> dict[str, Any]:
+    """Write the pieces of a process; what the manifest says of its files, or the problem it met, as plain JSON."""
+    files = {}
+    try:
+        for name, pieces in own.items():
+            if not pieces.tensors:
+                continue
+            path = folder / piece_file(name, rank)
+            write_pieces(path, pieces)
+            files[path.name] = asdict(facts_of_file(path))
+    except (OSError, SafetensorError) as error:
+        return {"problem": f"rank {rank}: {error}", "files": {}}
+    return {"problem": "", "files": files}

@@ -21,11 +21,14 @@ from training_hub.backends.torch_engine.beforehand import Outline, facts_of, out
 from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
+from training_hub.backends.torch_engine.dividing import divide, load_for, refuse_broken_model
 from training_hub.backends.torch_engine.exam import exam_of
 from training_hub.backends.torch_engine.final import finish, saved_dtype, write_model
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.fused import eight_bit
-from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, resume, train
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout, layout_of
+from training_hub.backends.torch_engine.layouts.beforehand import process_problems
+from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, train
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.merging import merge_for
 from training_hub.backends.torch_engine.model import (
@@ -48,7 +51,7 @@ from training_hub.backends.torch_engine.outcome import (
     told,
     versions,
 )
-from training_hub.backends.torch_engine.parallel import ALONE, Group, joined
+from training_hub.backends.torch_engine.parallel import Group, joined
 from training_hub.backends.torch_engine.plan import (
     describe,
     feed_settings,
@@ -60,8 +63,9 @@ from training_hub.backends.torch_engine.plan import (
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
-from training_hub.backends.torch_engine.proofs import Subject, prove, refuse
+from training_hub.backends.torch_engine.proofs import Subject, agreed, prove, refuse
 from training_hub.backends.torch_engine.rounding import round_no_more
+from training_hub.backends.torch_engine.saving import resume
 from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
@@ -102,7 +106,7 @@ class TorchEngine:
         """Why this recipe cannot run here; cheap checks that load no weights."""
         asked, teacher = recipe.evaluation, chosen_teacher(recipe)
         return [
-            *self._process_problems(recipe),
+            *process_problems(recipe),
             *self._number_problems(recipe),
             *problems(recipe.optimizer),
             *self._model_problems(recipe),
@@ -116,7 +120,7 @@ class TorchEngine:
 
         measures: also time a matrix product, and say as `time` how long the run takes at least.
         """
-        problems = [*self._process_problems(recipe), *adaptation_problems(recipe)]
+        problems = [*process_problems(recipe), *adaptation_problems(recipe)]
         if problems:
             raise RecipeError(problems)
         return plan(recipe, console, measures=measures)
@@ -135,15 +139,6 @@ class TorchEngine:
         problem = eight_bit.problem_on(choose_device()) if recipe.training.fp8 else None
         return [problem] if problem else []
 
-    def _process_problems(self, recipe: Recipe) -> list[str]:
-        procs, there = recipe.processes.procs, torch.cuda.device_count()
-        if isinstance(procs, str) or procs <= max(1, there) or not there:
-            return []
-        return [
-            f"processes.procs: found {procs}; each process takes a GPU of its own, and this node has {there}. Write "
-            f"processes.procs: {there} (nproc_per_node={there}), or gpu."
-        ]
-
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
         """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.
 
@@ -161,24 +156,26 @@ class TorchEngine:
         refuse_other_data(group, materials)
         device = choose_device()
         prepare_processor(device)
+        layout = layout_of(recipe.parallelism, group, device)
         dtype = choose_dtype(recipe.model.dtype, device)
         step = None
+        known = partial(outline, recipe, materials, device, dtype)
         if given.model is None:
-            known = partial(outline, recipe, materials, device, dtype)
             step = group.on_main("looking for checkpoints", lambda: starting_step(known(), console))
         teaching = group.main_first(
             "the teacher",
             lambda: open_teaching(recipe, materials.teacher, materials.prepared.train, device, console),
         )
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
-        loaded = load_model(recipe, device, dtype, given.model, first_lengths(materials))
-        run = assemble(recipe, loaded, materials, device, dtype, console, teaching, group)
+        loaded = load_for(layout, recipe, device, dtype, given.model, first_lengths(materials), console)
+        run = assemble(recipe, loaded, materials, device, dtype, console, teaching, layout)
         holdings = run.adaptation.holdings()
         if given.model is not None:  # there were no weights to read, so nothing is asked too late
             live = Outline(recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, holdings)
             step = group.on_main("looking for checkpoints", lambda: starting_step(live, console))
+        shapes = known().model if layout.is_divided else run.model
         planned = describe(
-            recipe, materials, run.model, run.feed, device, dtype, loaded.original_dtype, holdings, group.world_size
+            recipe, materials, shapes, run.feed, device, dtype, loaded.original_dtype, holdings, group.world_size
         )
         forget_activations(run, planned["activation_checkpointing"])
         if group.is_main:
@@ -219,7 +216,7 @@ class TorchEngine:
         ):
             dry_step(run)
             if recipe.training.preflight and run.step == 0:
-                group.on_main("preflight", lambda: begin_safely(run, loaded, materials, given, memory, folder))
+                run.layout.together("preflight", lambda: begin_safely(run, loaded, materials, given, memory, folder))
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)
@@ -229,7 +226,7 @@ class TorchEngine:
             if not recipe.checkpoint.final:
                 return None
             # Within reach of the stop request: a first signal lets the final model be finished.
-            path = group.on_main("the final model", lambda: finish(run, loaded, materials, folder, console))
+            path = finish(run, loaded, materials, folder, console)
             return Path(path) if path else None
 
     def check(self, recipe: Recipe, given: Given) -> list[Proof]:
@@ -298,30 +295,32 @@ def assemble(
     dtype: torch.dtype,
     console: Console,
     teaching: Teaching | None = None,
-    group: Group = ALONE,
+    layout: Layout = WHOLE,
 ) -> Run:
     """The run at step 0."""
-    broken = nonfinite_tensors(loaded.model.state_dict())
-    if broken:
-        raise TrainingError([*broken, f"{recipe.model.path} came with them. Download or convert it again."])
+    if not loaded.files:
+        refuse_broken_model(recipe, nonfinite_tensors(loaded.model.state_dict()))
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(loaded.model)
     if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
     adaptation.begin(console)
+    if layout.is_divided:
+        loaded = divide(layout, loaded, recipe, device, dtype, first_lengths(materials))
     plain, note = cross_entropy(model)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
     is_packed = recipe.data.packing and can_pack(model, plain, dtype, console)
     store = materials.prepared.train
-    masters = Masters(model.named_parameters(), adaptation, are_split=recipe.optimizer.state != "full")
+    are_split, let_go = recipe.optimizer.state != "full", partial(layout.let_go, model)
+    masters = Masters(model.named_parameters(), adaptation, are_split=are_split, published=let_go)
     run = Run(
         recipe=recipe,
         model=model,
         objective=make_objective(recipe, plain, teaching),
         plain=plain,
         adaptation=adaptation,
-        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), group),
+        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), layout),
         feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
@@ -331,7 +330,7 @@ def assemble(
         best=Best(recipe.evaluation),
         exam=exam_of(recipe, materials),
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
-        group=group,
+        layout=layout,
     )
     adaptation.expect_steps(run.feed.total_steps)
     sources = [one["name"] for one in materials.prepared.report["sources"]]
@@ -355,7 +354,7 @@ def refuse_other_data(group: Group, materials: Materials) -> None:
 
 def same_start(run: Run) -> None:
     """Let all processes begin from the weights of rank 0: new ones may be drawn, or found by another library."""
-    if run.group.world_size == 1:
+    if run.group.world_size == 1 or run.layout.is_divided:
         return
     run.group.spread(run.model.state_dict().values())
     masters = run.updater.masters
@@ -431,9 +430,10 @@ def preflight(
         predicted=memory,
         thorough=thorough,
     )
-    proofs = prove(subject)
+    proofs = agreed(run, prove(subject))
     seconds = time.perf_counter() - began
-    write_json(folder.preflight, as_json(proofs, seconds))
+    if run.group.is_main:
+        write_json(folder.preflight, as_json(proofs, seconds))
     return proofs
 
 

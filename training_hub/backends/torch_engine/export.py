@@ -61,15 +61,16 @@ def export(
     beside: Mapping[str, dict[str, Tensor]] | None = None,
     files: ModelFiles | None = None,
     documents: Mapping[str, bytes] | None = None,
+    said: Tensor | None = None,
 ) -> float:
     """Write `tensors`, the state dict as an adaptation exports it, into `folder`; atomic.
 
     The folder loads with transformers alone: weights, config, generation config that stops at `stop_ids`, tokenizer and
     the chat template used in training. Before it gets its name it is loaded again: every tensor must be equal to what
-    was meant to be written. `beside`: further safetensors files of the folder, by name. `documents`: other
-    files, such as a model card. `files`: how the weights are
-    written and read, where not as a whole model. Returns the largest difference of logits between the model in memory
-    and the folder, which is 0 where both have the same format. Raises TrainingError where the folder does not hold the
+    was meant to be written. `beside`: further safetensors files of the folder, by name. `documents`: other files, such
+    as a model card. `said`: the `probed_logits` of the model, where it cannot be asked here. `files`: how the weights
+    are written and read, where not as a whole model. Returns the largest difference of logits between the model and the
+    folder, which is 0 where both have the same format. Raises TrainingError where the folder does not hold the
     model.
     """
     files = files or WholeModel(trust_remote_code)
@@ -89,7 +90,7 @@ def export(
             save_file({key: tensor.detach().cpu() for key, tensor in more.items()}, aside / name)
         for name, content in (documents or {}).items():
             (aside / name).write_bytes(content)
-        return verify(aside, model, tensors, dtype, files)
+        return verify(aside, model, tensors, dtype, files, said)
 
 
 def refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
@@ -106,6 +107,7 @@ def verify(
     tensors: dict[str, Tensor],
     dtype: torch.dtype,
     files: ModelFiles | None = None,
+    said: Tensor | None = None,
 ) -> float:
     """Load `folder` and compare: tensors exactly, logits as the largest difference over a few tokens."""
     loaded, found, problems = (files or WholeModel()).load(model, dtype, folder)
@@ -114,8 +116,9 @@ def verify(
             problems.append(f"{name} is not what was written")
     if problems:
         raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])
-    ids = torch.arange(PROBE_LENGTH).remainder(model.config.get_text_config().vocab_size)[None]
-    difference = _logit_difference(model, loaded, ids)
+    here = probed_logits(model, next(model.parameters()).device) if said is None else said
+    there = loaded.eval()(input_ids=_probe(model).to(loaded.device), use_cache=False).logits.float().cpu()
+    difference = float((here - there).abs().max())
     if not math.isfinite(difference):
         raise TrainingError(
             "the final model computes logits that are not finite, though its weights are: they have become too large. "
@@ -127,14 +130,18 @@ def verify(
 _CHECKED = ("missing_keys", "mismatched_keys")
 
 
-def _logit_difference(model: PreTrainedModel, loaded: PreTrainedModel, ids: Tensor) -> float:
-    was_training = model.training
-    device = next(model.parameters()).device
+@torch.no_grad()
+def probed_logits(model: PreTrainedModel, device: torch.device) -> Tensor:
+    """What the model says to a few tokens, on the CPU in float32."""
+    was_training, ids = model.training, _probe(model).to(device)
     model.eval()
-    here = model(input_ids=ids.to(device), use_cache=False, document_lengths=(ids.shape[1],)).logits.float().cpu()
+    logits = model(input_ids=ids, use_cache=False, document_lengths=(ids.shape[1],)).logits.float().cpu()
     model.train(was_training)
-    there = loaded.eval()(input_ids=ids.to(loaded.device), use_cache=False).logits.float().cpu()
-    return float((here - there).abs().max())
+    return logits
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    return torch.arange(PROBE_LENGTH).remainder(model.config.get_text_config().vocab_size)[None]
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from training_hub.backends.torch_engine.export import WholeModel, export
+from training_hub.backends.torch_engine.export import WholeModel, export, probed_logits
+from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.materials import Materials, rows_kept_back, stop_ids
 from training_hub.backends.torch_engine.model import LoadedModel
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.outcome import card_of, final_step
 from training_hub.backends.torch_engine.rounding import RoundingModel
+from training_hub.backends.torch_engine.saving import take_over
 from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console
 
 
 def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> str | None:
-    """Write the final model: the best one where the recipe keeps it, the last within the limit where the watch stopped
-    the run; None where it stopped it before there was one."""
+    """Write the final model, whose folder it gives: the best one where the recipe keeps it, the last within the limit
+    where the watch stopped the run; None where it stopped it before there was one. Process 0 writes it."""
+
+    def write(held: Held | None = None) -> str:
+        return _write(run, loaded, materials, folder, console, held)
+
+    what = "the final model"
+    if not run.layout.is_divided:
+        return run.group.on_main(what, lambda: write() if take_chosen_step(run, console) else None)
+    if not take_chosen_step(run, console):
+        return None
+    held = gather_whole(run, saved_dtype(run, loaded))
+    return run.group.on_main(what, lambda: write(held))
+
+
+def take_chosen_step(run: Run, console: Console) -> bool:
+    """Go back to the step that the final model is of; False where there is none."""
     if run.watch is not None and run.watch.reason:
         if run.watch.kept is None:
-            return None
+            return False
         go_back(run, run.watch.kept)
     elif run.recipe.checkpoint.keep_best and run.best.step not in (None, run.step):
         console.say(
             f"final: taking step {run.best.step}, with the best {run.best.settings.best_metric} {run.best.value}"
         )
         go_back(run, final_step(run))
+    return True
+
+
+def _write(
+    run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console, held: Held | None
+) -> str:
     if run.exam is not None:
         run.exam.show(final_step(run))
     dtype = saved_dtype(run, loaded)
-    difference = write_model(run, loaded, materials, folder.final, card_of(run, folder, dtype))
+    difference = write_model(run, loaded, materials, folder.final, card_of(run, folder, dtype), held)
     console.say(
         f"final: {folder.final} ({str(dtype).removeprefix('torch.')}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
@@ -56,13 +82,17 @@ def write_model(
     materials: Materials,
     folder: Path,
     documents: Mapping[str, bytes] | None = None,
+    held: Held | None = None,
 ) -> float:
-    """Write the model as it stands into `folder`; the largest difference of logits once it is loaded again."""
+    """Write the model as it stands into `folder`; the largest difference of logits once it is loaded again.
+
+    held: its weights and what it says, where it is divided and this process cannot ask it.
+    """
     dtype = saved_dtype(run, loaded)
-    with run.updater.averaged():
+    with nullcontext() if held is not None else run.updater.averaged():
         return export(
             run.model,
-            run.adaptation.export(run.updater.masters.all_exact(), dtype),
+            run.adaptation.export(run.updater.masters.all_exact() if held is None else held.weights, dtype),
             dtype,
             folder,
             materials.tokenizer.hf,
@@ -71,6 +101,7 @@ def write_model(
             beside=run.adaptation.beside(),
             files=_files(run),
             documents=documents,
+            said=held.logits if held is not None else None,
         )
 
 
@@ -82,8 +113,34 @@ def _files(run: Run) -> ModelFiles:
     return run.adaptation.files or whole
 
 
+@dataclass(frozen=True)
+class Held:
+    """What is gathered of a divided model to be written: weights by parameter name, and logits of a few tokens."""
+
+    weights: dict[str, Tensor]
+    logits: Tensor
+
+
+@torch.no_grad()
+def gather_whole(run: Run, dtype: torch.dtype) -> Held:
+    """The model in the memory of process 0, weight by weight; the others keep none. All must call it.
+
+    dtype: that of a whole final model, to which weights are rounded as they come.
+    """
+    masters, weights = run.updater.masters, {}
+    is_whole = run.adaptation.files is None
+    with run.updater.averaged():
+        for name, parameter in run.model.named_parameters():
+            if not (is_whole or parameter.requires_grad):
+                continue
+            whole = whole_of(masters.weights.get(name, local_of(parameter)), parameter)
+            if run.group.is_main:
+                weights[name] = whole.to(dtype if is_whole and whole.is_floating_point() else whole.dtype).cpu()
+        logits = probed_logits(run.model, run.device)
+        run.layout.let_go(run.model)
+    return Held(weights, logits)
+
+
 def go_back(run: Run, step: int) -> None:
     """Take the weights of checkpoint `step`, and what the optimizer needs to average them."""
-    state = run.checkpoints.load(step)
-    run.updater.masters.load(state.weights)
-    run.updater.load_state(state.optimizer)
+    take_over(run, step)

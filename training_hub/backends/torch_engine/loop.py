@@ -16,13 +16,14 @@ from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from training_hub.backends.torch_engine.by_source import BySource
-from training_hub.backends.torch_engine.checkpoints import Checkpoints, State
+from training_hub.backends.torch_engine.checkpoints import Checkpoints, newest_saved
 from training_hub.backends.torch_engine.exam import Exam
 from training_hub.backends.torch_engine.freezing import Thaw
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.optim import Updater
-from training_hub.backends.torch_engine.parallel import ALONE, Group
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
-from training_hub.backends.torch_engine.room import disk_errors_explained
+from training_hub.backends.torch_engine.saving import save
 from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors, to_device
 from training_hub.backends.torch_engine.waiting import DataWait
@@ -36,7 +37,6 @@ from training_hub.evaluation.best import Best
 from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
 from training_hub.recipe import Recipe
-from training_hub.recipe.load import dump
 from training_hub.recipe.schedule import learning_rate
 from training_hub.types import Batch, Console, StepReport
 
@@ -75,7 +75,12 @@ class Run:
     profile: StepProfile | None = None
     by_source: BySource | None = None
     thaw: Thaw | None = None
-    group: Group = ALONE
+    layout: Layout = WHOLE
+
+    @property
+    def group(self) -> Group:
+        """All processes of the run."""
+        return self.layout.group
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
@@ -101,7 +106,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         with profiled(run):
             began = time.perf_counter()
             with record_function(DATA), wait.measured():
-                batch = run.feed.batch(run.step + 1, run.group.rank, run.group.world_size)
+                batch = run.feed.batch(run.step + 1, run.layout.data_rank, run.layout.data_size)
             report = take_step(run, batch, meter, began)
         if slow := wait.line(report.step, report.step_seconds, run.feed.store):
             run.console.say(slow)
@@ -198,26 +203,40 @@ def plain_numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
 def accumulate(run: Run, batch: Batch) -> Tensor:
     """Add up the gradients of the batch's packs; its mean loss per trained token, as a float64 scalar."""
     torch.manual_seed(step_seed(run.recipe.seed, batch.step))
-    if run.group.rank:
-        torch.rand(run.group.rank, device=run.device)  # from here on dropout is not that of the other processes
+    if run.layout.data_rank:
+        torch.rand(run.layout.data_rank, device=run.device)  # from here on dropout is not that of the other processes
     run.model.train()
     if run.thaw is not None:
         run.thaw.begin(batch.step, run.console)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     if run.by_source is not None:
         run.by_source.begin()
-    for number, one in enumerate(batch.packs, 1):
+    packs = run.layout.passes(batch.packs)
+    for number, one in enumerate(packs, 1):
+        run.layout.begin_pass(run.model, is_last=number == len(packs))
+        if number == len(packs):
+            run.adaptation.expect_last_backward()
+        if one is None:
+            idle(run, run.objective, run.feed.store)
+            continue
         tensors = to_device(one, run.device)
         term = run.objective(run.model, tensors)
-        if number == len(batch.packs):
-            run.adaptation.expect_last_backward()
         (term.total / batch.trained_weight).backward()
         total += term.total.detach()
         if run.by_source is not None:
             run.by_source.add(term, tensors.target_weights, one)
+    run.layout.end_passes(run.model)
     if run.by_source is not None:
-        run.group.sum(run.by_source.sums)
-    return run.group.sum(total) / batch.trained_weight
+        run.layout.sum(run.by_source.sums)
+    return run.layout.sum(total) / batch.trained_weight
+
+
+def idle(run: Run, objective: Callable[..., Any], store: TokenStore) -> None:
+    """Make a pass that adds nothing, for the sake of processes that have a pack left and need this one's weights."""
+    one = to_device(pack([store[store.shortest]], [store.shortest]), run.device)
+    total = objective(run.model, one).total
+    if torch.is_grad_enabled():
+        (0 * total).backward()
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -232,11 +251,13 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
     with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
-        for number, one in enumerate(packs):
-            if number % run.group.world_size == run.group.rank:
+        for one, tokens in run.layout.rounds(packs):
+            if one is not None:
                 total += run.plain(run.model, to_device(one, run.device)).total
-            advance(len(one))
-    return float(run.group.sum(total)) / float(store.trained_weight.sum())
+            elif run.layout.is_divided:
+                idle(run, run.plain, store)
+            advance(tokens)
+    return float(run.layout.sum(total)) / float(store.trained_weight.sum())
 
 
 def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
@@ -314,67 +335,6 @@ def samples_seen(feed: Feed, step: int) -> int:
     return epochs * feed.samples_per_epoch + min(steps * feed.settings.samples_per_step, feed.samples_per_epoch)
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of the step the run has reached, once."""
-    if run.saved_step == run.step and run.step > 0:
-        return
-    run.group.on_main(f"saving step {run.step}", lambda: write_checkpoint(run))
-    run.saved_at, run.saved_step = time.monotonic(), run.step
-
-
-def write_checkpoint(run: Run) -> None:
-    """Write the checkpoint; all processes hold the same, so one does."""
-    best = run.best.step if run.recipe.checkpoint.keep_best else None
-    kept = run.watch.kept if run.watch is not None else None
-    facts = {
-        **run.facts,
-        "best": run.best.state(),
-        "exam": run.exam.state() if run.exam is not None else None,
-        "validation_before": run.validation_before,
-        "seed": run.recipe.seed,
-        "skipped_in_row": run.skipped_in_row,
-        "watch": run.watch.state() if run.watch is not None else None,
-    }
-    state = State(run.step, run.updater.masters.saved(), run.updater.state(), facts)
-    refuse_broken(run, state)
-    size = sum(t.numel() * t.element_size() for t in (*state.weights.values(), *state.optimizer.values()))
-    with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
-        run.checkpoints.save(state, dump(run.recipe), protected=[step for step in (best, kept) if step is not None])
-
-
-def refuse_broken(run: Run, state: State) -> None:
-    """Raise TrainingError where a number to be saved is not finite: no run could go on from such a checkpoint."""
-    problems = nonfinite_tensors({**state.weights, **state.optimizer})
-    if problems:
-        raise TrainingError(
-            [
-                *problems,
-                f"Step {run.step} moved the weights there; its checkpoint is not written, and {newest_saved(run)}. "
-                f"optimizer.lr is {run.recipe.optimizer.lr:g}: write {run.recipe.optimizer.lr / 10:g} or less.",
-            ]
-        )
-
-
-def resume(run: Run, step: int) -> None:
-    """Put the run where checkpoint `step` was taken; that it is this run's has been seen before."""
-    state = run.checkpoints.load(step)
-    run.updater.masters.load(state.weights)
-    run.updater.load_state(state.optimizer)
-    run.step = run.saved_step = state.step
-    run.best.load(state.facts.get("best") or {})
-    if run.exam is not None:
-        run.exam.load(state.facts.get("exam") or {})
-    run.validation_before = state.facts.get("validation_before")
-    run.skipped_in_row = state.facts.get("skipped_in_row", 0)
-    if run.watch is not None:
-        run.watch.load(state.facts.get("watch") or {})
-
-
-def newest_saved(run: Run) -> str:
-    kept = run.checkpoints.steps()
-    return f"the newest checkpoint is step-{kept[-1]}" if kept else "no checkpoint was due before it"
-
-
 def interrupted(run: Run, number: int) -> Interrupted:
     return Interrupted(
         f"{signal.Signals(number).name} received: stopped after step {run.step} of {run.feed.total_steps}, saved in "
@@ -387,7 +347,8 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
     """The error about a step whose loss or gradient is not finite; names the rows that do it alone."""
     run.updater.masters.drop_gradients()
     indices = [int(index) for one in batch.packs for index in one.samples]
-    guilty = [index for index in indices if not math.isfinite(_loss_alone(run, index))]
+    losses = [(index, _loss_alone(run, index)) for index in run.layout.passes(indices)]
+    guilty = [index for index, loss in losses if index is not None and not math.isfinite(loss)]
     found = run.group.gather([[str(run.feed.store.origin(index)) for index in some] for some in (guilty, indices)])
     is_told = any(alone for alone, _ in found)
     who = "rows whose own loss is not finite" if is_told else "no row does it alone; rows of the step"
@@ -403,9 +364,9 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
         kept = f"{count} steps in a row are left out now, as many as training.max_skipped allows"
         remedy = f"training.max_skipped: {10 * count}"
     return TrainingError(
-        f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. {kept}; {newest_saved(run)}. "
-        f"{who.capitalize()}: {shown}. Look at these rows; or write optimizer.lr: {rate / 10:g} (now {rate:g}), or "
-        f"{remedy}."
+        f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. {kept}; "
+        f"{newest_saved(run.checkpoints)}. {who.capitalize()}: {shown}. Look at these rows; or write "
+        f"optimizer.lr: {rate / 10:g} (now {rate:g}), or {remedy}."
     )
 
 
@@ -415,7 +376,9 @@ def listed(rows: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def _loss_alone(run: Run, index: int) -> float:
+def _loss_alone(run: Run, index: int | None) -> float:
+    """The loss of a sample; of any, and of no account, where other processes have more to ask about."""
+    index = run.feed.store.shortest if index is None else index
     one = pack([run.feed.store[index]], [index])
     return float(run.objective(run.model, to_device(one, run.device)).total)
 

@@ -46,12 +46,14 @@ class LoadedModel:
     """A model on its device. `original_dtype`: the number format it came in. `notes`: what a user should be told.
 
     attention: the name it attends by, of ours, or transformers' own where the architecture allows no other.
+    files: what the weights of a model without contents are to be read from, once it is divided.
     """
 
     model: PreTrainedModel
     original_dtype: torch.dtype
     attention: str
     notes: tuple[str, ...]
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def load_model(
         raise BackendError(problem)
     is_quantised = recipe.model.quantization != NONE
     if model is None:
-        loaded, original, notes = _load(recipe.model, dtype, device)
+        loaded, original, notes = read_whole(recipe.model, dtype, device)
     elif is_quantised:
         raise RecipeError(
             f"model.quantization: {recipe.model.quantization} is made while weights are read, and the model was handed "
@@ -154,9 +156,10 @@ def load_model(
     else:
         loaded, original, notes = model, next(model.parameters()).dtype, _convert(model, dtype)
     loaded = loaded.eval() if is_quantised else loaded.to(device).eval()  # it was put there as it was quantised
-    names, tried = _attention_names(recipe.model.attention, loaded, lengths)
-    attention = _attach_attention(loaded, names, dtype)
-    told_of = [*notes, *tried, *_attention_notes(attention, names), *_model_notes(loaded)]
+    kind = next(loaded.parameters()).dtype
+    names, tried = attention_names(recipe.model.attention, loaded, lengths, loaded.device, kind)
+    attention = attach_attention(loaded, names, dtype)
+    told_of = [*notes, *tried, *attention_notes(attention, names), *model_notes(loaded)]
     told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat)) if line]
     if recipe.training.fp8:
         told_of.append(_in_eight_bits(loaded))
@@ -164,11 +167,12 @@ def load_model(
     return LoadedModel(loaded, original, attention, found)
 
 
-def _attention_names(requested: str, model: PreTrainedModel, lengths: Sequence[int]) -> tuple[list[str], list[str]]:
+def attention_names(
+    requested: str, model: PreTrainedModel, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[list[str], list[str]]:
     """What to try, best first, and what a user should be told of it."""
     if requested != "auto":
         return [{"documents": DOCUMENTS, "varlen": VARLEN}[requested]], []
-    device, dtype = model.device, next(model.parameters()).dtype
     problem = varlen_problem(device, dtype)
     heads = heads_of(model.config.get_text_config())
     if device.type != "cuda" or heads is None:
@@ -178,16 +182,11 @@ def _attention_names(requested: str, model: PreTrainedModel, lengths: Sequence[i
     return [trial.name for trial in trials if trial.seconds is not None] or [DOCUMENTS], [told(trials)]
 
 
-def _load(chosen: Model, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, torch.dtype, list[str]]:
-    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
-    if problems:
-        raise RecipeError(problems)
-    source = _source_options(chosen)
-    config = _from_library(chosen, "AutoConfig", source)
-    original = _original_dtype(chosen.path, config)
-    # An implementation named in a config may be a kernel on the hub, that is: code. We choose, not the config.
-    config._attn_implementation = None
-    config._experts_implementation = None
+def read_whole(
+    chosen: Model, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, torch.dtype, list[str]]:
+    """The model with its weights, as the library loads it; the format they came in; what a user should be told."""
+    config, original = read_config(chosen)
     options = {
         "config": config,
         "dtype": dtype,
@@ -197,12 +196,25 @@ def _load(chosen: Model, dtype: torch.dtype, device: torch.device) -> tuple[PreT
         "ignore_mismatched_sizes": True,
         **loading_options(chosen.quantization, dtype, device),
     }
-    model, info = _from_library(chosen, "AutoModelForCausalLM", {**source, **options})
+    model, info = _from_library(chosen, "AutoModelForCausalLM", {**_source_options(chosen), **options})
     problems = _loading_problems(chosen.path, model, info)
     if problems:
         raise RecipeError(problems)
     multiply_dense(model)
-    return model, original, _unexpected_notes(info["unexpected_keys"])
+    return model, original, unexpected_notes(info["unexpected_keys"])
+
+
+def read_config(chosen: Model) -> tuple[Any, torch.dtype]:
+    """The config of the model, and the format its weights come in. Raises RecipeError naming every problem."""
+    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
+    if problems:
+        raise RecipeError(problems)
+    config = _from_library(chosen, "AutoConfig", _source_options(chosen))
+    original = _original_dtype(chosen.path, config)
+    # An implementation named in a config may be a kernel on the hub, that is: code. We choose, not the config.
+    config._attn_implementation = None
+    config._experts_implementation = None
+    return config, original
 
 
 def _source_options(chosen: Model) -> dict[str, Any]:
@@ -249,7 +261,7 @@ def _loading_problems(path: str, model: PreTrainedModel, info: Mapping[str, Any]
     if missing:
         problems.append(
             f"model.path {path}: {len(missing)} weights of {type(model).__name__} are not in the files and would start "
-            f"at random: {_some(missing)}. Use a folder that holds the whole model."
+            f"at random: {named(missing)}. Use a folder that holds the whole model."
         )
     for key, stored, wanted in sorted(info["mismatched_keys"]):
         problems.append(
@@ -259,15 +271,17 @@ def _loading_problems(path: str, model: PreTrainedModel, info: Mapping[str, Any]
     return problems + [f"model.path {path}: {message}" for message in info.get("error_msgs") or ()]
 
 
-def _unexpected_notes(keys: Iterable[str]) -> list[str]:
+def unexpected_notes(keys: Iterable[str]) -> list[str]:
+    """What a user should be told of weights in the files that the model does not have."""
     found = sorted(keys)
     if not found:
         return []
     return [f"{len(found)} weights in the files belong to no part of the model that is trained and will not be in the "
-            f"result: {_some(found)}"]  # fmt: skip
+            f"result: {named(found)}"]  # fmt: skip
 
 
-def _some(names: list[str], shown: int = 8) -> str:
+def named(names: list[str], shown: int = 8) -> str:
+    """The names, the first of many."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -281,7 +295,7 @@ def _convert(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     return [] if before == dtype else [f"the given model was converted from {_name(before)} to {_name(dtype)}"]
 
 
-def _attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> str:
+def attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> str:
     """Switch the model to the first of `names` under which it says what it says by itself; the name it ends up with."""
     own = model.config._attn_implementation
     # Attention in chunks (Llama 4) is told by a mask alone, and shows only in documents longer than a chunk.
@@ -316,7 +330,8 @@ def _in_eight_bits(model: PreTrainedModel) -> str:
     return f"{count} linear layers multiply in 8-bit floating point, which changes the logits by {difference:.1%}"
 
 
-def _attention_notes(attention: str, names: list[str]) -> list[str]:
+def attention_notes(attention: str, names: list[str]) -> list[str]:
+    """What a user should be told where the model does not attend as the first of `names` does."""
     if attention == names[0]:
         return []
     kind = "ours" if attention in names else "transformers' own"
@@ -325,7 +340,8 @@ def _attention_notes(attention: str, names: list[str]) -> list[str]:
     ]
 
 
-def _model_notes(model: PreTrainedModel) -> list[str]:
+def model_notes(model: PreTrainedModel) -> list[str]:
+    """What a user should be told of training this architecture."""
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return ["the loss is that of the tokens alone; the auxiliary loss of the router is not added"]
     return []

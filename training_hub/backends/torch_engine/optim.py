@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
+from training_hub.backends.torch_engine.layouts.pieces import local_of, norm_of
 from training_hub.backends.torch_engine.optimizers import library, saved
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
 from training_hub.backends.torch_engine.optimizers.split import join, split
-from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ class Masters:
 
     are_split: a low-precision parameter stays itself, with a float32 gradient, and `extras` hold the bits that make it
     a float32 master. An adaptation may claim parameters, which it moves itself, and add weights of its own.
+
+    Of a parameter that is divided over processes the optimizer moves this one's piece. published: called once weights
+    have changed, for whatever was made of them before.
     """
 
     def __init__(
@@ -41,7 +46,9 @@ class Masters:
         adaptation: Adaptation | None = None,
         *,
         are_split: bool = False,
+        published: Callable[[], None] = lambda: None,
     ):
+        self._published = published
         self.adaptation = adaptation
         claimed = adaptation.claimed if adaptation is not None else ()
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad and name not in claimed}
@@ -49,7 +56,12 @@ class Masters:
         self.extras: dict[str, Tensor] = {}
         self._low: list[str] = []
         self._hooks: list[Any] = []
+        self.divided: dict[str, DTensor] = {}
         for name, parameter in self.parameters.items():
+            if isinstance(parameter, DTensor):
+                self.divided[name] = parameter
+                self.weights[name] = local_of(parameter)
+                continue
             if parameter.dtype not in LOW_PRECISION:
                 self.weights[name] = parameter
                 continue
@@ -73,6 +85,7 @@ class Masters:
             torch._foreach_copy_(
                 [self.parameters[name].data for name in self._low], [self.weights[name] for name in self._low]
             )
+        self._published()
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -103,6 +116,10 @@ class Masters:
 
     def gather(self) -> None:
         """The gradients of a step are complete: let the adaptation make those of its weights from them."""
+        for name, parameter in self.divided.items():
+            if parameter.grad is not None:
+                self.weights[name].grad = local_of(parameter.grad)
+                parameter.grad = None
         if self.adaptation is not None:
             self.adaptation.gather()
 
@@ -140,7 +157,7 @@ def _move_grad_to(master: Tensor) -> Callable[[Tensor], None]:
 class Updater:
     """The optimizer over the masters: clip, step, publish. tables: names of embeddings and the head.
 
-    group: the processes whose gradients are added up before they are clipped.
+    layout: how model and samples lie over processes, whose gradients are added up before they are clipped.
     """
 
     def __init__(
@@ -149,10 +166,10 @@ class Updater:
         settings: OptimizerSettings,
         max_norm: float,
         tables: Collection[str] = (),
-        group: Group = ALONE,
+        layout: Layout = WHOLE,
     ):
         self.masters = masters
-        self.group = group
+        self.layout = layout
         self.max_norm = max_norm
         self.optimizer = build_optimizer(masters.weights, settings, masters.added, masters.extras, tables)
 
@@ -163,10 +180,23 @@ class Updater:
         What an adaptation makes of the gradients is linear in them, and less: so that is what processes add up.
         """
         self.masters.gather()
-        self.group.sum_gradients(self.masters.weights.values())
+        if self.layout.is_divided:
+            return self._clip_pieces()
+        self.layout.group.sum_gradients(self.masters.weights.values())
         weights = [weight for weight in self.masters.weights.values() if weight.grad is not None]
         limit = self.max_norm if self.max_norm > 0 else float("inf")
         return torch.nn.utils.clip_grad_norm_(weights, limit)
+
+    def _clip_pieces(self) -> Tensor:
+        """The same where weights are divided, and backward has added up their gradients."""
+        masters = self.masters
+        pieces = [(w.grad, masters.divided.get(n)) for n, w in masters.weights.items() if w.grad is not None]
+        norm = norm_of(pieces, self.layout.device)
+        if self.max_norm > 0 and pieces:
+            # As torch.nn.utils.clip_grad_norm_ does, which takes no weights of different meshes.
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([gradient for gradient, _ in pieces], factor.to(pieces[0][0].device))
+        return norm
 
     def step(self, learning_rate: float) -> None:
         """Move the weights by their gradients, and forget the gradients."""

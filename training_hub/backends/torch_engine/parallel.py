@@ -55,14 +55,14 @@ class Group:
     def note(self, where: str) -> None:
         """Leave word of where this process is, for the error of those who would miss it."""
         if self.world_size > 1:
-            with self._explained(where):
+            with self.explained(where):
                 self.store.set(f"at/{self.rank}", where)
 
     @torch.no_grad()
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum over all processes, the same bits in each; the tensor itself is changed."""
         if self.world_size > 1:
-            with self._explained("a sum"):
+            with self.explained("a sum"):
                 dist.all_reduce(numbers)
         return numbers
 
@@ -71,7 +71,7 @@ class Group:
         if self.world_size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.int64)
-        with self._explained("an agreement"):
+        with self.explained("an agreement"):
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return [int(number) for number in found.tolist()]
 
@@ -86,7 +86,7 @@ class Group:
         for weight in moved:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        with self._explained("the sum of gradients"):
+        with self.explained("the sum of gradients"):
             for bucket in buckets([weight.grad for weight in moved if weight.grad is not None]):
                 _sum_together(bucket)
 
@@ -95,7 +95,7 @@ class Group:
         """Overwrite the tensors with those of process 0, bit for bit; all must call it with the same shapes."""
         if self.world_size == 1:
             return
-        with self._explained("the weights of process 0"):
+        with self.explained("the weights of process 0"):
             for tensor in tensors:
                 if tensor.numel() == 0:
                     continue
@@ -109,7 +109,7 @@ class Group:
         if self.world_size == 1:
             return [value]
         turn = next(self._turns)
-        with self._explained("words of the others"):
+        with self.explained("words of the others"):
             self.store.set(f"{turn}/{self.rank}", json.dumps(value))
             keys = [f"{turn}/{rank}" for rank in range(self.world_size)]
             self.store.wait(keys, timedelta(seconds=self.timeout_seconds))
@@ -133,7 +133,7 @@ class Group:
                 with suppress(RuntimeError):  # the store may be what has gone
                     self.store.set(turn, json.dumps({"error": f"{type(error).__name__}: {error}"}))
                 raise
-        with self._explained(what):
+        with self.explained(what):
             self.store.set(turn, json.dumps({"found": found}))
         return found
 
@@ -168,7 +168,7 @@ class Group:
     def _await_main(self, turn: str, what: str) -> Any:
         last, since, pause = b"", time.monotonic(), 0.001
         while True:
-            with self._explained(what):
+            with self.explained(what):
                 if self.store.check([turn]):
                     break
                 beat = self.store.get("beat") if self.store.check(["beat"]) else b""
@@ -184,7 +184,7 @@ class Group:
         return said["found"]
 
     @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def explained(self, what: str) -> Iterator[None]:
         """Turn what torch raises where others are gone or silent into a LaunchError that says who was where."""
         try:
             yield

@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,15 @@ def prove(subject: Subject) -> list[Proof]:
     return [*proofs, _saved(subject), *_memory(subject)]
 
 
+def agreed(run: Run, proofs: Sequence[Proof]) -> list[Proof]:
+    """The proofs as all processes found them: of a divided model each sees its own pieces, and the worst one counts."""
+    if not run.layout.is_divided:
+        return list(proofs)
+    found = [[Proof(**each) for each in some] for some in run.group.gather([asdict(each) for each in proofs])]
+    order = ("left out", "holds", "fallback", "fails")
+    return [max(same, key=lambda one: order.index(one.status)) for same in zip(*found, strict=True)]
+
+
 def refuse(proofs: Sequence[Proof]) -> None:
     """Raise TrainingError naming each proof that failed, its number and what to do."""
     problems = [
@@ -184,6 +193,8 @@ def _finite_weights(subject: Subject) -> Proof:
     weights = subject.run.updater.masters.weights
     wrong = {key: int((~torch.isfinite(weight)).sum()) for key, weight in weights.items()}
     held = [f"{key} holds {count:,} numbers that are not finite" for key, count in wrong.items() if count]
+    if subject.run.layout.is_divided:  # all must come to the same conclusion
+        held = sorted({line for some in subject.run.group.gather(held) for line in some})
     if not held:
         return Proof(name, "holds", "0 are not", limit)
     remedy = f"{'; '.join(held[:5])}. Fetch the model again: nothing trained from these weights could be used."
@@ -315,7 +326,7 @@ def _moved(run: Run) -> Proof:
 def _saved(subject: Subject) -> Proof:
     name, model = "saved and loaded gives the same logits", subject.run.model
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if not subject.thorough and size > EXPORTED_AT_START_BYTES:
+    if subject.run.layout.is_divided or (not subject.thorough and size > EXPORTED_AT_START_BYTES):
         return Proof(name, "left out", "", "", "done with the final model; `training-hub check` does it now")
     scale = _largest_logit(subject.run)
     with tempfile.TemporaryDirectory(dir=subject.scratch, prefix=".preflight-") as folder:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from training_hub.backends.torch_engine.as_forward import as_forward
 from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows, is_ours, no_mask
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
@@ -42,12 +43,16 @@ class CrossEntropy:
     loss: TokenLoss = PLAIN
 
     def __call__(self, model: PreTrainedModel, pack: PackTensors) -> Term:
+        return Term(*as_forward(model, lambda: self._losses(model, pack)))
+
+    def _losses(self, model: PreTrainedModel, pack: PackTensors) -> tuple[Tensor, Tensor]:
+        """Their sum, and each of them without gradients."""
         head = find_head(model) if self.through_head else None
         if head is None:
             losses_N = losses_of_logits(model_logits(model, pack), pack, self.loss)
-            return Term(losses_N.sum(), losses_N.detach())
+            return losses_N.sum(), losses_N.detach()
         hidden_ND = decoder_states(model, pack)
-        return Term(*head.weigh(hidden_ND, TokenCriterion(self.loss, pack.targets, pack.target_weights)))
+        return head.weigh(hidden_ND, TokenCriterion(self.loss, pack.targets, pack.target_weights))
 
 
 def cross_entropy(model: PreTrainedModel) -> tuple[CrossEntropy, str | None]:
@@ -97,8 +102,7 @@ def losses_of_logits(logits_NV: Tensor, pack: PackTensors, loss: TokenLoss = PLA
 def check_head(model: PreTrainedModel) -> str | None:
     """None where decoder and head give the model's own logits on a few tokens; else what is done instead, and why."""
     instead = "the loss runs the whole model instead of decoder and head, which is slower"
-    head = find_head(model)
-    if head is None:
+    if find_head(model) is None:
         return f"{type(model).__name__} has no plain matrix as its head: {instead}."
     if _decoder(model) is model:
         return f"{type(model).__name__} has no decoder apart from its head: {instead}."
@@ -106,7 +110,7 @@ def check_head(model: PreTrainedModel) -> str | None:
     was_training = model.training
     model.eval()
     theirs_NV = model_logits(model, pack)
-    ours_NV = head.logits(decoder_states(model, pack))
+    (ours_NV,) = as_forward(model, lambda: _logits_of_head(model, pack))
     model.train(was_training)
     if ours_NV.shape != theirs_NV.shape:
         return f"{type(model).__name__} gives logits of another shape than its head: {instead}."
@@ -114,6 +118,11 @@ def check_head(model: PreTrainedModel) -> str | None:
     if difference <= TOLERANCE.get(theirs_NV.dtype, ROUGH):
         return None
     return f"{type(model).__name__} does more than multiply by a matrix (logits off by {difference:.1%}): {instead}."
+
+
+def _logits_of_head(model: PreTrainedModel, pack: PackTensors) -> tuple[Tensor, ...]:
+    head = find_head(model)
+    return () if head is None else (head.logits(decoder_states(model, pack)),)
 
 
 def _tiny_pack(model: PreTrainedModel) -> PackTensors:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from training_hub.backends.torch_engine.as_forward import as_forward
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy, decoder_states, model_logits
 from training_hub.backends.torch_engine.objectives.divergence import Divergence
 from training_hub.backends.torch_engine.objectives.head import find_head
@@ -52,15 +53,17 @@ class Distillation:
 
     def __call__(self, model: PreTrainedModel, pack: PackTensors) -> Term:
         targets = self.teaching.targets(pack)
+        return Term(*as_forward(model, lambda: self._losses(model, pack, targets)))
+
+    def _losses(self, model: PreTrainedModel, pack: PackTensors, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Their sum, and each of them without gradients."""
         head = find_head(model) if self.plain.through_head else None
         if head is None:
             losses_N = self.plain_losses(model, pack, targets)
-            return Term(losses_N.sum(), losses_N.detach())
+            return losses_N.sum(), losses_N.detach()
         states_ND = decoder_states(model, pack)
         tokens = TokenCriterion(self.loss, pack.targets, pack.target_weights)
-        return Term(
-            *head.weigh(states_ND, DistillationCriterion(self.divergence, tokens, targets, self.teaching.common))
-        )
+        return head.weigh(states_ND, DistillationCriterion(self.divergence, tokens, targets, self.teaching.common))
 
     def plain_losses(self, model: PreTrainedModel, pack: PackTensors, targets: Targets | None = None) -> Tensor:
         """[N]: the weighted losses of the pack's trained tokens, from the student's whole logits."""

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
+from training_hub.backends.torch_engine.model import read_whole
 from training_hub.backends.torch_engine.model_folder import is_folder
 from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
 from training_hub.folders import write_json
@@ -58,7 +60,7 @@ class AdapterFiles:
         """Weights and configuration, as PEFT's save_pretrained writes them."""
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self.config().save_pretrained(str(folder))
-        chosen, computed = self.recipe.model, next(p.dtype for p in model.parameters() if p.requires_grad)
+        chosen, computed = self.recipe.model, _computed(model)
         origin: dict[str, Any] = {"quantization": chosen.quantization, "dtype": str(computed).removeprefix("torch.")}
         rounding = self.recipe.qat
         if rounding.weight_dtype is not None:
@@ -99,8 +101,11 @@ class AdapterFiles:
     def _base(self, model: nn.Module) -> Any:
         """The model without its adapter; the modules are copies, the weights are not.
 
-        For an adapter that was taken out of the weights they are made whole again, in memory of their own.
+        That of a model that is divided over processes is read again. For an adapter that was taken out of the weights
+        they are made whole again, in memory of their own.
         """
+        if _is_divided(model):
+            return read_whole(self.recipe.model, _computed(model), torch.device("cpu"))[0]
         # PEFT switches gradients on and off, so that each parameter is another object over the same numbers.
         shared: dict[int, Any] = {
             id(p): nn.Parameter(p.detach(), requires_grad=False) if type(p) is nn.Parameter else p
@@ -129,6 +134,16 @@ class AdapterFiles:
             part = part.T if getattr(config, "fan_in_fan_out", False) else part
             taken = layer.weight.detach()
             layer.weight = nn.Parameter((taken.float() + part.to(taken.device)).to(taken.dtype), requires_grad=False)
+
+
+def _is_divided(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _computed(model: nn.Module) -> torch.dtype:
+    """The format the model computes in; what trains of a divided one is kept in float32."""
+    trains = not _is_divided(model)
+    return next(p.dtype for p in model.parameters() if p.requires_grad == trains)
 
 
 def _double(config: Any) -> None:

@@ -1,0 +1,143 @@
+"""A model that is divided over processes trains as a whole one does: losses, gradient norms, weights, checkpoints.
+
+Float32, plain SGD, as in test_equal_numbers.py, whose reasons for both hold here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.crew import Crew
+from tests.distributed.test_equal_numbers import SGD, STEPS, apart, same_steps, uneven_file, weights  # noqa: F401
+from tests.invariants.run import train
+from tests.invariants.test_families import folder_of
+from training_hub.folders import damage
+
+CLOSE = 1e-5
+SHARDED = {"data_parallel_shard_degree": -1}
+SMALL_PACKS = {**STEPS, "max_tokens_per_gpu": 256}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory):
+    crew = Crew(4, tmp_path_factory.mktemp("crew") / "four.log")
+    yield crew
+    crew.close()
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "packed": ("llama", {}),
+    "uneven packs, accumulated, weights let go": ("qwen3", {"training": SMALL_PACKS}),
+    "uneven packs, accumulated, weights kept": (
+        "llama",
+        {"training": SMALL_PACKS, "parallelism": {**SHARDED, "fsdp_reshard_after_forward": "never"}},
+    ),
+    "a mixture of experts": ("qwen3-moe", {"training": SMALL_PACKS}),
+    "a process without samples": ("llama", {"training": {**STEPS, "global_batch_size": 1}}),
+    "activations made again": ("llama", {"training": {**STEPS, "activation_checkpointing": "full"}}),
+    "lora": ("llama", {"algorithm": "lora_sft", "lora": {"r": 4, "dropout": 0.0}}),
+    "distillation": ("llama", {"distillation": {"teacher": "another", "alpha": 0.5}}),
+    "with proofs": ("llama", {"training": {**STEPS, "preflight": True}}),
+}
+
+
+def settings_of(sections: dict[str, Any]) -> dict[str, Any]:
+    settings = {"training": STEPS, "optimizer": SGD, "evaluation": {"interval": 1}, "parallelism": SHARDED, **sections}
+    return {**settings, "data": {"validation_fraction": 0.2, **settings.get("data", {})}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_with_half_a_model_each_find_the_numbers_of_one(
+    case,
+    two,
+    tiny_model_folder,
+    uneven_file,  # noqa: F811
+    tmp_path,
+):
+    family, sections = CASES[case]
+    model = folder_of(family, tiny_model_folder, tmp_path / "model")
+    settings = settings_of(sections)
+    if case == "distillation":
+        settings["distillation"] |= {"teacher": str(folder_of("qwen3", tiny_model_folder, tmp_path / "teacher"))}
+    together = two.train(model, uneven_file, tmp_path / "together", **settings)
+    alone = train(model, uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
+    same_steps(alone, together)
+    name = "adapter_model" if case == "lora" else "model"
+    assert apart(weights(alone.model_path, name), weights(together[0]["model_path"], name)) <= CLOSE
+
+
+HYBRID = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}
+
+
+@pytest.mark.parametrize("layout", [SHARDED, HYBRID], ids=["four slices", "two replicas of two slices"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_four_processes_find_them_too(
+    layout,
+    family,
+    four,
+    tiny_model_folder,
+    uneven_file,  # noqa: F811
+    tmp_path,
+):
+    model = folder_of(family, tiny_model_folder, tmp_path / "model")
+    settings = settings_of({"training": SMALL_PACKS, "parallelism": layout})
+    together = four.train(model, uneven_file, tmp_path / "together", **settings)
+    alone = train(model, uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
+    same_steps(alone, together)
+    assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
+
+
+def test_a_run_goes_on_in_other_numbers_of_processes_and_other_layouts(
+    two,
+    four,
+    tiny_model_folder,
+    uneven_file,  # noqa: F811
+    tmp_path,
+):
+    settings = {
+        "training": {"global_batch_size": 4, "epochs": 1, "preflight": False},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"interval": 1},
+    }
+    unbroken = train(tiny_model_folder, uneven_file, tmp_path / "unbroken", **settings)
+    output = tmp_path / "run"
+
+    def stopped(crew: Crew, parallelism: dict[str, Any], step: int) -> list[str]:
+        order = {"signalled": 1, "step": step}
+        ended = crew.train(tiny_model_folder, uneven_file, output, order, **settings, parallelism=parallelism)
+        assert [each.get("error") for each in ended] == ["Interrupted"] * len(ended), ended
+        newest = max((output / "checkpoints").iterdir(), key=lambda one: int(one.name[5:]))
+        assert not damage(newest)
+        return sorted(path.name for path in newest.glob("model*"))
+
+    assert stopped(four, HYBRID, 1) == ["model-rank0.safetensors", "model-rank1.safetensors"]
+    assert stopped(two, SHARDED, 3) == ["model-rank0.safetensors", "model-rank1.safetensors"]
+    assert stopped(two, {}, 5) == ["model.safetensors"], "replicas write one"
+    assert stopped(four, SHARDED, 7) == [f"model-rank{rank}.safetensors" for rank in range(4)]
+    resumed = train(tiny_model_folder, uneven_file, output, **settings)
+    assert [row["step"] for row in resumed.history] == [row["step"] for row in unbroken.history]
+    for row, wanted in zip(resumed.history, unbroken.history, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert weights(resumed.model_path).keys() == weights(unbroken.model_path).keys()
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "optimizer.name: Muon": {"optimizer": {"name": "Muon", "lr": 1e-3}},
+    "optimizer.state: 8bit": {"optimizer": {"state": "8bit"}},
+    "evaluation.generate": {"evaluation": {"generate": True}},
+    "freezing.unfreeze_interval": {"freezing": {"unfreeze_interval": 1}},
+    "enable_cpu_offload": {"parallelism": {**SHARDED, "enable_cpu_offload": True}},
+    "must divide": {"parallelism": {"data_parallel_shard_degree": 3}},
+}
+
+
+def test_what_a_divided_model_cannot_do_is_refused_before_loading(two, tiny_model_folder, chat_file, tmp_path):
+    for words, sections in REFUSED.items():
+        output = tmp_path / words.replace(" ", "")
+        settings = {"parallelism": SHARDED, "data": {"validation_fraction": 0.2}, **sections}
+        ended = two.train(tiny_model_folder, chat_file, output, **settings)
+        assert [each["error"] for each in ended] == ["RecipeError"] * 2
+        assert words in "\n".join(ended[0]["problems"])
+        assert not output.exists()

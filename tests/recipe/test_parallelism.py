@@ -1,0 +1,58 @@
+"""The degrees of a run multiply to its processes, or the run is refused in words."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from training_hub.errors import RecipeError
+from training_hub.recipe import Recipe
+from training_hub.recipe.parallelism import Degrees, Parallelism, degrees_of
+
+
+@pytest.mark.parametrize(
+    ("asked", "world_size", "wanted"),
+    [
+        ({}, 1, (1, 1)),
+        ({}, 4, (4, 1)),
+        ({"data_parallel_shard_degree": -1}, 4, (1, 4)),
+        ({"data_parallel_shard_degree": 2}, 4, (2, 2)),
+        ({"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": -1}, 8, (2, 4)),
+        ({"data_parallel_replicate_degree": 1, "data_parallel_shard_degree": -1}, 1, (1, 1)),
+    ],
+)
+def test_minus_one_takes_the_rest_of_the_processes(asked, world_size, wanted):
+    found = degrees_of(Parallelism(**asked), world_size)
+    assert (found.dp_replicate, found.dp_shard) == wanted
+    assert found.world_size == world_size
+    assert found.is_divided == (wanted[1] > 1)
+
+
+def test_degrees_that_do_not_multiply_to_the_processes_are_refused_with_what_to_write():
+    with pytest.raises(RecipeError) as told:
+        degrees_of(Parallelism(data_parallel_replicate_degree=1, data_parallel_shard_degree=2), 4)
+    assert (
+        "replicate_degree 1 x data_parallel_shard_degree 2 must multiply to the number of processes, which is 4"
+        in (told.value.problems[0])
+    )
+    assert "Write parallelism.data_parallel_replicate_degree: -1" in told.value.problems[0]
+    with pytest.raises(RecipeError, match=r"must divide the number of processes, which is 4.*Start 3 processes"):
+        degrees_of(Parallelism(data_parallel_shard_degree=3), 4)
+
+
+@pytest.mark.parametrize("value", [0, -2, True, "2", 1.5])
+def test_a_degree_is_a_count_or_minus_one(value):
+    with pytest.raises(ValidationError, match="at least 1, or -1"):
+        Parallelism(data_parallel_shard_degree=value)
+
+
+def test_what_takes_experts_apart_takes_no_further_processes():
+    assert Degrees(dp_shard=4, ep=2).world_size == 4
+
+
+def test_what_is_done_with_divided_weights_needs_some():
+    settings = {"model": {"path": "m"}, "output": "o"}
+    for field, value in (("fsdp_reshard_after_forward", "never"), ("enable_cpu_offload", True)):
+        with pytest.raises(ValidationError, match=f"{field}.*would change nothing while"):
+            Recipe.model_validate({**settings, "parallelism": {field: value}})
+        Recipe.model_validate({**settings, "parallelism": {field: value, "data_parallel_shard_degree": -1}})

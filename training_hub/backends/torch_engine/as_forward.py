@@ -1,0 +1,24 @@
+"""Work on a model that reaches for its weights itself, as if it were a forward pass of it.
+
+A model whose weights are divided over processes gathers those of its embeddings, last norm and head when its `forward`
+is called. A loss that calls the decoder alone and multiplies by the head's weight does so within `as_forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+NAME = "training_hub_as_forward"
+"""Attribute of a divided model: what runs work, whose result is a tensor or a tuple of tensors, as its forward pass."""
+
+Work = Callable[[], Any]
+
+
+def as_forward(model: Any, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What `work` gives, a tuple of tensors, with the weights of `model` at hand."""
+    run = getattr(model, NAME, None)
+    found: tuple[Tensor, ...] = work() if run is None else run(work)
+    return found

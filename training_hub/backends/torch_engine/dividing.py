@@ -1,0 +1,121 @@
+"""From a recipe to a model that lies divided over processes, whole in none of them where its files allow that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training_hub.algorithms import find_algorithm
+from training_hub.backends.torch_engine.attention import register_attention, varlen_problem
+from training_hub.backends.torch_engine.blank import fill, loading_report, lost_buffers, weight_files, without_contents
+from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
+from training_hub.backends.torch_engine.fused.swap import stay_on_kernels, swap
+from training_hub.backends.torch_engine.layouts import Layout
+from training_hub.backends.torch_engine.layouts.pieces import local_of
+from training_hub.backends.torch_engine.model import (
+    LoadedModel,
+    attach_attention,
+    attention_names,
+    attention_notes,
+    load_model,
+    model_notes,
+    named,
+    read_config,
+    unexpected_notes,
+)
+from training_hub.backends.torch_engine.model_folder import is_folder
+from training_hub.backends.torch_engine.tensor_files import opened
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.errors import BackendError, RecipeError, TrainingError
+from training_hub.recipe import Recipe
+from training_hub.types import Console
+
+
+def load_for(
+    layout: Layout,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    model: Any,
+    lengths: Sequence[int],
+    console: Console,
+) -> LoadedModel:
+    """The recipe's model, or the live `model` given instead; without contents where it is to be divided and its files
+    can be read in pieces. Raises RecipeError where a live model was to be divided."""
+    if not layout.is_divided:
+        return load_model(recipe, device, dtype, model, lengths)
+    if model is not None:
+        raise RecipeError(
+            "parallelism.data_parallel_shard_degree: a model that was handed over is whole in each process. Give its "
+            "folder as model.path, or write 1."
+        )
+    is_full = find_algorithm(recipe.algorithm).adaptation == "full"
+    blank = load_blank(recipe, device, dtype) if is_full else "what trains is made beside whole weights"
+    if isinstance(blank, LoadedModel):
+        return blank
+    console.say(f"model: each process reads all of it before it is divided, since {blank}")
+    return load_model(recipe, device, dtype, None, lengths)
+
+
+def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> LoadedModel | str:
+    """The recipe's model without contents, on our kernels; or why it must be read whole."""
+    import transformers
+
+    register_attention()
+    chosen = recipe.model
+    if not is_folder(chosen.path):
+        return "it is a name on the hub"
+    config, original = read_config(chosen)
+    options = {"dtype": dtype, "trust_remote_code": chosen.trust_remote_code}
+    model = without_contents(lambda: transformers.AutoModelForCausalLM.from_config(config, **options))
+    files = tuple(weight_files(Path(chosen.path).expanduser()))
+    with opened(files) as tensors:
+        info = loading_report(model, tensors)
+    lost = lost_buffers(model)
+    if lost:
+        return f"its buffers {named(lost)} are not computed anew"
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return "its files call weights otherwise than it does"
+    if dtype in TYPES and problem_on(device) is None:
+        swap(model)
+    return LoadedModel(model, original, "", tuple(unexpected_notes(info["unexpected_keys"])), files)
+
+
+def divide(
+    layout: Layout,
+    loaded: LoadedModel,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+) -> LoadedModel:
+    """The model, in place, divided over the processes, all of which must call it; one without contents gets its
+    weights, and is then looked at as `load_model` does. Raises TrainingError for weights that are not finite."""
+    model = loaded.model
+    if not loaded.files:
+        layout.group.spread(model.state_dict().values())  # what was drawn at random, before each keeps a piece of it
+        layout.divide(model, dtype)
+        return loaded
+    layout.divide(model, dtype)
+    problem = varlen_problem(device, dtype)
+    if recipe.model.attention == "varlen" and problem:
+        raise BackendError(problem)
+    with opened(loaded.files) as files:
+        fill(model, files, dtype, device, is_offloaded=recipe.parallelism.enable_cpu_offload)
+    broken = nonfinite_tensors({name: local_of(weight) for name, weight in model.named_parameters()})
+    refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
+    model.eval()
+    names, tried = attention_names(recipe.model.attention, model, lengths, device, dtype)
+    attention = attach_attention(model, names, dtype)
+    notes = [*loaded.notes, *tried, *attention_notes(attention, names), *model_notes(model)]
+    notes += [line for line in (stay_on_kernels(model, dtype),) if line]
+    return LoadedModel(model, loaded.original_dtype, attention, tuple(notes))
+
+
+def refuse_broken_model(recipe: Recipe, problems: Sequence[str]) -> None:
+    """Raise TrainingError where the model came with numbers that are not finite."""
+    if problems:
+        raise TrainingError([*problems, f"{recipe.model.path} came with them. Download or convert it again."])

@@ -1,0 +1,62 @@
+"""What is refused, before anything is loaded, of how a recipe lies over processes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from training_hub.errors import RecipeError
+from training_hub.recipe import Recipe
+from training_hub.recipe.parallelism import degrees_of
+
+ELEMENTWISE = ("AdamW", "Adam", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad", "Lion", "AdamWScheduleFree")
+"""Optimizers that move each number by itself, so that it does not matter which others a process holds."""
+
+
+def process_problems(recipe: Recipe) -> list[str]:
+    """Why the processes that the recipe asks for cannot be had here, or its degrees do not fit them."""
+    procs, there = recipe.processes.procs, torch.cuda.device_count()
+    found = []
+    if not isinstance(procs, str) and procs > max(1, there) and there:
+        found.append(
+            f"processes.procs: found {procs}; each process takes a GPU of its own, and this node has {there}. Write "
+            f"processes.procs: {there} (nproc_per_node={there}), or gpu."
+        )
+    try:
+        degrees = degrees_of(recipe.parallelism, world_size_of(recipe))
+    except RecipeError as error:
+        return [*found, *error.problems]
+    return [*found, *divided_problems(recipe)] if degrees.is_divided else found
+
+
+def divided_problems(recipe: Recipe) -> list[str]:
+    """Why this recipe cannot train a model that is divided over processes."""
+    whole = "Write parallelism.data_parallel_shard_degree: 1, or"
+    asked = recipe.optimizer
+    refused = {
+        f"optimizer.name: {asked.name} works on whole matrices or blocks of weights, and each process has a slice. "
+        f"{whole} optimizer.name: AdamW.": asked.name not in ELEMENTWISE,
+        f"optimizer.state: {asked.state} saves memory by what stands beside whole 16-bit weights; divided ones have "
+        f"float32 slices. {whole} optimizer.state: full.": asked.state != "full",
+        f"algorithm: osft cuts whole weights. {whole} algorithm: sft.": recipe.algorithm == "osft",
+        f"freezing.unfreeze_interval: what trains must be known when weights are divided. {whole} leave it "
+        "out.": recipe.freezing.unfreeze_interval is not None,
+        f"model.quantization: {recipe.model.quantization} weights cannot be divided. {whole} "
+        "model.quantization: none.": recipe.model.quantization != "none",
+        f"training.fp8: 8-bit products need whole weights. {whole} training.fp8: false.": recipe.training.fp8,
+        f"evaluation.generate: answers are made by one process, which does not have the model. {whole} "
+        "evaluation.generate: false, and evaluate the final model.": recipe.evaluation.generate,
+        "parallelism.enable_cpu_offload: there is no GPU here whose memory it could spare. Leave it "
+        "out.": recipe.parallelism.enable_cpu_offload and not torch.cuda.is_available(),
+    }
+    return [problem for problem, is_so in refused.items() if is_so]
+
+
+def world_size_of(recipe: Recipe) -> int:
+    """How many processes the run has: as the environment says where this is one of them, else as the recipe asks."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    procs = recipe.processes.procs
+    local = procs if isinstance(procs, int) else max(1, torch.cuda.device_count())
+    return local * recipe.processes.nodes

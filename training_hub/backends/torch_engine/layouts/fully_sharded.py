@@ -1,0 +1,120 @@
+"""Fully sharded data parallelism by torch's `fully_shard`: each process keeps a slice of every weight, gathers those of
+a layer when it needs them, and adds up the layer's gradients into slices as soon as backward has them.
+
+Source: Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO, stage 3); Zhao et al. 2023, arXiv:2304.11277.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from training_hub.backends.torch_engine.as_forward import NAME
+from training_hub.backends.torch_engine.checkpointing import layers_of
+from training_hub.recipe.parallelism import Parallelism
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DIMENSIONS = ("dp_replicate", "dp_shard")
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh, asked: Parallelism, dtype: torch.dtype) -> None:
+    """Divide the model's weights over the mesh, in place; it computes in `dtype`.
+
+    What trains is kept in float32, in slices, and gathered as `dtype`: the slices are the optimizer's masters. Tied
+    weights, embeddings, the last norm and the head are one group, which is gathered once in a pass.
+    """
+    _widen(model, dtype)
+    names = tuple(name for name in DIMENSIONS if name in (mesh.mesh_dim_names or ()))
+    is_low = dtype in LOW_PRECISION
+    options: dict[str, Any] = {
+        "mesh": mesh[names],
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype if is_low else None,
+            reduce_dtype=torch.float32 if is_low else None,
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": _offloading(asked, mesh),
+    }
+    for layer in blocks_of(model):
+        fully_shard(layer, reshard_after_forward=True, **options)
+    fully_shard(model, reshard_after_forward=True, **options)
+    for module in sharded_modules(model):
+        # The loss is divided once, by the trained weight of the step; so gradients are added up.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    setattr(model, NAME, MethodType(_run, model))
+    register_fsdp_forward_method(model, NAME)
+
+
+def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+    if dtype in LOW_PRECISION:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+
+
+def _offloading(asked: Parallelism, mesh: DeviceMesh) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if asked.enable_cpu_offload else OffloadPolicy()
+
+
+def _run(model: nn.Module, work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What is gathered at once: the decoder layers; [] where a model does not say which they are."""
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if _own_name(module) in named]
+    return found or list(layers_of(model))
+
+
+def _own_name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """The modules of a divided model that gather their own weights."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def let_go(model: nn.Module) -> None:
+    """Forget gathered weights, which an update of the slices has made stale."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def begin_pass(model: nn.Module, asked: Parallelism, *, is_last: bool) -> None:
+    """Say, before a forward pass that is followed by its backward pass, whether it is the last of its step.
+
+    What stands around the layers stays gathered between the two. Sums over replicas are taken once per step. So are
+    those over slices, and all weights stay gathered till then, where fsdp_reshard_after_forward is never.
+    """
+    assert isinstance(model, FSDPModule)
+    stays_whole = asked.fsdp_reshard_after_forward == "never"
+    model.set_reshard_after_forward(False, recurse=stays_whole)
+    model.set_requires_all_reduce(is_last)
+    if stays_whole:
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
+
+
+def end_passes(model: nn.Module) -> None:
+    """The backward passes of a step are over: a forward pass by itself, as in validation, lets everything go."""
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(True)

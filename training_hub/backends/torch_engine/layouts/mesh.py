@@ -1,0 +1,51 @@
+"""The processes of a run as a mesh, by torchtitan's names for its dimensions."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from training_hub.recipe.parallelism import Degrees
+
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Outermost first: neighbours in rank, which are near each other, share what says most."""
+
+
+def dense_mesh(degrees: Degrees, device: torch.device, timeout_seconds: float) -> DeviceMesh:
+    """All processes of the run, by the dimensions along which there is more than one; one of 1 where there is none.
+
+    `mesh["dp_shard"]`, `mesh["dp_replicate", "dp_shard"]` are those that a process shares with others.
+    """
+    names = [name for name in DIMENSIONS if getattr(degrees, name) > 1] or ["dp_shard"]
+    mesh = init_device_mesh(device.type, tuple(getattr(degrees, name) for name in names), mesh_dim_names=tuple(names))
+    bound_waiting(mesh, timeout_seconds)
+    return mesh
+
+
+def bound_waiting(mesh: DeviceMesh, timeout_seconds: float) -> None:
+    """Let the groups of a mesh wait as long as the run's own group; torch gives new ones half an hour."""
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def size_of(mesh: DeviceMesh | None, *names: str) -> int:
+    """Processes along these dimensions of the mesh; a dimension that it lacks counts as one."""
+    if mesh is None:
+        return 1
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    product = 1
+    for name in names:
+        product *= sizes.get(name, 1)
+    return product
+
+
+def place_in(mesh: DeviceMesh | None, *names: str) -> int:
+    """This process's number among those along these dimensions of the mesh, the first of them outermost."""
+    place = 0
+    for name in names if mesh is not None else ():
+        if mesh is not None and name in (mesh.mesh_dim_names or ()):
+            place = place * size_of(mesh, name) + mesh.get_local_rank(name)
+    return place

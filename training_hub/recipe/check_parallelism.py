@@ -1,0 +1,26 @@
+"""What is at odds in the section `parallelism`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from training_hub.recipe.findings import Contradiction, Names, is_default, plainly, value_at
+
+if TYPE_CHECKING:
+    from training_hub.recipe.recipe import Recipe
+
+OF_SHARDS = ("parallelism.fsdp_reshard_after_forward", "parallelism.enable_cpu_offload")
+"""Settings that say how divided weights are handled."""
+
+
+def about_layouts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    """Settings of divided weights where none are divided."""
+    degree = "parallelism.data_parallel_shard_degree"
+    for path in OF_SHARDS:
+        if recipe.parallelism.data_parallel_shard_degree == 1 and not is_default(recipe, path):
+            yield Contradiction(
+                (path, degree),
+                f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing while {names(degree)} is 1: "
+                f"each process holds whole weights. Write {names.write(degree, -1)}, or leave {path} out.",
+            )

@@ -1,0 +1,103 @@
+"""The section of parallelism: how model and samples are divided over the processes of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from training_hub.errors import RecipeError
+from training_hub.recipe.sections import Section
+
+REST = -1
+
+
+def _a_degree(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != REST):
+        raise ValueError("allowed is a whole number of at least 1, or -1 for the rest of the processes")
+    return value
+
+
+Degree = Annotated[int, BeforeValidator(_a_degree)]
+
+
+class Parallelism(Section):
+    """How model and samples are divided over the processes. The degrees multiply to the number of processes; the names
+    are torchtitan's."""
+
+    data_parallel_replicate_degree: Degree = -1
+    """Groups of processes that each hold the whole model, and take a share of each step's samples. -1: the rest, that
+    is as many as the other degrees leave."""
+
+    data_parallel_shard_degree: Degree = 1
+    """Processes over which weights, gradients and the optimizer's state are divided, each with a share of the samples
+    (fully sharded data parallelism). -1: the rest; each group of replicas is then one process."""
+
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether the weights of a layer, gathered for its forward pass, are let go after it and gathered again for its
+    backward pass. never: weights and gradients stay whole from the first pack of a step to the last, which takes the
+    memory of whole ones and sends least. default: always."""
+
+    enable_cpu_offload: bool = False
+    """Keep divided weights, gradients and the optimizer's state in the memory of the CPU, and let it make the
+    optimizer's step. Needs GPUs."""
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Into how many the processes fall along each dimension, by torchtitan's names, with which meshes are made.
+
+    All but `ep` multiply to the number of processes; experts take theirs from dp_shard, cp and tp.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether no process holds the whole model, or one does not have whole samples."""
+        return self.world_size > self.dp_replicate
+
+
+FIELDS = {
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+}
+"""Dimensions that multiply to the number of processes, and the field of the section that gives each."""
+
+
+def degrees_of(asked: Parallelism, world_size: int) -> Degrees:
+    """The degrees of a run in `world_size` processes. Of several that take the rest the last does, the others are 1.
+
+    Raises RecipeError where they do not multiply to it.
+    """
+    found = {name: int(getattr(asked, field)) for name, field in FIELDS.items()}
+    open_ends = [name for name, degree in found.items() if degree == REST]
+    found |= dict.fromkeys(open_ends[:-1], 1)
+    given = math.prod(degree for degree in found.values() if degree != REST)
+    rest, left = divmod(world_size, given)
+    if left or (rest != 1 and not open_ends):
+        told = " x ".join(f"{FIELDS[name]} {degree}" for name, degree in found.items() if degree != REST)
+        wanted = "divide" if open_ends else "multiply to"
+        raise RecipeError(
+            f"parallelism: {told} must {wanted} the number of processes, which is {world_size} (processes.procs x "
+            f"processes.nodes). {_remedy(world_size, given, bool(open_ends))}"
+        )
+    found |= dict.fromkeys(open_ends[-1:], rest)
+    return Degrees(**found)
+
+
+def _remedy(world_size: int, given: int, is_open: bool) -> str:
+    if not is_open and world_size % given == 0:
+        return f"Write parallelism.{FIELDS['dp_replicate']}: -1, which takes the rest."
+    return f"Start {max(1, round(world_size / given)) * given} processes, or change a degree."
