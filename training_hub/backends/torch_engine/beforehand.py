@@ -5,7 +5,6 @@ Both follow from the shapes of the model, which its config gives, and from what 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training_hub.algorithms import find_algorithm
+from training_hub.backends.shared.disk import free_bytes, saves_ahead
+from training_hub.backends.shared.sameness import changed_facts, changed_shapes, model_facts
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.materials import Materials
 from training_hub.backends.torch_engine.model import read_blank_model
 from training_hub.backends.torch_engine.plan import feed_settings
-from training_hub.backends.torch_engine.room import free_bytes, room, saves_ahead
+from training_hub.backends.torch_engine.room import room
 from training_hub.data.feed import Feed
 from training_hub.errors import CheckpointError, DiskError
 from training_hub.recipe import Recipe
@@ -29,11 +30,6 @@ from training_hub.types import Console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
-"""Keys of a model's config that may change without changing what it computes."""
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -126,36 +122,5 @@ def facts_of(materials: Materials, model: PreTrainedModel) -> dict[str, Any]:
         **teacher,
         "data_fingerprint": materials.prepared.train.fingerprint,
         "tokenizer_fingerprint": materials.tokenizer.fingerprint,
-        "model_config": model_facts(model),
+        "model_config": model_facts(model.config),
     }
-
-
-def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's config as plain JSON, without what may change."""
-    content = json.loads(json.dumps(model.config.to_dict(), default=str))
-    return {key: value for key, value in content.items() if key not in VOLATILE and not key.startswith("_")}
-
-
-def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What `before` says otherwise than `now`, of data, tokenizer, teacher and model."""
-    lines = [
-        f"{name}: was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in ("data_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint")
-        if before.get(name) != now.get(name)
-    ]
-    # Another version of transformers knows other keys of the same model; those that both know must agree.
-    old, new = before.get("model_config") or {}, now["model_config"]
-    return lines + [
-        f"model config.{key}: was {old[key]!r}, now {new[key]!r}"
-        for key in sorted(old.keys() & new.keys())
-        if old[key] != new[key]
-    ]
-
-
-def changed_shapes(before: Shapes, now: Shapes) -> list[str]:
-    """Weights that one of the two lacks, or has in another shape."""
-    return [
-        f"weight {name}: was {before.get(name, 'not there')}, now {now.get(name, 'not there')}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training_hub.backends.shared.sources import metric_names
 from training_hub.backends.torch_engine.tensors import Term
 from training_hub.data.store import TokenStore
 from training_hub.types import Pack
@@ -46,13 +45,3 @@ class BySource:
         """The mean loss of each source that the step had, from `sums` as numbers."""
         losses, weights = sums[: len(self.names)], sums[len(self.names) :]
         return {name: loss / weight for name, loss, weight in zip(self.names, losses, weights, strict=True) if weight}
-
-
-def metric_names(sources: Sequence[str]) -> list[str]:
-    """source_loss/NAME for each: the last part of its path, in characters that every tracker takes, told apart by a
-    number where two have the same."""
-    short = [re.sub(r"[^\w.-]+", "-", Path(source).name).strip("-") or "source" for source in sources]
-    return [
-        f"source_loss/{name}" if short.count(name) == 1 else f"source_loss/{name}-{number}"
-        for number, name in enumerate(short, start=1)
-    ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from training_hub.algorithms import find_algorithm
+from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.attention import register_attention, varlen_problem
 from training_hub.backends.torch_engine.blank import fill, loading_report, lost_buffers, weight_files, without_contents
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
@@ -26,7 +27,6 @@ from training_hub.backends.torch_engine.model import (
     read_config,
     unexpected_notes,
 )
-from training_hub.backends.torch_engine.model_folder import is_folder
 from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import BackendError, RecipeError, TrainingError

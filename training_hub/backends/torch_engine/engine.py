@@ -13,6 +13,11 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given, Watcher
+from training_hub.backends.shared.model_folder import hub_problem
+from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
+from training_hub.backends.shared.proofs import refuse
+from training_hub.backends.shared.signals import StopRequest
+from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
@@ -38,19 +43,12 @@ from training_hub.backends.torch_engine.model import (
     folder_problems,
     load_model,
 )
-from training_hub.backends.torch_engine.model_folder import hub_problem
 from training_hub.backends.torch_engine.objectives import make_objective
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import problems, table_names
-from training_hub.backends.torch_engine.outcome import (
-    early_end,
-    final_metrics,
-    speed_lines,
-    told,
-    versions,
-)
+from training_hub.backends.torch_engine.outcome import speed_lines
 from training_hub.backends.torch_engine.parallel import Group, joined
 from training_hub.backends.torch_engine.plan import (
     describe,
@@ -63,16 +61,14 @@ from training_hub.backends.torch_engine.plan import (
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
-from training_hub.backends.torch_engine.proofs import Subject, agreed, prove, refuse
+from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
 from training_hub.backends.torch_engine.rounding import round_no_more
 from training_hub.backends.torch_engine.saving import resume
 from training_hub.backends.torch_engine.scoring import examine, score
-from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.voice import Voice, open_voice
-from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed
@@ -280,7 +276,7 @@ class TorchEngine:
             history=history,
             plan=plan,
             engine=self.name,
-            versions=versions(),
+            versions=versions(self.name),
             seconds=seconds,
             reason=reason,
             **told(run, folder),
@@ -326,7 +322,7 @@ def assemble(
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
         device=device,
         console=console,
-        facts={**facts_of(materials, loaded.model), "versions": versions()},
+        facts={**facts_of(materials, loaded.model), "versions": versions("torch")},
         best=Best(recipe.evaluation),
         exam=exam_of(recipe, materials),
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training_hub.backends.shared.outcome import card_of, final_step
 from training_hub.backends.torch_engine.export import WholeModel, export, probed_logits
 from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.materials import Materials, rows_kept_back, stop_ids
 from training_hub.backends.torch_engine.model import LoadedModel
 from training_hub.backends.torch_engine.model_files import ModelFiles
-from training_hub.backends.torch_engine.outcome import card_of, final_step
 from training_hub.backends.torch_engine.rounding import RoundingModel
 from training_hub.backends.torch_engine.saving import take_over
 from training_hub.recipe.folder import RunFolder
@@ -59,9 +59,12 @@ def _write(
     if run.exam is not None:
         run.exam.show(final_step(run))
     dtype = saved_dtype(run, loaded)
-    difference = write_model(run, loaded, materials, folder.final, card_of(run, folder, dtype), held)
+    name, weights = str(dtype).removeprefix("torch."), list(run.model.parameters())
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    card = card_of(run, folder, name, sum(weight.numel() for weight in weights), trained)
+    difference = write_model(run, loaded, materials, folder.final, card, held)
     console.say(
-        f"final: {folder.final} ({str(dtype).removeprefix('torch.')}), loaded again and equal; logits differ from "
+        f"final: {folder.final} ({name}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
     )
     run.adaptation.further(folder.final, rows_kept_back(materials), console)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +14,12 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
+from training_hub.backends.shared.errors import Lost, interrupted, listed, not_finite
+from training_hub.backends.shared.signals import StopRequest
+from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.by_source import BySource
-from training_hub.backends.torch_engine.checkpoints import Checkpoints, newest_saved
+from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.exam import Exam
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
@@ -24,23 +27,19 @@ from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.saving import save
-from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors, to_device
 from training_hub.backends.torch_engine.waiting import DataWait
-from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale
 from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore
-from training_hub.errors import Interrupted, TrainingError
+from training_hub.errors import TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
 from training_hub.recipe import Recipe
 from training_hub.recipe.schedule import learning_rate
 from training_hub.types import Batch, Console, StepReport
-
-ROWS_NAMED = 20  # in the error about a loss that is not finite
 
 
 @dataclass
@@ -64,6 +63,7 @@ class Run:
     console: Console
     facts: dict[str, Any]
     best: Best
+    engine: str = "torch"
     step: int = 0
     skipped_in_row: int = 0
     saved_at: float = field(default_factory=time.monotonic)
@@ -132,7 +132,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
                 run.console.say(f"stopped: {run.best.reason}")
                 return
             if number:
-                raise interrupted(run, number)
+                raise interrupted(number, run.step, run.feed.total_steps, run.checkpoints.folder(run.step))
 
 
 def profiled(run: Run) -> AbstractContextManager[Any]:
@@ -288,12 +288,6 @@ def take_exam(run: Run, exam: Exam) -> dict[str, float]:
     return dict(exam.last)
 
 
-def measured(report: StepReport) -> dict[str, float]:
-    """What evaluation.best_metric may name, of a step that was evaluated."""
-    loss, doubt = report.validation_loss, report.validation_perplexity
-    return {**({"loss": loss, "perplexity": doubt} if loss is not None and doubt is not None else {}), **report.scores}
-
-
 def dry_step(run: Run) -> None:
     """Forward and backward on the largest pack, so that memory runs out in minute one or not at all."""
     run.model.train()
@@ -302,45 +296,6 @@ def dry_step(run: Run) -> None:
     run.adaptation.expect_last_backward()
     (run.objective(run.model, to_device(one, run.device)).total / max(float(one.weights.sum()), 1.0)).backward()
     run.updater.masters.drop_gradients()
-
-
-def is_evaluation_due(run: Run) -> bool:
-    settings = run.recipe.evaluation
-    at_interval = settings.interval is not None and run.step % settings.interval == 0
-    at_end = run.step == run.feed.total_steps
-    return at_interval or at_end or (settings.at_epoch and run.feed.is_epoch_end(run.step))
-
-
-def is_saving_due(run: Run, is_watched: bool = False) -> bool:
-    settings = run.recipe.checkpoint
-    if is_watched and run.recipe.evaluation.watch_limit is not None:
-        return True  # a run that is stopped later gives back the last step within the limit
-    at_interval = settings.interval is not None and run.step % settings.interval == 0
-    at_epoch = settings.at_epoch and run.feed.is_epoch_end(run.step)
-    at_time = settings.minutes is not None and time.monotonic() - run.saved_at >= settings.minutes * 60
-    return at_interval or at_epoch or at_time or is_at_samples(run, settings.save_samples)
-
-
-def is_at_samples(run: Run, every: int) -> bool:
-    """Whether this step took the count of trained samples to or over another multiple of `every`."""
-    if not every:
-        return False
-    after = samples_seen(run.feed, run.step)
-    return after // every > samples_seen(run.feed, run.step - 1) // every
-
-
-def samples_seen(feed: Feed, step: int) -> int:
-    """Samples trained in the first `step` steps."""
-    epochs, steps = divmod(step, feed.steps_per_epoch)
-    return epochs * feed.samples_per_epoch + min(steps * feed.settings.samples_per_step, feed.samples_per_epoch)
-
-
-def interrupted(run: Run, number: int) -> Interrupted:
-    return Interrupted(
-        f"{signal.Signals(number).name} received: stopped after step {run.step} of {run.feed.total_steps}, saved in "
-        f"{run.checkpoints.folder(run.step)}. Run the same command again to go on from there.",
-        signal_number=number,
-    )
 
 
 def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError:
@@ -357,22 +312,8 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
         for rank, (alone, rows) in enumerate(found)
         if (alone if is_told else rows)
     )
-    rate = run.recipe.optimizer.lr
-    count, kept = run.skipped_in_row, "Nothing of this step was kept or saved"
-    remedy = "training.on_nonfinite: skip"
-    if count >= run.recipe.training.max_skipped:
-        kept = f"{count} steps in a row are left out now, as many as training.max_skipped allows"
-        remedy = f"training.max_skipped: {10 * count}"
-    return TrainingError(
-        f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. {kept}; "
-        f"{newest_saved(run.checkpoints)}. {who.capitalize()}: {shown}. Look at these rows; or write "
-        f"optimizer.lr: {rate / 10:g} (now {rate:g}), or {remedy}."
-    )
-
-
-def listed(rows: Sequence[str]) -> str:
-    """The rows by name, the first of many."""
-    return ", ".join(rows[:ROWS_NAMED]) + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
+    lost = Lost(batch.step, loss, grad_norm, f"{who.capitalize()}: {shown}")
+    return not_finite(lost, run.recipe, run.skipped_in_row, run.checkpoints.steps())
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training_hub.backends.shared.materials import Limits, limits_of
+from training_hub.backends.shared.model_folder import folder_problems, is_folder, stored_dtype
 from training_hub.backends.torch_engine.attention import (
     DOCUMENTS,
     FUNCTIONS,
@@ -19,7 +21,6 @@ from training_hub.backends.torch_engine.attention import (
 from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
-from training_hub.backends.torch_engine.model_folder import folder_problems, is_folder, stored_dtype
 from training_hub.backends.torch_engine.preflight import (
     ROUGH,
     SAME_LOGITS,
@@ -56,18 +57,6 @@ class LoadedModel:
     files: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a model's config says it can read: token ids below `vocabulary`, and `positions` tokens (None: no end).
-
-    is_hard: beyond `positions` there is no embedding; else (rotary positions) only nothing that was trained.
-    """
-
-    vocabulary: int
-    positions: int | None
-    is_hard: bool
-
-
 def read_limits(chosen: Model) -> Limits:
     """The limits of the recipe's model, from its config alone."""
     return limits_of(_from_library(chosen, "AutoConfig", _source_options(chosen)))
@@ -91,13 +80,6 @@ def read_blank_model(chosen: Model, rounding: Qat = Qat()) -> tuple[PreTrainedMo
         blank = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=chosen.trust_remote_code)
     round_in_forward(blank, rounding)
     return blank, original
-
-
-def limits_of(config: Any) -> Limits:
-    """The limits that a transformers config states."""
-    text = config.get_text_config()
-    is_rotary = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    return Limits(text.vocab_size, getattr(text, "max_position_embeddings", None), not is_rotary)
 
 
 def choose_device() -> torch.device:

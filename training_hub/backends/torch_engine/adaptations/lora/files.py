@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.model import read_whole
-from training_hub.backends.torch_engine.model_folder import is_folder
 from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
