@@ -14,6 +14,7 @@ from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.cli import SHORTCUTS
 from training_hub.frontends.commands import COMMANDS
 from training_hub.frontends.dialects import KEYWORDS, KEYWORDS_OF
+from training_hub.frontends.forge.schema import doc_lines
 from training_hub.recipe import Recipe
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, sections
 
@@ -33,6 +34,7 @@ CLI_HEAD = """# The command line
     training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]
     training-hub llm           # the flags and defaults of AutoTrain's guide; below
     training-hub --config FILE.yml      # AutoTrain's file
+    training-hub forge --config FILE.yaml     # torchforge's SFT app: its file and its defaults; below
     training-hub preview       # rows as they will be trained, token by token; takes the same settings
     training-hub plan          # what a run will do and take, without loading weights; takes the same settings
     training-hub eval          # saved models on rows: scores side by side, and what each said
@@ -58,7 +60,7 @@ def recipe_page() -> str:
 
 def cli_page() -> str:
     """The page with commands, flags and exit codes."""
-    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags(), *_autotrain()])
+    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags(), *_autotrain(), *_forge()])
 
 
 def write(folder: Path = FOLDER) -> None:
@@ -157,6 +159,14 @@ def _autotrain() -> Iterator[str]:
             both = f"`{flag}`" + (f", `--no-{flag[2:]}`" if is_boolean(name) else "")
             yield f"- {both} (`{json.dumps(field.default)}`): {_one_line(field.description)}"
         yield ""
+
+
+def _forge() -> Iterator[str]:
+    yield "## Keys of `training-hub forge`\n"
+    yield "Those of torchforge, with the defaults of torchtitan 0.2; [the guide](../guides/torchforge.md) says more."
+    yield "What is a setting of the recipe is named behind its meaning.\n"
+    yield from doc_lines()
+    yield ""
 
 
 def _default(setting: Setting) -> str:

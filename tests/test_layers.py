@@ -1,6 +1,6 @@
 """The shape of the code: imports go one way, engines stay apart, files and functions stay short, nothing unsafe runs.
 
-errors, types, folders, version <- recipe <- algorithms, data, evaluation, monitoring <- backends <- launch
+errors, types, folders, version <- recipe <- algorithms, data, evaluation, monitoring, scaling <- backends <- launch
     <- experiments <- frontends <- __init__
 """
 
@@ -24,6 +24,7 @@ RANKS = {
     "data": 2,
     "evaluation": 2,
     "monitoring": 2,
+    "scaling": 2,
     "backends": 3,
     "launch": 4,
     "experiments": 5,

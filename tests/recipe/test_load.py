@@ -131,6 +131,8 @@ FREE = [
         *NEEDS,
         *(one for pair in RIVALS for one in pair),
         "data.unmask",
+        "data.streaming",
+        "data.validation_samples",
         "training.max_tokens_per_gpu",
         "model.quantization",
         "optimizer.name",  # a schedule-free one forbids schedules

@@ -38,6 +38,18 @@ NumberedRow = tuple[Origin, RawRow]
 
 
 @dataclass(frozen=True)
+class Enough:
+    """How far sources are read: until there are so many samples, or of documents so many tokens."""
+
+    amount: int
+    counts_tokens: bool
+
+    def of(self, block: SampleBlock) -> int:
+        """What a block adds."""
+        return int(block.lengths.sum()) if self.counts_tokens else len(block.lengths)
+
+
+@dataclass(frozen=True)
 class Task:
     """Rows of one part, to be turned into samples."""
 
@@ -228,13 +240,16 @@ def write_samples(
     console: Console,
     max_rows: int | None = None,
     workers: int | None = None,
+    enough: Enough | None = None,
 ) -> tuple[tuple[PartName, ...], Findings]:
     """Append every sample of the sources to `writer`, in order; the names of the parts and what was found.
+
+    enough: where to stop before the end, at the end of a chunk of rows.
 
     Raises DataError listing the problems of all rows, or the files that changed meanwhile.
     """
     parts = [part for source in sources for part in source.parts]
-    findings = Findings()
+    findings, gathered = Findings(), 0
     count, tasks = _with_workers(read_tasks(sources, work, console, max_rows, findings.tally), workers)
     total, unit, size = _measure(parts, max_rows)
     with (
@@ -254,6 +269,10 @@ def write_samples(
             append(found.rejects, writer.folder)
             findings.add(found)
             advance(seen[done])
+            if enough is not None:
+                gathered += enough.of(block)
+                if gathered >= enough.amount:
+                    break
     changed = [line for part in parts if (line := part.changed()) is not None]
     if changed:  # what else was found may come of that
         raise DataError(changed)

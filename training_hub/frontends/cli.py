@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 from training_hub.algorithms import ALGORITHMS
@@ -26,6 +27,7 @@ from training_hub.version import VERSION
 
 ALGORITHM = "sft"  # of a command that is not an algorithm's own
 AUTOTRAIN = "llm"
+FORGE = "forge"
 NONE = "(none)"  # for what a command goes without
 BACKEND = "torch"
 
@@ -104,6 +106,10 @@ def _run(words: list[str]) -> int:
         from training_hub.frontends.autotrain.command import main as autotrain
 
         return autotrain(words[words.index(AUTOTRAIN) + 1 :] if first == AUTOTRAIN else words)
+    if first == FORGE or (first == ALGORITHM and _is_forge_file(words)):  # torchforge's file
+        from training_hub.frontends.forge.command import main as forge
+
+        return forge(words[words.index(first) + 1 :])
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
     if parsed.command is None:
@@ -117,6 +123,18 @@ def _run(words: list[str]) -> int:
         raise RecipeError([f"{word}: training-hub {parsed.command} takes no such argument." for word in rest])
     {"schema": _print_schema, "algorithms": _print_algorithms, "version": _print_versions}[parsed.command]()
     return 0
+
+
+def _is_forge_file(words: list[str]) -> bool:
+    """Whether the file behind --config is torchforge's rather than a recipe; what cannot be read is neither."""
+    from training_hub.frontends.forge.command import is_configuration
+
+    named = [after for word, after in pairwise(words) if word == "--config"]
+    named += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    try:
+        return any(is_configuration(read_yaml(read_text(path), path)) for path in named)
+    except RecipeError:
+        return False  # said where the recipe is read
 
 
 def _train(recipe: Recipe) -> int:
@@ -221,6 +239,7 @@ def _parser() -> Parser:
         command.add_options(parser_of)
         _add_settings(parser_of, names_algorithm=True)
     commands.add_parser(AUTOTRAIN, help="train with the flags, the file and the defaults of AutoTrain's SFT guide")
+    commands.add_parser(FORGE, help="train with the YAML file of torchforge's SFT app, its names and its defaults")
     commands.add_parser("schema", help="print the JSON Schema of a recipe file, for editors")
     commands.add_parser("algorithms", help="list algorithms and their backends")
     commands.add_parser("version", help="print the versions of this package and of those that matter to a run")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.check_after import CHECKS
+from training_hub.recipe.check_data import about_streaming
 from training_hub.recipe.check_distillation import about_the_teacher
 from training_hub.recipe.check_parallelism import about_layouts
 from training_hub.recipe.evaluation import needs_validation
@@ -106,6 +107,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _osft,
         _adapters,
         _watch,
+        about_streaming,
         *CHECKS,
         _distillation,
         _processes,

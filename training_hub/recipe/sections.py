@@ -166,6 +166,13 @@ class Data(Section):
     max_rows: Count | None = None
     """Use only this many rows, the first ones."""
 
+    streaming: bool = False
+    """Read rows in their order and only as far as training.steps needs, a hub data set as a stream that is never
+    downloaded whole. What was read is then shuffled and kept as always."""
+
+    validation_samples: Count | None = None
+    """Use only this many validation samples, the first ones, and read no further. With pretraining: blocks."""
+
     workers: Index | None = None
     """Processes that render and tokenise; 0 works in this one. Default: one per core for large files."""
 
