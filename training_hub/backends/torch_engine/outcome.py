@@ -33,8 +33,8 @@ def final_step(run: Run) -> int:
 
 
 def early_end(run: Run) -> str:
-    """Why the run ended before its last step, for want of a better evaluation; "" where it did not."""
-    return run.best.reason if run.step < run.feed.total_steps else ""
+    """Why the run ended before its last step, for want of a better evaluation or by a callback; "" where it did not."""
+    return run.best.reason or run.stop_reason if run.step < run.feed.total_steps else ""
 
 
 def data_facts(run: Run) -> dict[str, Any]:
