@@ -29,11 +29,13 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {"torch": ("torch",), "jax": ("jax", 
 class Ended(Protocol):
     """A run of an engine, as far as its outcome is told from it.
 
-    exam: what asks for answers; scale: what operations are measured by; None where there is none.
+    exam: what asks for answers; scale: what operations are measured by; None where there is none. stop_reason: why a
+    callback ended it.
     """
 
     engine: str
     step: int
+    stop_reason: str
     best: Best
     validation_before: float | None
 
@@ -65,8 +67,8 @@ def final_step(run: Ended) -> int:
 
 
 def early_end(run: Ended) -> str:
-    """Why the run ended before its last step, for want of a better evaluation; "" where it did not."""
-    return run.best.reason if run.step < run.feed.total_steps else ""
+    """Why the run ended before its last step, for want of a better evaluation or by a callback; "" where it did not."""
+    return run.best.reason or run.stop_reason if run.step < run.feed.total_steps else ""
 
 
 def data_facts(run: Ended) -> dict[str, Any]:
