@@ -12,7 +12,7 @@ WORKERS ?= 2
 PINS := -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-base continual-base test test-all test-distributed campaign bench check audit format package reference clean
+.PHONY: help demo demo-base continual-base test test-all test-distributed test-slurm campaign bench check audit format package reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GP
 # Processes compute in one thread each here.
 test-distributed: $(VENV)/.installed ## several processes: equal numbers, hangs, 50 random kills (20 minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/distributed tests/launch tests/documents/test_seed_002.py
+
+# Says what to install and skips where there is no Slurm; nothing of a Slurm that the machine has of its own is touched.
+test-slurm: $(VENV)/.installed ## runs on a real Slurm of two nodes on this machine: preempted, cancelled, failed (minutes)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/slurm
 
 campaign: $(VENV)/.installed ## break runs on purpose, 1,500 times; the table is benchmarks/reliability (14 to 18 minutes)
 	$(RUN) -m tests.campaigns --write benchmarks/reliability

@@ -12,7 +12,7 @@ from training_hub.algorithms import ALGORITHMS
 from training_hub.frontends.autotrain.command import GROUPS, flag_of, is_boolean
 from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.cli import SHORTCUTS
-from training_hub.frontends.commands import COMMANDS
+from training_hub.frontends.commands import COMMANDS, PLAIN_COMMANDS
 from training_hub.frontends.dialects import KEYWORDS, KEYWORDS_OF
 from training_hub.frontends.forge.schema import doc_lines
 from training_hub.frontends.trainer.fields import FIELDS
@@ -44,6 +44,9 @@ CLI_HEAD = """# The command line
     training-hub eval          # saved models on rows: scores side by side, and what each said
     training-hub chat          # talk to a saved model, beside another if you like
     training-hub continual     # tasks one after the other by several methods, and what each forgets
+    training-hub slurm submit  # check a run and send it to Slurm; takes the same settings; also status, logs, cancel
+    training-hub kubeflow      # the run as a TrainJob of Kubeflow Trainer 2; takes the same settings
+    training-hub skypilot      # the run as a task of SkyPilot; takes the same settings
     training-hub schema        # the JSON Schema of a recipe file, for editors
     training-hub algorithms    # algorithms and their backends
     training-hub version       # versions of this package and of those that matter to a run
@@ -126,14 +129,15 @@ def _shortcuts() -> Iterator[str]:
 
 def _commands() -> Iterator[str]:
     yield "## Options of single commands\n"
-    for name, command in COMMANDS.items():
+    for name, command in {**COMMANDS, **PLAIN_COMMANDS}.items():
         parser = ArgumentParser(add_help=False)
         command.add_options(parser)
         yield f"`training-hub {name}`: {command.help}.\n"
         for action in parser._actions:
             named = action.metavar
             value = f" {' '.join(named) if isinstance(named, tuple) else named}" if named else ""
-            yield f"- `{' '.join([*action.option_strings[:1], value.strip()]).strip()}`: {action.help}"
+            value = value if action.option_strings else value.lstrip()
+            yield f"- `{''.join(action.option_strings[:1])}{value}`: {action.help}"
         yield ""
 
 

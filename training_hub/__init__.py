@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UnslothLoRABackend,
         create_algorithm,
     )
+    from training_hub.frontends.slurm import submit_to_slurm
     from training_hub.frontends.trainer.config import SFTConfig
     from training_hub.frontends.trainer.enums import (
         AttentionMechanisms,
@@ -66,6 +67,7 @@ _HOME_OF = {
     "merge_adapter": "training_hub.frontends.merging",
     "continual": "training_hub.frontends.continual",
     "evaluate": "training_hub.frontends.evaluate",
+    "submit_to_slurm": "training_hub.frontends.slurm",
     "LLMTrainingParams": "training_hub.frontends.autotrain.params",
     "CustomSFTTrainer": "training_hub.frontends.autotrain.trainer",
     "SFTConfig": "training_hub.frontends.trainer.config",
@@ -144,6 +146,7 @@ __all__ = [
     "merge_adapter",
     "osft",
     "sft",
+    "submit_to_slurm",
 ]
 
 

@@ -26,6 +26,9 @@ LISTEN_FD = "TRAINING_HUB_LISTEN_FD"
 RUN_ID = "TRAINING_HUB_RUN_ID"
 """Environment of each process of a run that has several: the name that they share."""
 
+HEARS_TWICE = "TRAINING_HUB_HEARS_TWICE"
+"""Environment of a process that a signal may reach both from its supervisor and from who signalled that one."""
+
 
 @dataclass(frozen=True)
 class Given:

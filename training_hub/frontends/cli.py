@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from itertools import pairwise
@@ -17,7 +17,7 @@ from typing import Any
 
 from training_hub.algorithms import ALGORITHMS
 from training_hub.errors import HubError, RecipeError
-from training_hub.frontends.commands import COMMANDS
+from training_hub.frontends.commands import COMMANDS, GROUPS, PLAIN_COMMANDS
 from training_hub.frontends.parser import Parser
 from training_hub.recipe.load import Layer, layer_of, merge, overrides, read_text, read_value
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, nearest, resolve, sections
@@ -122,6 +122,8 @@ def _run(words: list[str]) -> int:
         return COMMANDS[parsed.command].run(_recipe(parsed, rest), parsed)
     if rest:
         raise RecipeError([f"{word}: training-hub {parsed.command} takes no such argument." for word in rest])
+    if parsed.command in PLAIN_COMMANDS:
+        return PLAIN_COMMANDS[parsed.command].run(parsed)
     {"schema": _print_schema, "algorithms": _print_algorithms, "version": _print_versions}[parsed.command]()
     return 0
 
@@ -234,18 +236,35 @@ def _parser() -> Parser:
         parser_of = commands.add_parser(typed, aliases=also, help=entry.summary, description=entry.summary, usage=usage)
         _add_settings(parser_of)
         parser_of.set_defaults(command=name)
+    below = {
+        name: commands.add_parser(name, help=text, description=text).add_subparsers(
+            metavar="ACTION", required=True, parser_class=Parser
+        )
+        for name, text in GROUPS.items()
+    }
     for name, command in COMMANDS.items():
         usage = command.usage or USAGE.replace("sft", name).replace(" --output O", "")
-        parser_of = commands.add_parser(name, help=command.help, description=command.help, usage=usage)
+        parser_of = _add_command(below, commands, name, command.help, usage=usage)
         command.add_options(parser_of)
         _add_settings(parser_of, names_algorithm=True)
+    for name, plain in PLAIN_COMMANDS.items():
+        plain.add_options(_add_command(below, commands, name, plain.help))
     commands.add_parser(AUTOTRAIN, help="train with the flags, the file and the defaults of AutoTrain's SFT guide")
     commands.add_parser(FORGE, help="train with the YAML file of torchforge's SFT app, its names and its defaults")
     commands.add_parser("schema", help="print the JSON Schema of a recipe file, for editors")
     commands.add_parser("algorithms", help="list algorithms and their backends")
     commands.add_parser("version", help="print the versions of this package and of those that matter to a run")
-    for each in dict.fromkeys(commands.choices.values()):  # a command stands there under each of its names
+    found = [*commands.choices.values(), *(each for group in below.values() for each in group.choices.values())]
+    for each in dict.fromkeys(found):  # a command stands there under each of its names
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_command(below: Mapping[str, Any], commands: Any, name: str, text: str, **settings: Any) -> Parser:
+    """The parser of a command; one of two words stands below the first."""
+    group, _, word = name.rpartition(" ")
+    parser = (below[group] if group else commands).add_parser(word, help=text, description=text, **settings)
+    parser.set_defaults(command=name)
     return parser
 
 

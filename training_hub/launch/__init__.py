@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training_hub.algorithms import engine_of
-from training_hub.backends import Given, Several, find_backend
+from training_hub.backends import Backend, Given, Several, find_backend
 from training_hub.errors import CheckpointError, DiskError, HubError, Interrupted, RecipeError
 from training_hub.folders import damage, tidy, write_json, write_text
 from training_hub.launch import hub
@@ -58,12 +58,18 @@ def run(recipe: Recipe, given: Given | None = None) -> TrainResult:
         raise interruption(stop.number, RunFolder(Path(recipe.output)).newest_checkpoint()) from error
 
 
-def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
+def willing_engine(recipe: Recipe) -> Backend:
+    """The engine that runs the recipe. Raises RecipeError listing every objection, before anything is loaded."""
     engine = find_backend(engine_of(recipe))
     objections = [*watcher_objections(recipe), *engine.objections(recipe)]
     objections += [] if objections else hub.objections(recipe)  # which asks the network, so last
     if objections:
         raise RecipeError(objections)
+    return engine
+
+
+def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
+    engine = willing_engine(recipe)
     folder = RunFolder(Path(recipe.output))
     layout = Layout()
     if isinstance(engine, Several):

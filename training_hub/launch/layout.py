@@ -1,7 +1,7 @@
 """How many processes a run has, and where they meet: what the recipe says, else the environment, else one process.
 
 The environment is that of torchrun, in both of its uses: RANK and WORLD_SIZE say that this process is one of several
-already; PET_NPROC_PER_NODE and the like give defaults to processes that we start.
+already; PET_NPROC_PER_NODE and the like give defaults to processes that we start. Behind it comes that of Slurm's srun.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training_hub.errors import RecipeError
+from training_hub.launch.slurm.environment import step_problem, step_settings
 from training_hub.recipe import Recipe
 
 DEFAULT_PORT = 29500  # torchrun's
@@ -112,6 +113,13 @@ def _settings(recipe: Recipe, environment: Mapping[str, str]) -> tuple[dict[str,
         given.add(name)
     if {"rdzv_endpoint", "master_addr"} <= given and environment.get("PET_MASTER_ADDR"):
         problems.append("Cannot specify both PET_RDZV_ENDPOINT and PET_MASTER_ADDR: each says where to meet. Keep one.")
+    if "RANK" not in environment and not {"nodes", "node_rank"} & given:
+        problem = step_problem(environment)
+        problems += [problem] if problem else []
+        is_told_where = bool((said | given) & set(WHERE))
+        for name, value in step_settings(environment).items():
+            if name not in said | given and not (name in WHERE and is_told_where):
+                found[name] = value
     return found, problems
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from training_hub.backends import LISTEN_FD, RUN_ID
+from training_hub.backends import HEARS_TWICE, LISTEN_FD, RUN_ID
 from training_hub.data.workers import num_cores
 from training_hub.errors import LaunchError
 from training_hub.launch.endings import Ending, ending_of, error_of, log_of, read_ending
@@ -197,6 +197,8 @@ def environment_of(layout: Layout, rank: int, port: int, own: Mapping[str, str])
         PARENT: str(os.getpid()),
         "PYTHONPATH": python_path(own.get("PYTHONPATH")),
     }
+    if "SLURM_JOB_ID" in own:  # Slurm signals every process of a job step, those that we started as well
+        found[HEARS_TWICE] = "1"
     # As many threads in all as there are cores; more would take turns.
     found.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // layout.procs)))
     if layout.is_on_loopback:

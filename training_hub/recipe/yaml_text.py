@@ -85,10 +85,20 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
+class _BlockDumper(_Dumper):
+    """The same, with text of several lines as a block."""
+
+    def represent_text(self, data: str) -> yaml.ScalarNode:
+        node = super().represent_text(data)
+        node.style = node.style or ("|" if "\n" in data else None)
+        return node
+
+
 for _tag, _pattern, _first in _RULES:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
-_Dumper.add_representer(str, _Dumper.represent_text)
+for _class in (_Dumper, _BlockDumper):
+    _class.add_representer(str, _class.represent_text)
 
 
 def read_yaml(text: str, name: str = "the recipe") -> Any:
@@ -112,9 +122,13 @@ def read_yaml(text: str, name: str = "the recipe") -> Any:
             loader.dispose()
 
 
-def write_yaml(values: Any) -> str:
-    """YAML that `read_yaml` turns into equal values again. `values`: dictionaries, lists, text, numbers, None."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def write_yaml(values: Any, has_blocks: bool = False) -> str:
+    """YAML that `read_yaml` turns into equal values again. `values`: dictionaries, lists, text, numbers, None.
+
+    has_blocks: text of several lines stands as such below its key, where YAML can write it so.
+    """
+    dumper = _BlockDumper if has_blocks else _Dumper
+    return yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _bound_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:

@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from training_hub.frontends.commands import chat, check, continual, evaluate, merge, plan, preview
+from training_hub.frontends.commands import (
+    chat,
+    check,
+    continual,
+    evaluate,
+    manifests,
+    merge,
+    plan,
+    preview,
+    slurm,
+)
 from training_hub.recipe import Recipe
 
 
@@ -25,6 +35,15 @@ class Command:
     takes_tokenizer: bool = False
     goes_without: tuple[str, ...] = ("output",)
     usage: str = ""
+
+
+@dataclass(frozen=True)
+class PlainCommand:
+    """A command that takes no recipe: what it is for, its options, and what it does."""
+
+    help: str
+    add_options: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
 
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
@@ -63,5 +82,40 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             goes_without=("data.path",),
             usage=continual.USAGE,
         ),
+        "slurm submit": Command(
+            "check a run and send it to Slurm, where it saves before it is stopped and goes on by itself",
+            slurm.add_submit_options,
+            slurm.submit,
+            goes_without=(),
+            usage=slurm.USAGE,
+        ),
+        "kubeflow": Command(
+            "print a run as a TrainJob of Kubeflow Trainer 2",
+            manifests.add_kubeflow_options,
+            manifests.kubeflow,
+            goes_without=(),
+        ),
+        "skypilot": Command(
+            "print a run as a task of SkyPilot", manifests.add_skypilot_options, manifests.skypilot, goes_without=()
+        ),
     }
 )
+
+PLAIN_COMMANDS: Mapping[str, PlainCommand] = MappingProxyType(
+    {
+        "slurm status": PlainCommand(
+            "say how a job and its run stand: why it waits, its last step, how it ended and why",
+            slurm.add_run_option,
+            slurm.status,
+        ),
+        "slurm logs": PlainCommand("print the log of a job as it is written", slurm.add_logs_options, slurm.logs),
+        "slurm cancel": PlainCommand(
+            "end a job after its run has saved its state", slurm.add_cancel_options, slurm.cancel
+        ),
+    }
+)
+
+GROUPS: Mapping[str, str] = MappingProxyType(
+    {"slurm": "send a run to Slurm, see how it stands, read its log, end it: submit, status, logs, cancel"}
+)
+"""What the first word of commands of two words is for."""
