@@ -254,7 +254,7 @@ def test_the_example_layouts_are_settings_of_the_recipe_or_refused_in_words(
         assert all(f"{name}: found" in said for name in missing)
     else:
         found = check(with_snippet(structure, snippet)).model_dump()["parallelism"]
-        assert (found["data_parallel_shard_degree"], found["tensor_parallel_degree"]) == degrees
+        assert (found["data_parallel_shard_degree"], found.get("tensor_parallel_degree", 1)) == degrees
 
 
 def test_the_remedies_of_troubleshooting_are_settings(structure: dict[str, Any]):
