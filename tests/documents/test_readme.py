@@ -12,8 +12,9 @@ import yaml
 from tests.documents.snippets import blocks, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "scaling.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, *(page for page in OTHERS if page not in PAGES)]
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 TEMPLATE = ROOT / "training_hub" / "data" / "templates" / "chatml.jinja"
 

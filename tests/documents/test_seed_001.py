@@ -175,6 +175,21 @@ def test_the_whole_structure_is_a_run_for_quick_testing(structure: dict[str, Any
         }
 
 
+def test_several_processes_share_out_a_step(structure: dict[str, Any]):
+    """The page's "Single Node (8 GPUs)" with two processes, whose losses are those of one with all samples."""
+    losses = []
+    for procs, rows in ((1, 4), (2, 2)):
+        changed = f"{{processes: {{procs: {procs}}}, training: {{steps: 3, seq_len: 64, local_batch_size: {rows}}}}}"
+        folder = f"of-{procs}"
+        words = (f"checkpoint.folder={folder}", "training.dataset=c4_test", "training.mixed_precision_param=float32")
+        words += ("lr_scheduler.warmup_steps=0", "optimizer.lr=1e-3")
+        assert run(with_snippet(structure, changed), *words) == 0
+        rows_of = (json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows_of if row.get("step")])
+    # Float32, and the same sums in another order.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_production_and_memory_constrained_settings_arrive(structure: dict[str, Any]):
     recipe = check(with_snippet(structure, PRODUCTION))
     assert (recipe.training.steps, recipe.data.path, recipe.processes.procs) == (10000, "allenai/c4:en", 8)
@@ -239,7 +254,7 @@ def test_the_example_layouts_are_settings_of_the_recipe_or_refused_in_words(
         assert all(f"{name}: found" in said for name in missing)
     else:
         found = check(with_snippet(structure, snippet)).model_dump()["parallelism"]
-        assert (found["data_parallel_shard_degree"], found["tensor_parallel_degree"]) == degrees
+        assert (found["data_parallel_shard_degree"], found.get("tensor_parallel_degree", 1)) == degrees
 
 
 def test_the_remedies_of_troubleshooting_are_settings(structure: dict[str, Any]):

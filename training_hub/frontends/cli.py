@@ -160,7 +160,7 @@ def _recipe(parsed: argparse.Namespace, rest: list[str]) -> Recipe:
     not_given = {path: flag for path, flag in ASK_FOR.items() if path not in layer.values}
     layer = replace(layer, spelled={**layer.spelled, **not_given})
     if parsed.command in COMMANDS:
-        return recipe_from(merge(_stand_ins(parsed.command, layer), layer), algorithm=ALGORITHM, backend=BACKEND)
+        return recipe_from(merge(_stand_ins(parsed, layer), layer), algorithm=ALGORITHM, backend=BACKEND)
     named = layer.values.get("algorithm", parsed.command)
     if named != parsed.command:
         wrong = f"algorithm: found {named!r} in {parsed.config}, but the command is `training-hub {parsed.command}`."
@@ -168,11 +168,11 @@ def _recipe(parsed: argparse.Namespace, rest: list[str]) -> Recipe:
     return recipe_from(layer, algorithm=parsed.command, backend=BACKEND)
 
 
-def _stand_ins(name: str, layer: Layer) -> Layer:
+def _stand_ins(parsed: argparse.Namespace, layer: Layer) -> Layer:
     """What stands for the settings that a command does without."""
-    command = COMMANDS[name]
+    command = COMMANDS[parsed.command]
     tokenizer = layer.values.get("model.tokenizer") if command.takes_tokenizer else None
-    without = dict.fromkeys(command.goes_without, NONE)
+    without = dict.fromkeys(command.goes_without, NONE) | ({"data.path": NONE} if command.without_rows(parsed) else {})
     return Layer({**without, **({"model.path": tokenizer} if tokenizer else {})})
 
 

@@ -26,13 +26,15 @@ class Command:
     """One command: what it is for, its options beside those of the recipe, and what it does.
 
     goes_without: settings that need not be given: `output`, where it writes into no run folder. takes_tokenizer:
-    model.tokenizer alone is enough, since no weight and no config is read. usage: where it is not that of a run.
+    model.tokenizer alone is enough, since no weight and no config is read. without_rows: whether its options make
+    data.path needless. usage: where it is not that of a run.
     """
 
     help: str
     add_options: Callable[[ArgumentParser], None]
     run: Callable[[Recipe, Namespace], int]
     takes_tokenizer: bool = False
+    without_rows: Callable[[Namespace], bool] = lambda options: False
     goes_without: tuple[str, ...] = ("output",)
     usage: str = ""
 
@@ -54,7 +56,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "check": Command(
             "prove on the model and its rows what training relies on, without training", check.add_options, check.run
         ),
-        "plan": Command("say what a run will do and take, without loading weights", plan.add_options, plan.run),
+        "plan": Command(
+            "say what a run will do and take, without loading weights",
+            plan.add_options,
+            plan.run,
+            without_rows=lambda options: options.world_size is not None,
+        ),
         "eval": Command(
             "let saved models answer rows, and compare what they say with what the rows say",
             evaluate.add_options,

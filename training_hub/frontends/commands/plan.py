@@ -35,11 +35,31 @@ def add_options(parser: ArgumentParser) -> None:
         help="how fast: a run folder or its metrics.jsonl, for a time estimate at the rate of that run; or `measure`, "
         "for a bound from below by one matrix product measured now (default: no time is told)",
     )
+    on_paper = parser.add_argument_group(
+        "plan on paper", "layouts on so many devices, from the shape of the model alone"
+    )
+    on_paper.add_argument(
+        "--world-size",
+        metavar="N",
+        help="compare layouts on N devices: memory and messages of each, and which to take. No data and no device is "
+        "needed; --model is a folder with a config.json or one of the models whose shapes are known by name",
+    )
+    on_paper.add_argument("--gpu", metavar="KIND", help="a100, h100 (default), h200 or b200")
+    on_paper.add_argument("--gpu-memory", metavar="GIB", help="memory of a device, where it is not that of its kind")
+    on_paper.add_argument("--gpus-per-node", metavar="N", help="devices of a host (default: 8)")
     group.add_argument("--json", action="store_true", help="print the plan as JSON, as a run writes it into plan.json")
 
 
 def run(recipe: Recipe, options: Namespace) -> int:
     """Print the plan. The data is read and tokenised, and kept for the run where data.cache says so."""
+    if options.world_size is not None:
+        from training_hub.frontends.commands import on_paper
+
+        return on_paper.run(recipe, options)
+    unused = [name for name in ("gpu", "gpu_memory", "gpus_per_node") if getattr(options, name) is not None]
+    if unused:
+        names = ", ".join("--" + name.replace("_", "-") for name in unused)
+        raise RecipeError(f"{names}: would change nothing without --world-size. Write --world-size 8, or leave it out.")
     from training_hub.algorithms import engine_of
     from training_hub.backends import Planner, find_backend
     from training_hub.monitoring.console import open_console
