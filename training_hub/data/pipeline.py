@@ -106,6 +106,7 @@ class Work:
 
     skips_bad: a row with problems is left out and kept among the rejects. leaves_out_problems: problems are only
     counted, for a look at the other rows. system: a system message that conversations get in place of their own.
+    chunk_rows, chunk_bytes: what bounds a chunk.
     """
 
     encoder: Encoder
@@ -115,6 +116,8 @@ class Work:
     leaves_out_problems: bool = False
     skips_bad: bool = False
     system: str | None = None
+    chunk_rows: int = ROWS_PER_CHUNK
+    chunk_bytes: int = BYTES_PER_CHUNK
 
     @cached_property
     def mapped(self) -> frozenset[str]:
@@ -307,14 +310,16 @@ def _rows_of(task: Task) -> str:
     return f"{first} to {last.line}"
 
 
-def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
+def _chunks(
+    rows: Iterable[NumberedRow], most_rows: int = ROWS_PER_CHUNK, most_bytes: int = BYTES_PER_CHUNK
+) -> Iterator[list[NumberedRow]]:
     """The rows in chunks of a bounded number and, as long texts are few, a bounded size."""
     chunk: list[NumberedRow] = []
     size = 0
     for numbered in rows:
         chunk.append(numbered)
         size += _size(numbered[1])
-        if len(chunk) == ROWS_PER_CHUNK or size >= BYTES_PER_CHUNK:
+        if len(chunk) == most_rows or size >= most_bytes:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -335,7 +340,7 @@ def _tasks(sources: Sequence[Source], work: Work, tally: Counter[str], console: 
         format_name, num_rows = source.format, 0
         for part in source.parts:
             part_number += 1
-            for chunk in _chunks(part.rows(tally)):
+            for chunk in _chunks(part.rows(tally), work.chunk_rows, work.chunk_bytes):
                 if format_name == "auto":
                     format_name, chunk = _detected(chunk, work.settings, source, console)
                 if not num_rows:

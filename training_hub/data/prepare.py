@@ -6,7 +6,7 @@ files, settings, tokenizer and template starts at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,8 @@ class Kitchen:
         if any(fingerprint is None for *_, fingerprint in parts):
             return None
         data = self.recipe.data
-        chosen = ("columns", "roles", "template_arguments", "unmask", "end_token", "turns", "overlong", "pretraining")
-        bounds = ("on_bad_row", "max_row_bytes")
+        chosen = ("columns", "roles", "template_arguments", "unmask", "end_token", "start_token", "turns", "overlong")
+        bounds = ("pretraining", "on_bad_row", "max_row_bytes")
         return key_of(
             {
                 "parts": parts,
@@ -139,6 +139,7 @@ class Kitchen:
             roles=data.roles,
             unmask=data.unmask,
             end_token=data.end_token,
+            start_token=data.start_token,
             pretraining=data.pretraining,
             template_arguments=data.template_arguments,
         )
@@ -147,7 +148,9 @@ class Kitchen:
             raise DataError(list(dict.fromkeys(problems)))
         encoder = Encoder(self.tokenizer, template=self.template, unmask=data.unmask, turns=data.turns)
         skips_bad = data.on_bad_row == "skip"
-        return Work(encoder, settings, self._longest, data.overlong, self.leaves_out_problems, skips_bad, self.system)
+        limits = (data.chunk_rows, data.chunk_bytes)
+        leaves_out = self.leaves_out_problems
+        return Work(encoder, settings, self._longest, data.overlong, leaves_out, skips_bad, self.system, *limits)
 
     def _write(self, sources: Sequence[Source], max_rows: int | None, enough: Enough | None, folder: Path) -> None:
         work, data = self.work(sources), self.recipe.data
@@ -202,6 +205,8 @@ def prepare(
     report["sources"] = _per_source(sources, train)
     if validation is not None:
         report["validation"] = _counts(validation)
+        if isinstance(validation_rows, Mapping):
+            report["validation"]["sources"] = _per_source(_validation_sources(data, validation_rows), validation)
         if aside is not None and aside.report.get(TALLY):
             report["validation"][TALLY] = aside.report[TALLY]
     for line in told(report, data.deduplicate):
@@ -233,8 +238,8 @@ def _stores(kitchen: Kitchen, rows: Any, validation_rows: Any) -> tuple[list[Sou
         problems += error.problems
     try:
         if validation_rows is not None or data.validation is not None:
-            source = _validation_source(data, validation_rows)
-            validation = _not_empty("data.validation", kitchen.store([source], None, data.validation_samples), [source])
+            apart = _validation_sources(data, validation_rows)
+            validation = _not_empty("data.validation", kitchen.store(apart, None, data.validation_samples), apart)
     except DataError as error:
         problems += error.problems
     if train is None or problems:
@@ -263,13 +268,15 @@ def _refuse_unread_columns(data: Data, store: TokenStore) -> None:
         )
 
 
-def _validation_source(data: Data, live_rows: Any) -> Source:
+def _validation_sources(data: Data, live_rows: Any) -> list[Source]:
+    """The validation rows: one source, or of a mapping of names to rows one for each."""
+    if isinstance(live_rows, Mapping):
+        return [_live(rows, str(name), data) for name, rows in live_rows.items()]
     if live_rows is not None:
-        return _live(live_rows, "validation rows", data)
+        return [_live(live_rows, "validation rows", data)]
     # On the hub the training split would be the training data again; files have no splits.
-    return replace(
-        open_path(str(data.validation), "validation", data.max_row_bytes, data.streaming), format=data.format
-    )
+    source = open_path(str(data.validation), "validation", data.max_row_bytes, data.streaming)
+    return [replace(source, format=data.format)]
 
 
 def _counts(store: TokenStore) -> dict[str, int]:

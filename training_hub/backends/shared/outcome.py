@@ -64,9 +64,10 @@ def final_step(run: Ended) -> int:
     return run.step if best is None else best
 
 
-def early_end(run: Ended) -> str:
-    """Why the run ended before its last step, for want of a better evaluation; "" where it did not."""
-    return run.best.reason if run.step < run.feed.total_steps else ""
+def early_end(run: Ended, asked: str = "") -> str:
+    """Why the run ended before its last step, for want of a better evaluation or because a callback `asked` for it; ""
+    where it did not."""
+    return run.best.reason or asked if run.step < run.feed.total_steps else ""
 
 
 def data_facts(run: Ended) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The loss of each source of the data, step by step, gathered on the device and fetched with the step's loss."""
+"""The loss of each source of the data, or of each validation set, gathered on the device and fetched with the whole."""
 
 # N trained positions of a pack, S sources
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training_hub.backends.shared.sources import metric_names
 from training_hub.backends.torch_engine.tensors import Term
+from training_hub.data.prepare import Prepared
 from training_hub.data.store import TokenStore
 from training_hub.types import Pack
 
@@ -19,8 +20,8 @@ from training_hub.types import Pack
 class BySource:
     """Sums of one step: of the losses and of the weights of each source's trained tokens."""
 
-    def __init__(self, sources: Sequence[str], store: TokenStore, device: torch.device):
-        self.names = metric_names(sources)
+    def __init__(self, sources: Sequence[str], store: TokenStore, device: torch.device, what: str = "source_loss"):
+        self.names = metric_names(sources, what)
         self._of_sample = store.source_index
         self._sums_2S = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
 
@@ -45,3 +46,10 @@ class BySource:
         """The mean loss of each source that the step had, from `sums` as numbers."""
         losses, weights = sums[: len(self.names)], sums[len(self.names) :]
         return {name: loss / weight for name, loss, weight in zip(self.names, losses, weights, strict=True) if weight}
+
+
+def sets_of(prepared: Prepared, device: torch.device) -> BySource | None:
+    """The sums of each validation set, where there are several."""
+    names = [one["name"] for one in prepared.report.get("validation", {}).get("sources", ())]
+    store = prepared.validation
+    return BySource(names, store, device, "validation_loss") if store is not None and len(names) > 1 else None

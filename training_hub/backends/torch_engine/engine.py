@@ -23,7 +23,7 @@ from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
-from training_hub.backends.torch_engine.by_source import BySource
+from training_hub.backends.torch_engine.by_source import BySource, sets_of
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.dividing import divide, load_for, refuse_broken_model
@@ -71,7 +71,7 @@ from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.voice import Voice, open_voice
 from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
-from training_hub.data.feed import Feed
+from training_hub.data.feed import Feed, packs_validation
 from training_hub.errors import DataError, RecipeError, TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.judging import objections as metric_objections
@@ -80,7 +80,7 @@ from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.jsonl import read_metrics
 from training_hub.monitoring.proof_table import as_json, table
-from training_hub.monitoring.watchers import open_watchers
+from training_hub.monitoring.watchers import asked_to_stop, open_watchers
 from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console, Proof, TrainResult
@@ -216,6 +216,7 @@ class TorchEngine:
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)
+                run.stop_reason = asked_to_stop(watchers)
             if group.is_main:
                 for line in speed_lines(run, folder):
                     console.say(line)
@@ -266,7 +267,7 @@ class TorchEngine:
     ) -> TrainResult:
         run.group.gather("steps")  # the last line has been written
         history = tuple(read_metrics(folder.metrics)) if folder.metrics.exists() else ()
-        reason = (run.watch.reason if run.watch is not None else "") or early_end(run)
+        reason = (run.watch.reason if run.watch is not None else "") or early_end(run, run.stop_reason)
         return TrainResult(
             status="stopped" if reason else "finished",
             output_dir=folder.path,
@@ -306,7 +307,8 @@ def assemble(
     plain, note = cross_entropy(model)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
-    is_packed = recipe.data.packing and can_pack(model, plain, dtype, console)
+    asked = (recipe.data.packing, packs_validation(recipe.data))
+    may_pack = any(asked) and can_pack(model, plain, dtype, console)
     store = materials.prepared.train
     are_split, let_go = recipe.optimizer.state != "full", partial(layout.let_go, model)
     masters = Masters(model.named_parameters(), adaptation, are_split=are_split, published=let_go)
@@ -317,7 +319,7 @@ def assemble(
         plain=plain,
         adaptation=adaptation,
         updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), layout),
-        feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
+        feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, asked[0] and may_pack)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
         device=device,
@@ -327,6 +329,8 @@ def assemble(
         exam=exam_of(recipe, materials),
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
         layout=layout,
+        packs_validation=asked[1] and may_pack,
+        validation_sets=sets_of(materials.prepared, device),
     )
     adaptation.expect_steps(run.feed.total_steps)
     sources = [one["name"] for one in materials.prepared.report["sources"]]

@@ -45,7 +45,7 @@ from training_hub.types import Batch, Console, StepReport
 @dataclass
 class Run:
     """A run in progress: its parts, and the little that changes: the step it has reached, its best evaluation, and how
-    many steps up to now were left out without a break.
+    many steps up to now were left out without a break; stop_reason is what a watcher of the user's ends it for.
 
     objective: what is minimised. plain: cross-entropy, by which validation and watch measure whatever is minimised.
     """
@@ -76,6 +76,9 @@ class Run:
     by_source: BySource | None = None
     thaw: Thaw | None = None
     layout: Layout = WHOLE
+    validation_sets: BySource | None = None
+    packs_validation: bool = True
+    stop_reason: str = ""
 
     @property
     def group(self) -> Group:
@@ -123,13 +126,14 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         is_best = report.validation_loss is not None and run.best.note(measured(report), run.step)
         is_due = is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best)
         # Clocks differ, and a signal may have reached one process only: what one is asked for, all do.
-        number, must_save = run.group.highest([stop.number or 0, int(is_due)])
+        number, must_save, must_end = run.group.highest([stop.number or 0, int(is_due), int(bool(run.stop_reason))])
         if number or must_save:
             save(run)
             number = run.group.highest([stop.number or 0])[0]  # one may have come while it was saved
         if run.step < run.feed.total_steps:
-            if run.best.reason:
-                run.console.say(f"stopped: {run.best.reason}")
+            run.stop_reason = run.stop_reason or ("a callback of the first process ended it" if must_end else "")
+            if reason := run.best.reason or run.stop_reason:
+                run.console.say(f"stopped: {reason}")
                 return
             if number:
                 raise interrupted(number, run.step, run.feed.total_steps, run.checkpoints.folder(run.step))
@@ -245,15 +249,19 @@ def step_seed(seed: int, step: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
-    """Mean cross-entropy over the trained tokens of all of `store`, in nats."""
+def evaluate(run: Run, store: TokenStore, what: str = "validation", sets: BySource | None = None) -> float:
+    """Mean cross-entropy over the trained tokens of all of `store`, in nats; `sets` gathers that of each set."""
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
+    packs = validation_packs(store, run.feed.settings.token_budget, run.packs_validation)
     with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for one, tokens in run.layout.rounds(packs):
             if one is not None:
-                total += run.plain(run.model, to_device(one, run.device)).total
+                tensors = to_device(one, run.device)
+                term = run.plain(run.model, tensors)
+                total += term.total
+                if sets is not None:
+                    sets.add(term, tensors.target_weights, one)
             elif run.layout.is_divided:
                 idle(run, run.plain, store)
             advance(tokens)
@@ -261,10 +269,17 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
 
 
 def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
-    """The report with what the validation rows say: their loss, and scores of answers where these are asked for."""
-    loss = evaluate(run, store)
+    """The report with what the validation rows say: their loss, of each of several sets too, and scores of answers
+    where these are asked for."""
+    sets, measures = run.validation_sets, report.measures
+    if sets is not None:
+        sets.begin()
+    loss = evaluate(run, store, sets=sets)
+    if sets is not None:
+        measures = {**measures, **sets.means(run.layout.sum(sets.sums).tolist())}
     scores = take_exam(run, run.exam) if run.exam is not None else {}
-    return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), scores=scores)
+    doubt = perplexity(loss)
+    return replace(report, validation_loss=loss, validation_perplexity=doubt, scores=scores, measures=measures)
 
 
 def begin_exam(run: Run, exam: Exam) -> None:
