@@ -15,10 +15,14 @@ from training_hub.frontends.cli import SHORTCUTS
 from training_hub.frontends.commands import COMMANDS
 from training_hub.frontends.dialects import KEYWORDS, KEYWORDS_OF
 from training_hub.frontends.forge.schema import doc_lines
+from training_hub.frontends.trainer.fields import FIELDS
+from training_hub.frontends.trainer.refused import REFUSED
 from training_hub.recipe import Recipe
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, sections
 
 FOLDER = Path(__file__).parent / "reference"
+TRAINER = Path(__file__).parent / "guides" / "trainer.md"
+MARKS = ("<!-- table: written by docs/make_reference.py -->\n", "<!-- end of table -->")
 NOTE = "<!-- Written by docs/make_reference.py; change the docstrings in training_hub instead. -->\n"
 
 RECIPE_HEAD = """# The recipe
@@ -63,7 +67,14 @@ def cli_page() -> str:
     return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags(), *_autotrain(), *_forge()])
 
 
+def trainer_page(page: str) -> str:
+    """The guide to SFTTrainer with its table of fields as they are."""
+    before, _, rest = page.partition(MARKS[0])
+    return before + MARKS[0] + "\n".join(_trainer_fields()) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
+
+
 def write(folder: Path = FOLDER) -> None:
+    TRAINER.write_text(trainer_page(TRAINER.read_text(encoding="utf-8")), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.md").write_text(recipe_page(), encoding="utf-8")
     (folder / "cli.md").write_text(cli_page(), encoding="utf-8")
@@ -167,6 +178,20 @@ def _forge() -> Iterator[str]:
     yield "What is a setting of the recipe is named behind its meaning.\n"
     yield from doc_lines()
     yield ""
+
+
+def _trainer_fields() -> Iterator[str]:
+    yield "| field | of | default | recipe | what it says |\n|---|---|---|---|---|"
+    for field in FIELDS:
+        path = f"`{field.path}`" if field.path else ""
+        default = "" if field.default is None else f"`{field.default!r}`"
+        facts = (f"`{field.name}`", field.of, default, path, _one_line(field.meaning()))
+        yield f"| {' | '.join(facts)} |".replace("  ", " ")
+    yield "\nNot here; a value that asks for nothing is taken, of all others an error says:\n"
+    by_reason: dict[str, list[str]] = {}
+    for one in REFUSED.values():
+        by_reason.setdefault(one.why, []).append(f"`{one.name}`")
+    yield from (f"- {', '.join(names)}: {why}" for why, names in by_reason.items())
 
 
 def _default(setting: Setting) -> str:

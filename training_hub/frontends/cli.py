@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from itertools import pairwise
@@ -74,11 +74,12 @@ class Switch(argparse.Action):
         namespace.assignments = (*namespace.assignments, (self.dest, option_string, text))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Errors of this package are one message, others are bugs."""
+def main(arguments: Sequence[str] | None = None, run: Callable[[list[str]], int] | None = None) -> int:
+    """Run the command line, or another `run` on it; the exit code. Errors of this package are one message, others are
+    bugs."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words)
+        return (run or _run)(words)
     except HubError as error:
         if "--debug" in words:
             raise

@@ -94,7 +94,7 @@ def request_from(keywords: Mapping[str, Any], function: str = "sft") -> Request:
     problems += whole_batch(given) if "micro_batch_size" in known else []
     extra = layer_of(given.pop("overrides", None), "overrides")
     problems += [unknown_keyword(name, function) for name in given if name not in known]
-    layer = _layer([known[name] for name in given if name in known], given)
+    layer = layer_from([known[name] for name in given if name in known], given)
     twice = [path for path in extra.values if path in layer.values]
     problems += [f"{path}: given twice, as {layer.spelled[path]} and in overrides. Keep one." for path in twice]
     layer, metrics = _live_metrics(merge(layer, extra))
@@ -122,7 +122,8 @@ def unknown_keyword(name: str, function: str) -> str:
     return f"{function}() has no parameter '{name}'.{hint}"
 
 
-def _layer(keywords: Iterable[Keyword], given: Mapping[str, Any]) -> Layer:
+def layer_from(keywords: Iterable[Keyword], given: Mapping[str, Any]) -> Layer:
+    """The settings that the values of these keywords stand for; a setting given twice is a problem of the layer."""
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     problems: list[str] = []
