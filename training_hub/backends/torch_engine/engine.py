@@ -307,6 +307,8 @@ def assemble(
     model = adaptation.attach(loaded.model)
     if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
+    if isinstance(adaptation, Osft):
+        adaptation.divide(group)
     adaptation.begin(console)
     plain, note = cross_entropy(model)
     for line in (*loaded.notes, *([note] if note else [])):
