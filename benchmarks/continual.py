@@ -1,4 +1,4 @@
-"""What each method forgets over a sequence of tasks, at the same new-task score: full SFT, OSFT in both forms, replay.
+"""What each method forgets over a sequence of tasks, at the same new-task score: full SFT, OSFT, replay, LoRA.
 
     python benchmarks/continual.py demo --output out       # shipped base (0.7 M parameters), tasks made here
     python benchmarks/continual.py base --output out       # 3.3 M parameters by continual_base.py, the same tasks
@@ -6,8 +6,9 @@
 
 A method that learns less forgets less, so methods are compared where they have learned as much. Each first runs the
 whole sequence at several learning rates with a seed of its own. The goal is a little below the best new-task score of
-the worst method, since at the very best a curve is flat and noise would choose; each method gets the lowest rate that
-reaches it, interpolated. Those rates then run with the seeds that are reported.
+the worst method, since at the very best a curve is flat and noise would choose, or what --goal asks for; each method
+gets the lowest rate that reaches it, interpolated. Those rates then run with the seeds that are reported. A method that
+does not reach what --goal asks for is left out of them, and the page says so.
 Scores are minus the mean loss on the answers of held-out rows, in nats. General text is watched: prose of the demo
 base's own pre-training, or texts that stories260K says itself, on which the rise is its divergence from itself.
 What is finished is not run again. benchmarks/continual/RESULTS.md says what came out.
@@ -35,6 +36,7 @@ from training_hub.experiments.continual import METHODS, ContinualResult, Course,
 from training_hub.experiments.continual_files import table, write_files
 from training_hub.recipe import Recipe
 
+DEFAULT_METHODS = ("full", "osft", "osft-core", "replay", "lora")
 RATES = (1e-3, 3e-3, 1e-2)
 MARGIN = 0.1  # nats
 HALVINGS = 4  # of the lowest rate, where even that learns more than the goal
@@ -63,9 +65,11 @@ def main() -> None:
     parser.add_argument("base", choices=["demo", "base", "stories"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path("build/continual-base/run/final"), help="of `base`")
-    parser.add_argument("--methods", nargs="+", default=["full", "osft", "osft-core", "replay"])
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--rates-for", nargs="+", action="append", default=[], metavar=("METHOD", "RATE"))
+    parser.add_argument("--goal", type=float, default=None, help="the new-task score to compare at, in nats below 0")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of 16 rows for each task")
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--set", dest="common", action="append", default=[], help="METHOD:PATH=JSON, for one method")
@@ -81,11 +85,12 @@ def main() -> None:
         SCORE[arguments.base],
     )
     rates, goal, grid = matched_rates(study, arguments)
-    chosen = tuple(at_rate(method_of(name, arguments), rates[name]) for name in arguments.methods)
-    result = continual(replace(study, methods=chosen, recipe=inside(study.recipe, "matched")))
+    chosen = tuple(at_rate(method_of(name, arguments), rate) for name, rate in rates.items())
+    where = "matched" if arguments.goal is None else f"matched{goal:+g}"
+    result = continual(replace(study, methods=chosen, recipe=inside(study.recipe, where)))
     write_files(result)
     page = "\n".join(report(arguments, result, rates, goal, grid))
-    (arguments.output / "RESULTS.md").write_text(page + "\n", encoding="utf-8")
+    (arguments.output / f"{where}.md").write_text(page + "\n", encoding="utf-8")
     print("\n".join(table(result)))
     print(page)
 
@@ -131,20 +136,23 @@ def at_rate(method: Method, rate: float, name: str = "") -> Method:
 
 
 def matched_rates(study: Study, arguments: argparse.Namespace) -> tuple[dict[str, float], float, Grid]:
-    """A rate for each method, the new-task score they shall share, and what each rate gave."""
+    """A rate for each method that gets there, the new-task score they shall share, and what each rate gave."""
     grid: Grid = {}
+    own_rates = {name: sorted(map(float, rates)) for name, *rates in arguments.rates_for}
     for name in arguments.methods:
         own = method_of(name, arguments)
-        grid[name] = [tried(study, own, rate) for rate in sorted(arguments.rates)]
-        print(name, told_points(grid[name]))
-    goal = min(max(learned for _, learned, _ in points) for points in grid.values()) - MARGIN
-    for name, points in grid.items():
+        grid[name] = [tried(study, own, rate) for rate in own_rates.get(name, sorted(arguments.rates))]
+        print(name, told_points(grid[name]), flush=True)
+    best = {name: max(learned for _, learned, _ in points) for name, points in grid.items()}
+    goal = min(best.values()) - MARGIN if arguments.goal is None else arguments.goal
+    able = {name: points for name, points in grid.items() if best[name] >= goal}
+    for name, points in able.items():
         for _ in range(HALVINGS):
             if points[0][1] < goal:
                 break
             points.insert(0, tried(study, method_of(name, arguments), points[0][0] / 2))
-            print(name, told_points(points))
-    return {name: lowest_rate(points, goal) for name, points in grid.items()}, goal, grid
+            print(name, told_points(points), flush=True)
+    return {name: lowest_rate(points, goal) for name, points in able.items()}, goal, grid
 
 
 def tried(study: Study, method: Method, rate: float) -> tuple[float, float, float]:
@@ -200,6 +208,8 @@ def report(
             measures = (average_accuracy, backward_transfer)
             cells += [told([measure(one.scores) for one in courses]) for measure in measures]
         yield f"| {method} | {rates[method]:g} | " + " | ".join(cells) + " |"
+    for method in (name for name in grid if name not in rates):
+        yield f"\n{method} does not reach the goal, and is not compared."
     yield f"\nNew-task score at each learning rate with seed {SELECTING_SEED}, backward transfer in brackets:\n"
     for method, points in grid.items():
         yield f"- {method}: {told_points(points)}"

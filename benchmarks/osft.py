@@ -1,7 +1,7 @@
 """What OSFT costs beside SFT: seconds of a step, peak memory, and the decomposition at the start.
 
     python benchmarks/osft.py steps           # SFT and OSFT at ratios 0.1, 0.2, 0.3, a process each, in turn
-    python benchmarks/osft.py decomposition   # full SVDs and ours on matrices of three sizes
+    python benchmarks/osft.py decomposition   # full SVDs and ours, of weights of four shapes
 
 Each run is the package's own `run` on random tokens. The lines it prints, with the machine and the versions, are what
 docs/guides/osft.md quotes.
@@ -18,27 +18,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-TOKENS_PER_STEP = 8192
 SAMPLE = 512
 WARM_STEPS = 2  # left out: allocators and caches fill
 RATIOS = (0.1, 0.2, 0.3)
-SHAPES = ((1024, 1024), (1024, 2816), (2048, 5632))
+RATIO = 0.3  # of the decompositions
+SHAPES = ("1024x1024", "1024x2816", "2816x1024", "2048x5632")  # as a model stores them: outputs x inputs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["steps", "decomposition", "one"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of decompositions after one that warms up, but for 1")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="of the weights to decompose")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gradients", default="step")
+    parser.add_argument("--tokens", type=int, default=8192, help="per step")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="to compare with SFT")
     parser.add_argument("--packs", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--ratio", type=float, default=None, help="of the one run; none: SFT")
     parser.add_argument("--folder", type=Path, default=None)
@@ -66,7 +69,7 @@ def compare_steps(arguments: argparse.Namespace) -> None:
 
     A round's ratio is its median step over that of SFT in the same round: what else the machine does changes slowly.
     """
-    found: dict[float | None, list[dict[str, Any]]] = {ratio: [] for ratio in (None, *RATIOS)}
+    found: dict[float | None, list[dict[str, Any]]] = {ratio: [] for ratio in (None, *arguments.ratios)}
     with tempfile.TemporaryDirectory() as folder:
         write_materials(Path(folder), arguments)
         for number in range(arguments.rounds):
@@ -93,7 +96,7 @@ def named(ratio: float | None) -> str:
 
 
 def in_a_process(arguments: argparse.Namespace, folder: str, ratio: float | None) -> dict[str, Any]:
-    passed = ("steps", "width", "layers", "dtype", "gradients", "packs")
+    passed = ("steps", "width", "layers", "dtype", "gradients", "packs", "tokens")
     words = [word for name in passed for word in (f"--{name}", str(getattr(arguments, name)))]
     words += ["--folder", folder, *(["--ratio", str(ratio)] if ratio is not None else [])]
     done = subprocess.run([sys.executable, __file__, "one", *words], capture_output=True, text=True, check=True)
@@ -118,7 +121,7 @@ def write_materials(folder: Path, arguments: argparse.Namespace) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     write_tokenizer(folder / "model")
     random = np.random.default_rng(0)
-    count = (arguments.steps + WARM_STEPS) * TOKENS_PER_STEP // SAMPLE
+    count = (arguments.steps + WARM_STEPS) * arguments.tokens // SAMPLE
     ids = random.integers(3, 4096, (count, SAMPLE)).tolist()
     lines = [json.dumps({"input_ids": row, "labels": row}) for row in ids]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
@@ -152,9 +155,9 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "model": {"path": str(arguments.folder / "model"), "dtype": arguments.dtype},
                 "data": {"path": str(arguments.folder / "rows.jsonl"), "format": "tokens", "cache": False},
                 "training": {
-                    "global_batch_size": TOKENS_PER_STEP // SAMPLE,
+                    "global_batch_size": arguments.tokens // SAMPLE,
                     "max_seq_len": SAMPLE,
-                    "max_tokens_per_gpu": TOKENS_PER_STEP // arguments.packs,
+                    "max_tokens_per_gpu": arguments.tokens // arguments.packs,
                     "preflight": False,
                 },
                 "checkpoint": {"final": False, "minutes": None},
@@ -170,48 +173,68 @@ def one_run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_decompositions(arguments: argparse.Namespace) -> None:
-    """Full SVDs and our split, in turn; how far the subspaces are from those of the SVD in float64, and what its
-    eigenvectors and its products take by themselves, below which no such split can get."""
+    """Full SVDs and our split of weights as a model stores them, in turn; how far the subspaces are from those of the
+    SVD in float64; and what its eigenvectors and its Gram matrix take by themselves, below which no such split can get.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("| weight | way | seconds: median (range) | of the processor | over ours | V off by | U off by |")
+    print("|---|---|---|---|---|---|---|")
+    for shape in arguments.shapes:
+        rows, columns = map(int, shape.split("x"))
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
+        for line in compared(weight, arguments.rounds, device):
+            print(line, flush=True)
+
+
+def compared(weight: Any, rounds: int, device: str) -> Iterator[str]:
+    """A row for each way to decompose `weight`."""
     import torch
 
     from training_hub.backends.torch_engine.adaptations.osft import decompose
-    from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("| matrix | way | seconds: median (range) | of the processor | over ours | V off by | U off by |")
-    print("|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
-        weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device).T.contiguous()
-        kept = rank_kept(min(shape), 0.3)
-        gram = weight.T.double() @ weight.double()
-        ways: dict[str, Callable[[], Any]] = {
-            "SVD float64": lambda w=weight: torch.linalg.svd(w.double(), full_matrices=False),
-            "SVD float32": lambda w=weight: torch.linalg.svd(w, full_matrices=False),
-            "ours": lambda w=weight, k=kept: split(w, k),
-            "eigenvectors alone": lambda g=gram: torch.linalg.eigh(g),
-            "Gram matrix alone": lambda w=weight: decompose.lower_gram(w),
-        }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        found: dict[str, Any] = {}
-        for number in range(arguments.rounds + 1):
-            for name, work in ways.items():
-                seconds, found[name] = timed(work, device)
-                times[name] += [seconds] if number else []  # the first round warms up
-        ours = statistics.median(processor for _, processor in times["ours"])
-        u, _, v = found["SVD float64"]
-        for name, one in found.items():
-            apart = ["", ""]
-            if name == "SVD float32":
-                apart = [told_apart(one[2][kept:].T, v[kept:].T), told_apart(one[0][:, :kept], u[:, :kept])]
-            if isinstance(one, Split):
-                left, basis = (one.left, u[:, kept:]) if one.is_square else (one.protected, u[:, :kept])
-                apart = [told_apart(one.right.T, v[kept:].T), told_apart(left, basis)]
-            walls, processors = zip(*times[name], strict=True)
-            print(
-                f"| {shape[0]} x {shape[1]} | {name} | {told_spread(walls)} | {told_spread(processors)} | "
-                f"{statistics.median(processors) / ours:.2f} | {apart[0]} | {apart[1]} |",
-                flush=True,
-            )
+    svd, kept = torch.linalg.svd, decompose.rank_kept(min(weight.shape), RATIO)
+    long = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    gram = long.T.double() @ long.double()
+    ways: dict[str, Callable[[], Any]] = {
+        "SVD float64, all of U and V": lambda: svd(weight.double(), full_matrices=True),
+        "SVD float64": lambda: svd(weight.double(), full_matrices=False),
+        "SVD float32, as the reference": lambda: svd(weight, full_matrices=False),
+        "ours": lambda: decompose.split(long, kept),
+        "eigenvectors alone": lambda: torch.linalg.eigh(gram),
+        "their tridiagonal matrix alone": lambda: torch.linalg.eigvalsh(gram),
+        "Gram matrix alone": lambda: decompose.lower_gram(long),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    found: dict[str, Any] = {}
+    for number in range(rounds + (rounds > 1)):
+        for name, work in ways.items():
+            seconds, found[name] = timed(work, device)
+            times[name] += [seconds] if number or rounds == 1 else []  # the first round warms up
+    ours = statistics.median(processor for _, processor in times["ours"])
+    exact = both_bases(found["SVD float64"], long is weight)
+    for name, taken in times.items():
+        walls, processors = zip(*taken, strict=True)
+        apart = ["", ""]
+        if name == "ours":
+            one = found[name]
+            u, v = exact
+            left = told_apart(one.left, u[:, kept:]) if one.is_square else told_apart(one.protected, u[:, :kept])
+            apart = [told_apart(one.right.T, v[:, kept:]), left]
+        elif "float32" in name:
+            pairs = zip(both_bases(found[name], long is weight), exact, strict=True)
+            apart = [told_apart(mine[:, :kept], theirs[:, :kept]) for mine, theirs in pairs][::-1]
+        yield (
+            f"| {weight.shape[0]} x {weight.shape[1]} | {name} | {told_spread(walls)} | {told_spread(processors)} | "
+            f"{statistics.median(processors) / ours:.2f} | {apart[0]} | {apart[1]} |"
+        )
+
+
+def both_bases(svd: Any, is_long: bool) -> tuple[Any, Any]:
+    """Of the SVD of a weight the singular vectors of its longer side, and of its shorter, as columns."""
+    u, _, v = svd
+    return (u, v.T) if is_long else (v.T, u)
 
 
 def told_spread(values: Sequence[float]) -> str:

@@ -90,11 +90,16 @@ def test_both_sides_learn_the_same_from_the_same_rows(other: str, tmp_path: Path
 def test_methods_are_compared_at_the_same_new_task_score(tmp_path: Path):
     words = ("--tasks", "2", "--steps", "3", "--seeds", "0", "--rates", "1e-3", "3e-3", "--methods", "full", "osft")
     out = run("continual.py", "demo", "--output", str(tmp_path), *words)
-    page = (tmp_path / "RESULTS.md").read_text()
+    page = (tmp_path / "matched.md").read_text()
     assert "backward transfer" in page and page.strip() in out
     found = json.loads((tmp_path / "matched" / "continual.json").read_text())
     assert [one["method"] for one in found["courses"]] == ["full", "osft"]
     assert all(len(one["watch"]) == 3 for one in found["courses"])
+    # What a rate gave is known by now, and full SFT alone gets near its own best.
+    best = float(page.rpartition("- full: ")[2].splitlines()[0].rpartition(": ")[2].partition(" ")[0])
+    run("continual.py", "demo", "--output", str(tmp_path), *words, "--goal", f"{best - 0.01}")
+    (above,) = tmp_path.glob("matched-*.md")
+    assert "| full |" in above.read_text() and "osft does not reach the goal" in above.read_text()
 
 
 @pytest.mark.slow

@@ -301,6 +301,8 @@ def assemble(
     model = adaptation.attach(loaded.model)
     if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
+    if isinstance(adaptation, Osft):
+        adaptation.divide(group)
     adaptation.begin(console)
     if layout.is_divided:
         loaded = divide(layout, loaded, recipe, device, dtype, first_lengths(materials))

@@ -15,12 +15,14 @@ from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, read_state, state_of
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
+from training_hub.backends.torch_engine.adaptations.osft.division import collected, shared_out
 from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
 from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
 from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, parameters_of
 from training_hub.backends.torch_engine.adaptations.osft.table import told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
 from training_hub.backends.torch_engine.model_files import ModelFiles
+from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
@@ -46,6 +48,7 @@ class Osft:
         self._targets: list[Target] = []
         self._spaces = LowSpaces([], self._settings.form)
         self._shares: dict[str, float] = {}
+        self._group = ALONE
         self.claimed: frozenset[str] = frozenset()
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -78,6 +81,10 @@ class Osft:
         target = 1 - (settings.unfreeze_rank_ratio or 0.0)
         self._shares = shares_kept(importance, settings.least_kept, target)
 
+    def divide(self, group: Group) -> None:
+        """Let each process of `group` decompose a share of the weights; for `begin`, which comes after."""
+        self._group = group
+
     def holdings(self) -> Holdings:
         """What the run will hold for OSFT; where `energy` decides the ranks, as if half of each were protected."""
         shapes = [_shape(one) for one in self._targets]
@@ -108,13 +115,17 @@ class Osft:
             )
         elif earlier:
             console.say(f"osft: going on from what {self._came_from / FILE} protects")
-        splits: dict[str, Split] = {}
+        costs = {one.name: _cost(one) for one in self._targets}
+        named = {one.name: one for one in self._targets}
         # The largest first, so that the time left is not told too short.
-        order = sorted(self._targets, key=_cost, reverse=True)
-        with console.progress("decomposing weights", sum(map(_cost, order)), "GFLOP") as advance:
-            for one in order:
-                splits[one.name] = self._split(one, earlier.get(one.name), console)
-                advance(_cost(one))
+        own = shared_out(costs, self._group.world_size)[self._group.rank]
+        self._group.note("the decomposition of weights")
+        splits: dict[str, Split] = {}
+        with console.progress("decomposing weights", sum(costs[name] for name in own), "GFLOP") as advance:
+            for name in own:
+                splits[name] = self._split(named[name], earlier.get(name), console)
+                advance(costs[name])
+        splits = collected(splits, self._targets, self._group)
         pairs = [(one, splits[one.name]) for one in self._targets]
         self._spaces = LowSpaces(pairs, self._settings.form, is_layerwise=self._settings.gradients == "layer")
         for block, share in self._shares.items():
