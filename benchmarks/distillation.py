@@ -1,6 +1,6 @@
 """What a step of distillation costs: processor time and memory, against the naive form with two full logit tensors.
 
-    python benchmarks/distillation.py            # writes benchmarks/DISTILLATION.md
+    python benchmarks/distillation.py            # writes benchmarks/DISTILLATION.md, about four minutes of one core
     python benchmarks/distillation.py --tiny     # tries the script in seconds, and measures nothing
 
 Every form trains the same student on the same tokens, forward and backward, in a process of its own; the forms take
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,10 +55,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PAGE)
     parser.add_argument("--form", choices=FORMS, help="measure this form alone and print it as JSON")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARIES[0])
+    parser.add_argument("--kept", type=Path, help="where targets are kept over the rounds; with --form")
     arguments = parser.parse_args()
     if arguments.form:
         sizes = TINY if arguments.tiny else Sizes()
-        print(json.dumps(measure(arguments.form, arguments.vocabulary, arguments.dtype, sizes)))
+        print(json.dumps(measure(arguments.form, arguments.vocabulary, arguments.dtype, sizes, arguments.kept)))
         return
     page = compare(arguments)
     arguments.output.write_text(page, encoding="utf-8")
@@ -67,13 +70,23 @@ def compare(arguments: argparse.Namespace) -> str:
     """The page: each form in a process of its own, all of them in turn, several rounds."""
     vocabularies = (500,) if arguments.tiny else arguments.vocabularies
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for _ in range(arguments.rounds):
-        for vocabulary in vocabularies:
-            for form in FORMS:
-                words = ["--form", form, "--vocabulary", str(vocabulary), "--dtype", arguments.dtype]
-                command = [sys.executable, __file__, *words, *(["--tiny"] if arguments.tiny else [])]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                found.setdefault((vocabulary, form), []).append(json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as kept:
+        for number in range(arguments.rounds):
+            for vocabulary in vocabularies:
+                for form in FORMS:
+                    words = ["--form", form, "--vocabulary", str(vocabulary), "--dtype", arguments.dtype]
+                    command = [
+                        sys.executable,
+                        __file__,
+                        *words,
+                        "--kept",
+                        kept,
+                        *(["--tiny"] if arguments.tiny else []),
+                    ]
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    one = json.loads(done.stdout.splitlines()[-1])
+                    found.setdefault((vocabulary, form), []).append(one)
+                    print(f"round {number + 1}: {vocabulary:,}: {form}: {one['seconds']:.2f} s", file=sys.stderr)
     return "\n".join([*head(arguments), *(row(found, *key) for key in found)]) + "\n"
 
 
@@ -88,6 +101,7 @@ def head(arguments: argparse.Namespace) -> list[str]:
         f"{platform.machine()} {processor()}, one thread, Python {platform.python_version()}, {packages}.",
         f"{sizes.tokens} tokens, half of them trained; student of width {sizes.student}, teacher of {sizes.teacher}, "
         f"{arguments.dtype}; {arguments.rounds} rounds of {sizes.steps} steps, medians.",
+        f"At the end {os.getloadavg()[2]:.1f} processes wanted one of {os.cpu_count()} cores, as a mean of 15 minutes.",
         "",
         "| vocabulary | form | processor time of a step | lowest to highest | of naive | memory beside the models |"
         " of naive | loss |",
@@ -113,13 +127,13 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def measure(form: str, vocabulary: int, dtype: str, sizes: Sizes) -> dict[str, Any]:
+def measure(form: str, vocabulary: int, dtype: str, sizes: Sizes, kept: Path) -> dict[str, Any]:
     """Processor seconds of a step, the peak of memory above what the models take, and the loss of the first step."""
     import torch
 
     torch.set_num_threads(1)
     student = model_of(vocabulary, sizes.student, sizes.layers, dtype)
-    step = STEPS[form](student, vocabulary, dtype, sizes)
+    step = STEPS[form](student, vocabulary, dtype, sizes, kept)
     before = peak_mebibytes()
     loss = step()
     began = time.process_time()
@@ -163,7 +177,7 @@ def pack_of(vocabulary: int, sizes: Sizes) -> Any:
     )
 
 
-def naive(student: Any, vocabulary: int, dtype: str, sizes: Sizes) -> Callable[[], float]:
+def naive(student: Any, vocabulary: int, dtype: str, sizes: Sizes, kept: Path) -> Callable[[], float]:
     import torch
 
     teacher = model_of(vocabulary, sizes.teacher, sizes.layers, dtype).eval()
@@ -199,7 +213,7 @@ def with_teaching(student: Any, teaching: Any, vocabulary: int, sizes: Sizes) ->
     return step
 
 
-def online(student: Any, vocabulary: int, dtype: str, sizes: Sizes) -> Callable[[], float]:
+def online(student: Any, vocabulary: int, dtype: str, sizes: Sizes, kept: Path) -> Callable[[], float]:
     from training_hub.backends.torch_engine.teacher.online import Online
 
     teacher = model_of(vocabulary, sizes.teacher, sizes.layers, dtype).requires_grad_(False).eval()
@@ -207,22 +221,22 @@ def online(student: Any, vocabulary: int, dtype: str, sizes: Sizes) -> Callable[
 
 
 def from_kept(kind: str, width: int) -> Callable[..., Callable[[], float]]:
-    """The teacher's word is made in another process, as in a run that finds it on disk."""
+    """The teacher's word is made in another process, once, as in a run that finds it on disk."""
 
-    def made(student: Any, vocabulary: int, dtype: str, sizes: Sizes) -> Callable[[], float]:
-        import tempfile
-
+    def made(student: Any, vocabulary: int, dtype: str, sizes: Sizes, kept: Path) -> Callable[[], float]:
         from training_hub.backends.torch_engine.teacher.form import Form
         from training_hub.backends.torch_engine.teacher.kept import Kept
         from training_hub.data.targets import TargetStore
 
-        folder = tempfile.TemporaryDirectory()
-        asked = {"folder": folder.name, "kind": kind, "width": width, "vocabulary": vocabulary, "dtype": dtype}
-        script = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
-        script += f"from distillation import Sizes, ask; ask(sizes={sizes!r}, **{asked!r})"
-        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-        kept = Kept(TargetStore(Path(folder.name), [0, 1], width, folder), Form(kind, width, vocabulary, 1.0, 0))
-        return with_teaching(student, kept, vocabulary, sizes)
+        folder = kept / f"{kind}-{vocabulary}"
+        if not folder.exists():
+            folder.mkdir()
+            asked = {"folder": str(folder), "kind": kind, "width": width, "vocabulary": vocabulary, "dtype": dtype}
+            script = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+            script += f"from distillation import Sizes, ask; ask(sizes={sizes!r}, **{asked!r})"
+            subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+        store = Kept(TargetStore(folder, [0, 1], width), Form(kind, width, vocabulary, 1.0, 0))
+        return with_teaching(student, store, vocabulary, sizes)
 
     return made
 

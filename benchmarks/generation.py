@@ -15,6 +15,7 @@ Times are processor time (user and system), which a busy machine disturbs least;
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -149,6 +150,9 @@ def table(lines: Sequence[dict[str, Any]], model: Any, rows: int, limit: int, at
             f"{at_once:,} tokens at once; median of {rounds} alternating rounds, lowest and highest in brackets. "
             f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} thread, "
             f"{processor_name()}.",
+            "",
+            f"At the end {os.getloadavg()[2]:.1f} processes wanted one of {os.cpu_count()} cores, on average over 15 "
+            "minutes.",
             "",
             "| format | way | answer tokens per processor second | per wall second | of one by one | same answers |",
             "|---|---|---|---|---|---|",

@@ -238,6 +238,8 @@ def page(made: Sequence[dict[str, Any]]) -> str:
             *table(made),
             "",
             f"{first['run']}, {first['processor']}; {told}.",
+            f"At the end {os.getloadavg()[2]:.1f} processes wanted one of {os.cpu_count()} cores, on average over 15 "
+            "minutes.",
             "",
         ]
     )

@@ -145,6 +145,7 @@ def test_what_is_kept_takes_the_bytes_that_are_said(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_state_that_was_loaded_is_put_into_pages_again():
     made = []
     for _ in range(2):

@@ -44,6 +44,12 @@ def divided_problems(recipe: Recipe) -> list[str]:
         "out.": recipe.freezing.unfreeze_interval is not None,
         f"model.quantization: {recipe.model.quantization} weights cannot be divided. {whole} "
         "model.quantization: none.": recipe.model.quantization != "none",
+        f"lora.tuner: adalora compares whole adapters with each other. {whole} lora.tuner: lora.": (
+            recipe.algorithm == "lora_sft" and recipe.lora.tuner == "adalora"
+        ),
+        f"qat.weight_dtype: a group of weights that share a scale may lie in two slices. {whole} leave qat out.": (
+            recipe.qat.weight_dtype is not None
+        ),
         f"training.fp8: 8-bit products need whole weights. {whole} training.fp8: false.": recipe.training.fp8,
         f"evaluation.generate: answers are made by one process, which does not have the model. {whole} "
         "evaluation.generate: false, and evaluate the final model.": recipe.evaluation.generate,
