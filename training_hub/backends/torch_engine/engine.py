@@ -140,7 +140,7 @@ class TorchEngine:
 
         Where the environment says that this is one process of several (RANK, WORLD_SIZE), with the others.
         """
-        with joined(recipe.comm) as group:
+        with joined(recipe.comm) as group, group.kept("weights or gradients of the others"):
             return self._train(recipe, given, group)
 
     def _train(self, recipe: Recipe, given: Given, group: Group) -> TrainResult:
@@ -165,11 +165,12 @@ class TorchEngine:
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_for(layout, recipe, device, dtype, given.model, first_lengths(materials), console)
         run = assemble(recipe, loaded, materials, device, dtype, console, teaching, layout)
-        holdings = run.adaptation.holdings()
+        plain = known() if layout.is_divided else None  # shapes are told by a model that is not
+        shapes = run.model if plain is None else plain.model
+        holdings = run.adaptation.holdings() if plain is None else plain.holdings
         if given.model is not None:  # there were no weights to read, so nothing is asked too late
             live = Outline(recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, holdings)
             step = group.on_main("looking for checkpoints", lambda: starting_step(live, console))
-        shapes = known().model if layout.is_divided else run.model
         planned = describe(
             recipe, materials, shapes, run.feed, device, dtype, loaded.original_dtype, holdings, group.world_size
         )
@@ -305,7 +306,7 @@ def assemble(
         adaptation.divide(group)
     adaptation.begin(console)
     if layout.is_divided:
-        loaded = divide(layout, loaded, recipe, device, dtype, first_lengths(materials))
+        loaded = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
     plain, note = cross_entropy(model)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.errors import broken
 from training_hub.backends.torch_engine.checkpoints import State
-from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, is_copy, whole_cut
+from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, is_copy, local_of, whole_cut
 from training_hub.backends.torch_engine.tensor_files import Pieces
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.recipe.load import dump
@@ -65,7 +66,8 @@ def _state(run: Run) -> State:
         "skipped_in_row": run.skipped_in_row,
         "watch": run.watch.state() if run.watch is not None else None,
     }
-    return State(run.step, run.updater.masters.saved(), run.updater.state(), facts)
+    weights = {name: local_of(weight) for name, weight in run.updater.masters.saved().items()}
+    return State(run.step, weights, run.updater.state(), facts)
 
 
 def _protected(run: Run) -> list[int]:
@@ -80,7 +82,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     """Those of `tensors` that this process writes: weights by name, or what the optimizer keeps by `name/state`."""
-    divided, mine, cuts = run.updater.masters.divided, {}, {}
+    divided, mine, cuts = _divided(run), {}, {}
     for key, tensor in tensors.items():
         weight = divided.get(_weight_of(key, divided))
         cut = whole_cut(tensor.shape) if weight is None else cut_of(weight)
@@ -92,6 +94,10 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     return Pieces(mine, cuts)
 
 
+def _divided(run: Run) -> dict[str, DTensor]:
+    return {name: weight for name, weight in run.model.named_parameters() if isinstance(weight, DTensor)}
+
+
 def _weight_of(key: str, names: Any) -> str:
     """The weight that a tensor of a checkpoint is, or belongs to."""
     return key if key in names else key.rpartition("/")[0]
@@ -99,7 +105,7 @@ def _weight_of(key: str, names: Any) -> str:
 
 def take_over(run: Run, step: int) -> State:
     """Give weights and optimizer the numbers of checkpoint `step`, as many of them as this process holds; the state."""
-    divided = run.updater.masters.divided
+    divided = _divided(run)
 
     def wanted(key: str, shape: tuple[int, ...]) -> Cut:
         weight = divided.get(_weight_of(key, divided))

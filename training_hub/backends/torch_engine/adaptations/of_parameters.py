@@ -20,6 +20,9 @@ class OfParameters:
     def expect_steps(self, total: int) -> None:
         """Nothing depends on how many steps the run has."""
 
+    def divided(self) -> None:
+        """Nothing to hold on to when the model's parameters are divided over processes."""
+
     def expect_last_backward(self) -> None:
         """Nothing to do with a gradient before all are there."""
 

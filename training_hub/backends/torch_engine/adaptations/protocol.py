@@ -43,6 +43,10 @@ class Adaptation(Protocol):
         """Prepare what depends on the weights."""
         ...
 
+    def divided(self) -> None:
+        """The model's parameters have been divided over processes: they are other objects from now on."""
+        ...
+
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters, by name."""
         ...

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
@@ -133,6 +134,10 @@ class Osft:
         for line in told(self._model, pairs, sum(t.numel() for t in self.weights().values())):
             console.say(f"osft: {line}")
 
+    def divided(self) -> None:
+        """Hold on to the model's parameters as they are now: divided over processes."""
+        self._spaces.divide(dict(self._model.named_parameters()))
+
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters, by name."""
         return self._spaces.weights()
@@ -172,7 +177,8 @@ class Osft:
 
     def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The state dict to write, as Full gives it: an ordinary dense model."""
-        exact = {name: self._spaces.exact(name) for name, p in self._spaces.parameters.items() if p.dtype != dtype}
+        whole = {name: p for name, p in self._spaces.parameters.items() if not isinstance(p, DTensor)}
+        exact = {name: self._spaces.exact(name) for name, p in whole.items() if p.dtype != dtype}
         return self._full.export({**weights, **exact}, dtype)
 
     files: ModelFiles | None = None

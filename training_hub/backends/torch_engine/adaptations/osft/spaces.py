@@ -10,7 +10,7 @@ the weights follow (`after_step`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from training_hub.backends.torch_engine.adaptations.osft.core import Core
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
 from training_hub.backends.torch_engine.adaptations.osft.factors import Factors
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target
+from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 
 FORMS: Mapping[str, type[Factors] | type[Core]] = {"factors": Factors, "core": Core}
 
@@ -66,6 +67,16 @@ class LowSpaces:
     def pairs(self) -> list[tuple[Target, Split]]:
         """The targets and their splits."""
         return [(one.target, one.trained.split) for one in self.spaces]
+
+    def divide(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take these, which are divided over processes and in float32, in place of the whole ones. What trains stays
+        whole in each process."""
+        self.spaces = [
+            replace(one, target=replace(one.target, parameter=parameters[one.target.parameter_name]))
+            for one in self.spaces
+        ]
+        self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
+        self._starts.clear()
 
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves, by name: `<target>.osft.<factor>`."""
@@ -162,7 +173,7 @@ class LowSpaces:
                 tensor.copy_(tensors[name])
         self._moved = [leak_and_size(one.trained.split, one.trained.low()) for one in self.spaces]
         for name, parameter in self.parameters.items():
-            self._starts.get(name, parameter.data).copy_(tensors[name])
+            local_of(self._starts.get(name, parameter.data)).copy_(tensors[name])
         for name, start in self._starts.items():
             self.parameters[name].data.copy_(self._sum(name, start))
 
@@ -183,6 +194,7 @@ class LowSpaces:
         return take
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        gradient = whole_of(local_of(gradient), gradient)
         for one in self._of(name):
             weights = one.trained.weights()
             dense = one.target.view(gradient)
