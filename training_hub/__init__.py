@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     )
     from training_hub.frontends.trainer.loading import AutoEasyDeLModelForCausalLM
     from training_hub.frontends.trainer.trainer import SFTTrainer
+    from training_hub.launch.actors.lifecycle import run_actor
+    from training_hub.launch.actors.trainer import TrainerActor
     from training_hub.recipe import Recipe
     from training_hub.types import StepReport, TrainResult
 
@@ -68,6 +70,8 @@ _HOME_OF = {
     "continual": "training_hub.frontends.continual",
     "evaluate": "training_hub.frontends.evaluate",
     "submit_to_slurm": "training_hub.frontends.slurm",
+    "TrainerActor": "training_hub.launch.actors.trainer",
+    "run_actor": "training_hub.launch.actors.lifecycle",
     "LLMTrainingParams": "training_hub.frontends.autotrain.params",
     "CustomSFTTrainer": "training_hub.frontends.autotrain.trainer",
     "SFTConfig": "training_hub.frontends.trainer.config",
@@ -136,6 +140,7 @@ __all__ = [
     "SFTTrainer",
     "StepReport",
     "TrainResult",
+    "TrainerActor",
     "TrainingError",
     "UnslothLoRABackend",
     "__version__",
@@ -145,6 +150,7 @@ __all__ = [
     "lora_sft",
     "merge_adapter",
     "osft",
+    "run_actor",
     "sft",
     "submit_to_slurm",
 ]
