@@ -205,7 +205,7 @@ def prepare(
     report["sources"] = _per_source(sources, train)
     if validation is not None:
         report["validation"] = _counts(validation)
-        if isinstance(validation_rows, Mapping):
+        if isinstance(validation_rows, Mapping) or (aside is not None and isinstance(data.validation, list)):
             report["validation"]["sources"] = _per_source(_validation_sources(data, validation_rows), validation)
         if aside is not None and aside.report.get(TALLY):
             report["validation"][TALLY] = aside.report[TALLY]
@@ -269,14 +269,15 @@ def _refuse_unread_columns(data: Data, store: TokenStore) -> None:
 
 
 def _validation_sources(data: Data, live_rows: Any) -> list[Source]:
-    """The validation rows: one source, or of a mapping of names to rows one for each."""
+    """The validation rows: one source, or one for each set that data.validation lists or that a mapping names."""
     if isinstance(live_rows, Mapping):
         return [_live(rows, str(name), data) for name, rows in live_rows.items()]
     if live_rows is not None:
         return [_live(live_rows, "validation rows", data)]
     # On the hub the training split would be the training data again; files have no splits.
-    source = open_path(str(data.validation), "validation", data.max_row_bytes, data.streaming)
-    return [replace(source, format=data.format)]
+    named = data.validation if isinstance(data.validation, list) else [str(data.validation)]
+    opened = [open_path(one, "validation", data.max_row_bytes, data.streaming) for one in named]
+    return [replace(source, format=data.format) for source in opened]
 
 
 def _counts(store: TokenStore) -> dict[str, int]:

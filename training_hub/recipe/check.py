@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.check_after import CHECKS
-from training_hub.recipe.check_data import about_streaming
+from training_hub.recipe.check_data import about_streaming, about_validation
 from training_hub.recipe.check_distillation import about_the_teacher
 from training_hub.recipe.check_parallelism import about_layouts
 from training_hub.recipe.evaluation import needs_validation
@@ -108,6 +108,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _adapters,
         _watch,
         about_streaming,
+        about_validation,
         *CHECKS,
         _distillation,
         _processes,

@@ -1,4 +1,4 @@
-"""What is at odds in how far rows are read."""
+"""What is at odds in which rows are read, and how far."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ if TYPE_CHECKING:
     from training_hub.recipe.recipe import Recipe
 
 STREAMING = "data.streaming"
+
+
+def about_validation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    """A list of validation sets has at least one, and is not cut to its first samples."""
+    path, samples = "data.validation", "data.validation_samples"
+    listed = recipe.data.validation
+    if listed == []:
+        yield Contradiction((path,), f"{names(path)}: found an empty list. Write {names.write(path, 'FILE.jsonl')}.")
+    if isinstance(listed, list) and len(listed) > 1 and recipe.data.validation_samples is not None:
+        yield Contradiction(
+            (samples, path),
+            f"{names(samples)}: {recipe.data.validation_samples} would be those of the first of {len(listed)} sets in "
+            f"{names(path)}. Name one set, or leave {samples} out.",
+        )
 
 
 def about_streaming(recipe: Recipe, names: Names) -> Iterator[Contradiction]:

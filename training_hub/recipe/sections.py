@@ -164,8 +164,9 @@ class Data(Section):
     deduplicate: bool = False
     """Train exact duplicates once. Off: they are counted and reported."""
 
-    validation: str | None = None
-    """File, folder, glob or hub name of validation rows."""
+    validation: str | list[str] | None = None
+    """File, folder, glob or hub name of validation rows, or a list of these, each a set whose loss is told
+    apart, too."""
 
     validation_fraction: Decay = 0.0
     """Share of the rows set aside for validation where `validation` is not given; duplicates stay together."""

@@ -206,7 +206,10 @@ def test_validation_is_torchtitans_or_torchforges(chat_file: Path):
     )  # fmt: skip
     assert (forge.data.validation, forge.evaluation.interval, forge.data.validation_samples) == (str(chat_file), 50, 6)
     assert "would change nothing without validation.enable" in refused("validation.freq=5")
-    assert "found 2 sets; one is measured" in refused("eval.datasets=[{path: a/b}, {path: c/d}]")
+    assert recipe("eval.datasets=[{path: a/b}, {path: c/d, split: test}]").data.validation == ["a/b", "c/d[test]"]
+    assert "would be those of the first of 2 sets" in refused(
+        "eval.datasets=[{path: a/b}, {path: c/d}]", "eval.max_eval_steps=2"
+    )
 
 
 def test_a_model_that_is_not_the_one_that_is_named_is_refused(tmp_path: Path):
@@ -277,3 +280,21 @@ def test_an_unknown_file_is_answered_with_the_presets(tmp_path: Path):
         load("lama3_8b")
     with pytest.raises(RecipeError, match="no preset of this name"):
         load(str(tmp_path / "llama3_8b.yaml"))
+
+
+def test_a_configuration_can_be_written_as_a_recipe_for_any_other_command(tmp_path: Path):
+    from training_hub.frontends.cli import main
+    from training_hub.frontends.cli import recipe_of as recipe_of_words
+
+    file = tmp_path / "recipe.yaml"
+    words = [
+        "--config",
+        "tiny",
+        "provisioner.launcher=slurm",
+        "processes.hosts=2",
+        "processes.rdzv_endpoint=node0:29500",
+    ]
+    assert main(["forge", *words, "--recipe", str(file)]) == 0
+    written = recipe_of_words(["sft", "--config", str(file)])
+    assert written == recipe_of(asked(wishes(load("tiny"), words[2:]), environment={"SLURM_JOB_ID": "7"}))
+    assert (written.processes.nodes, written.training.global_batch_size) == (2, 8)

@@ -266,7 +266,7 @@ RUN: Mapping[str, Key] = MappingProxyType(
         ),
         "eval.datasets": Key(
             None,
-            "A list of one {path, name, split, data_files}.",
+            "A list of {path, name, split, data_files}, each a validation set.",
             LIST,
         ),
     }

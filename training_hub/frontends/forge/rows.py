@@ -83,18 +83,18 @@ def _validation(reading: Reading) -> Iterator[str]:
 
 
 def _evaluation(reading: Reading, listed: list[Any]) -> Iterator[str]:
-    if len(listed) != 1:
-        yield (
-            f"eval.datasets: found {len(listed)} sets; one is measured. Put the files into one folder, or "
-            "watch a second set with evaluation.watch: FILE.jsonl"
-        )
-        return
-    entry, problem = _entry(listed[0], "eval.datasets", 1)
-    if problem:
-        yield problem
-        return
-    split = entry.get("split")
-    reading.give("data.validation", f"{entry['path']}[{split}]" if split else entry["path"], "eval.datasets")
+    named = []
+    for number, one in enumerate(listed, start=1):
+        entry, problem = _entry(one, "eval.datasets", number)
+        if problem:
+            yield problem
+        elif "weight" in entry:
+            yield f"eval.datasets, entry {number}: weight: each row counts once in validation. Leave it out."
+        split = entry.get("split")
+        named.append(f"{entry['path']}[{split}]" if split else entry["path"])
+    if not listed:
+        yield "eval.datasets: found an empty list. Write [{path: FILE.jsonl}]"
+    reading.give("data.validation", named[0] if len(named) == 1 else named, "eval.datasets")
     every = reading.value("eval.eval_every_n_steps")
     if every is not None:
         reading.give("evaluation.interval", every, "eval.eval_every_n_steps")
