@@ -12,7 +12,7 @@ WORKERS ?= 2
 PINS := -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-base continual-base test test-all test-distributed test-slurm campaign bench check audit format package reference clean
+.PHONY: help demo demo-base continual-base test test-all test-jax test-distributed test-slurm campaign bench check audit format package reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ test: $(VENV)/.installed ## the tests
 
 test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
 	$(RUN) -m pytest -q
+
+# With those that the suite leaves out because compiling takes long.
+test-jax: $(VENV)/.installed ## the jax engine against the torch engine, all of it (minutes)
+	$(RUN) -m pytest -q tests/backends/jax_engine
 
 # Processes compute in one thread each here.
 test-distributed: $(VENV)/.installed ## several processes: equal numbers, hangs, 50 random kills (20 minutes)

@@ -45,8 +45,12 @@ class Algorithm:
 
 TORCH = Contract("torch", engine="torch")
 
+# The second engine: the recipe's own defaults, on JAX.
+JAX = Contract("jax", engine="jax")
+
 # An adapter learns at about ten times the rate of the weights themselves (Schulman et al. 2025, "LoRA Without Regret").
 TORCH_LORA = Contract("torch", engine="torch", defaults={"optimizer.lr": 2e-4})
+JAX_LORA = Contract("jax", engine="jax", defaults={"optimizer.lr": 2e-4})
 
 # training_hub 0.1.0, page "SFT": documented defaults; betas and clip from instructlab-training 0.16 `TrainingArgs`.
 INSTRUCTLAB = Contract(
@@ -99,7 +103,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         objective="cross_entropy",
         adaptation="full",
         required=("model.path", "output"),
-        contracts=(INSTRUCTLAB, TORCH),
+        contracts=(INSTRUCTLAB, TORCH, JAX),
     ),
     "osft": Algorithm(
         name="osft",
@@ -115,7 +119,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         objective="cross_entropy",
         adaptation="lora",
         required=("model.path", "output"),
-        contracts=(UNSLOTH, TORCH_LORA),
+        contracts=(UNSLOTH, TORCH_LORA, JAX_LORA),
     ),
 }
 

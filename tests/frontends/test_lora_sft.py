@@ -24,7 +24,7 @@ def test_the_backend_of_training_hub_brings_its_defaults():
     made = recipe()
     assert (made.lora.r, made.lora.alpha, made.optimizer.lr, made.training.max_seq_len) == (16, 32, 2e-4, 2048)
     assert (made.training.epochs, made.training.global_batch_size, made.lr_scheduler.name) == (3, 2, "linear")
-    assert AlgorithmRegistry.list_backends("lora_sft") == ["unsloth", "torch"]
+    assert AlgorithmRegistry.list_backends("lora_sft") == ["unsloth", "torch", "jax"]
 
 
 def test_a_batch_is_what_a_device_takes_times_passes_times_processes():

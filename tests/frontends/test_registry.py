@@ -47,7 +47,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sft_and_its_backends_are_listed_by_preference():
     assert AlgorithmRegistry.list_algorithms() == ["sft", "osft", "lora_sft"]
-    assert AlgorithmRegistry.list_backends("sft")[:2] == ["instructlab-training", "torch"]
+    assert AlgorithmRegistry.list_backends("sft")[:3] == ["instructlab-training", "torch", "jax"]
     assert AlgorithmRegistry.list_backends("nothing") == []
     assert AlgorithmRegistry.get_algorithm("sft") is SFTAlgorithm
     assert AlgorithmRegistry.get_backend("sft", "instructlab-training") is InstructLabTrainingSFTBackend
@@ -115,7 +115,7 @@ def test_an_algorithm_and_a_backend_of_ones_own():
 
 def test_a_backend_of_ones_own_for_sft():
     AlgorithmRegistry.register_backend("sft", "echo", Echo)
-    assert AlgorithmRegistry.list_backends("sft")[:3] == ["instructlab-training", "torch", "echo"]
+    assert AlgorithmRegistry.list_backends("sft")[:4] == ["instructlab-training", "torch", "jax", "echo"]
     algorithm = create_algorithm("sft", "echo", num_epochs=2)
     assert algorithm.train(model_path="m", learning_rate=None) == {"num_epochs": 2, "model_path": "m"}
 
@@ -138,7 +138,7 @@ def test_an_installed_algorithm_is_found(installed: Path):
 
 
 def test_an_installed_engine_is_a_backend_of_sft(installed: Path, tmp_path: Path):
-    assert AlgorithmRegistry.list_backends("sft") == ["instructlab-training", "torch", "recorder"]
+    assert AlgorithmRegistry.list_backends("sft") == ["instructlab-training", "torch", "jax", "recorder"]
     algorithm = create_algorithm("sft", "recorder")
     result = algorithm.train(model_path="m", data_path="d", ckpt_output_dir=tmp_path / "out", max_steps=3)
     assert isinstance(result, TrainResult)

@@ -159,7 +159,13 @@ def _torch_engine() -> Backend:
     return TorchEngine()
 
 
-BUILT_IN: Mapping[str, Callable[[], Backend]] = {"torch": _torch_engine}
+def _jax_engine() -> Backend:
+    from training_hub.backends.jax_engine.engine import JaxEngine
+
+    return JaxEngine()
+
+
+BUILT_IN: Mapping[str, Callable[[], Backend]] = {"torch": _torch_engine, "jax": _jax_engine}
 
 
 def find_backend(name: str) -> Backend:

@@ -81,6 +81,13 @@ class TorchSFTBackend(ContractBackend):
     contract = "torch"
 
 
+class JaxSFTBackend(ContractBackend):
+    """SFT with the recipe's own defaults, run by our engine on JAX."""
+
+    algorithm = "sft"
+    contract = "jax"
+
+
 class MiniTrainerOSFTBackend(ContractBackend):
     """OSFT with the parameters and defaults of mini-trainer, run by our engine."""
 
@@ -100,6 +107,13 @@ class TorchLoRASFTBackend(ContractBackend):
 
     algorithm = "lora_sft"
     contract = "torch"
+
+
+class JaxLoRASFTBackend(ContractBackend):
+    """LoRA with the recipe's own defaults, run by our engine on JAX."""
+
+    algorithm = "lora_sft"
+    contract = "jax"
 
 
 class UnslothLoRABackend(ContractBackend):
@@ -134,7 +148,9 @@ class SFTAlgorithm(ContractAlgorithm):
     """Supervised fine-tuning: all weights learn from the cross-entropy of the trained tokens."""
 
     function = "sft"
-    backends = MappingProxyType({"instructlab-training": InstructLabTrainingSFTBackend, "torch": TorchSFTBackend})
+    backends = MappingProxyType(
+        {"instructlab-training": InstructLabTrainingSFTBackend, "torch": TorchSFTBackend, "jax": JaxSFTBackend}
+    )
 
 
 class OSFTAlgorithm(ContractAlgorithm):
@@ -148,7 +164,7 @@ class LoRASFTAlgorithm(ContractAlgorithm):
     """Supervised fine-tuning of an adapter beside frozen weights: LoRA and its kin."""
 
     function = "lora_sft"
-    backends = MappingProxyType({"unsloth": UnslothLoRABackend, "torch": TorchLoRASFTBackend})
+    backends = MappingProxyType({"unsloth": UnslothLoRABackend, "torch": TorchLoRASFTBackend, "jax": JaxLoRASFTBackend})
 
 
 class AlgorithmRegistry:

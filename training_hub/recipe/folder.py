@@ -22,10 +22,11 @@ from training_hub.folders import write_text
 from training_hub.recipe.load import dump, load_file
 from training_hub.recipe.recipe import Recipe
 
-# Settings that may differ between a run and its continuation: they change neither batches nor weights. A trailing dot
-# stands for a whole section.
+# Settings that may differ between a run and its continuation: they change neither batches nor weights, but for what
+# another engine rounds elsewhere. A trailing dot stands for a whole section.
 FREE_TO_CHANGE = (
     "output",
+    "backend",
     "checkpoint.",
     "evaluation.",
     "hub.",

@@ -43,7 +43,7 @@ class Recipe(Section):
     """What is learned and what may move: sft, osft, lora_sft."""
 
     backend: str = "torch"
-    """Engine, or the name of a package whose parameters and defaults are to hold."""
+    """Engine (torch, jax), or the name of a package whose parameters and defaults are to hold."""
 
     output: str
     """Folder of the run: recipe, metrics, checkpoints and the final model."""

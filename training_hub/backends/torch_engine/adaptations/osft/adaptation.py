@@ -82,7 +82,7 @@ class Osft:
         target = 1 - (settings.unfreeze_rank_ratio or 0.0)
         self._shares = shares_kept(importance, settings.least_kept, target)
 
-    def divide(self, group: Group) -> None:
+    def share_work(self, group: Group) -> None:
         """Let each process of `group` decompose a share of the weights; for `begin`, which comes after."""
         self._group = group
 

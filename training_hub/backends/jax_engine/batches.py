@@ -1,0 +1,100 @@
+"""Packs as arrays of few sizes, so that a step is compiled few times.
+
+A pack is padded to the next of a few lengths; padding is a document of its own that nothing sees and nothing trains.
+"""
+
+# B packs side by side, T tokens of the longest of them, padded
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training_hub.backends.jax_engine.attention import BLOCK
+from training_hub.errors import DataError
+from training_hub.types import Pack
+
+CHUNK = 256
+"""Trained positions whose logits exist at once."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Packs side by side, as numpy; registered as a tree of arrays by `objective`.
+
+    ids, positions, segments [B, T] int32: positions restart in each document; segments number documents from 1, padding
+    is 0. rows [B, T] int32: the positions whose next token is trained, then zeros; targets [B, T] int32 and weights
+    [B, T] float32: those next tokens and their weights, then zeros. chunks []: how many chunks of rows are not padding.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    chunks: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The lengths to which packs are padded: the budget and its halves, in blocks of attention; ascending."""
+
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def of(longest: int, halvings: int = 3) -> Sizes:
+        """Lengths for packs of at most `longest` tokens."""
+        wanted = {_whole(longest >> times, CHUNK) for times in range(halvings + 1)}
+        return Sizes(tuple(sorted(wanted)))
+
+    def length(self, tokens: int) -> int:
+        return next(length for length in self.lengths if length >= tokens)
+
+
+def _whole(tokens: int, unit: int) -> int:
+    return -(-max(tokens, 1) // unit) * unit
+
+
+assert CHUNK % BLOCK == 0
+
+
+def side_by_side(packs: Sequence[Pack], sizes: Sizes, count: int | None = None) -> Arrays:
+    """Packs as the rows of arrays of one size; rows beyond them, up to `count`, are padding.
+
+    Raises DataError where the first token of a document has a weight: nothing predicts it.
+    """
+    length = sizes.length(max(len(pack) for pack in packs))
+    rows = [_row(pack, length) for pack in packs]
+    while len(rows) < (count or 0):
+        rows.append({name: np.zeros_like(array) for name, array in rows[0].items()})
+    columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    trained = max(int(np.count_nonzero(row["weights"])) for row in rows)
+    return Arrays(**columns, chunks=np.asarray(-(-trained // CHUNK), np.int32))
+
+
+def _row(pack: Pack, length: int) -> dict[str, np.ndarray]:
+    led = np.flatnonzero(pack.weights[pack.boundaries[:-1]])
+    if len(led):
+        found = ", ".join(str(pack.samples[i]) for i in led[:5])
+        raise DataError(
+            f"samples {found}: the first token has a weight, but nothing predicts it; its weight must be 0."
+        )
+    rows = np.flatnonzero(pack.weights[1:])
+    lengths = np.diff(pack.boundaries)
+    return {
+        "ids": _padded(pack.ids, length, np.int32),
+        "positions": _padded(pack.positions, length, np.int32),
+        "segments": _padded(np.repeat(np.arange(1, len(lengths) + 1), lengths), length, np.int32),
+        "rows": _padded(rows, length, np.int32),
+        "targets": _padded(pack.ids[rows + 1], length, np.int32),
+        "weights": _padded(pack.weights[rows + 1], length, np.float32),
+    }
+
+
+def _padded(array: np.ndarray, length: int, dtype: type) -> np.ndarray:
+    found: np.ndarray = np.zeros(length, dtype)
+    found[: len(array)] = array
+    return found

@@ -1,0 +1,159 @@
+"""The forward pass of the families that are one decoder with few differences: Llama and its kin.
+
+Weights are looked up in the table by what they are. A layer is a pure function of its input and its weights, so that
+layers can be laid out one after another, or be one program that runs over their stacked weights.
+"""
+
+# B packs side by side, T tokens, D width, H query heads, G key heads, d numbers of a head, E experts, k of them a token
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from training_hub.backends.jax_engine import rope
+from training_hub.backends.jax_engine.attention import Attend
+from training_hub.backends.jax_engine.products import linear
+from training_hub.backends.jax_engine.shapes import Shape
+from training_hub.backends.jax_engine.table import LEFT, RIGHT
+
+Weights = Mapping[str, Array]
+"""Weights of one layer by leaf; `NAME.lora_A` and `NAME.lora_B` beside a matrix NAME are those of an adapter."""
+
+ACTIVATE: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where each token stands: its document [B, T] (0: padding), and what rotates its heads [B, T, 1, d], or None."""
+
+    segments: Array
+    cosine: Array | None = None
+    sine: Array | None = None
+
+
+jax.tree_util.register_dataclass(Place, ["segments", "cosine", "sine"], [])
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a forward pass is built from, beside numbers: shape, attention, format, and what adapters multiply by."""
+
+    shape: Shape
+    attend: Attend
+    dtype: Any
+    adapter_scale: float = 1.0
+
+
+def place_of(shape: Shape, segments: Array, positions: Array, dtype: Any) -> Place:
+    """The place of tokens at these positions [B, T] of their documents."""
+    if not shape.rope:
+        return Place(segments)
+    inverse_d, factor = rope.frequencies(dict(shape.rope), shape.head_dim, shape.positions)
+    angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(inverse_d)
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
+    return Place(segments, (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype))
+
+
+def block(build: Build, x_BTD: Array, weights: Weights, place: Place, window: Array | int) -> Array:
+    """One layer: attention, then the unit of the layer's kind, each on the normed input and added to it."""
+    shape = build.shape
+    x_BTD = x_BTD + _attend(build, rms_norm(x_BTD, weights["norm1"], shape), weights, place, window)
+    normed = rms_norm(x_BTD, weights["norm2"], shape)
+    return x_BTD + (_mixture if "router" in weights else _gated)(build, normed, weights)
+
+
+def rms_norm(x: Array, weight: Array, shape: Shape) -> Array:
+    """x over the root of its mean square, times the weight; in float32, then in the format of x."""
+    exact = x.astype(jnp.float32)
+    scaled = exact * lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + shape.eps)
+    factor = weight.astype(jnp.float32)
+    return (scaled * (1 + factor if shape.norm_plus_one else factor)).astype(x.dtype)
+
+
+def dense(build: Build, x_BTI: Array, weights: Weights, name: str, *, is_transposed: bool = False) -> Array:
+    """The linear layer `name`: matrix, the adapter beside it, bias."""
+    out = linear(x_BTI, weights[name], is_transposed)
+    if f"{name}.{LEFT}" in weights:
+        narrow = linear(x_BTI, weights[f"{name}.{RIGHT}"])
+        out = out + (build.adapter_scale * linear(narrow, weights[f"{name}.{LEFT}"])).astype(out.dtype)
+    return out + weights[f"{name}_bias"].astype(out.dtype) if f"{name}_bias" in weights else out
+
+
+def _attend(build: Build, x_BTD: Array, weights: Weights, place: Place, window: Array | int) -> Array:
+    shape, lead = build.shape, x_BTD.shape[:2]
+    q = dense(build, x_BTD, weights, "q").reshape(*lead, shape.heads, shape.head_dim)
+    k = dense(build, x_BTD, weights, "k").reshape(*lead, shape.kv_heads, shape.head_dim)
+    v = dense(build, x_BTD, weights, "v").reshape(*lead, shape.kv_heads, shape.head_dim)
+    if shape.q_norm:
+        q, k = rms_norm(q, weights["q_norm"], shape), rms_norm(k, weights["k_norm"], shape)
+    mixed = build.attend(_rotated(q, place), _rotated(k, place), v, place.segments, window)
+    return dense(build, mixed.reshape(*lead, -1), weights, "o")
+
+
+def _rotated(x_BTHd: Array, place: Place) -> Array:
+    first, second = jnp.split(x_BTHd, 2, axis=-1)
+    return x_BTHd * place.cosine + jnp.concatenate([-second, first], axis=-1) * place.sine
+
+
+def _gated(build: Build, x_BTD: Array, weights: Weights) -> Array:
+    gate, up = dense(build, x_BTD, weights, "gate"), dense(build, x_BTD, weights, "up")
+    return dense(build, ACTIVATE[build.shape.activation](gate) * up, weights, "down")
+
+
+def _mixture(build: Build, x_BTD: Array, weights: Weights) -> Array:
+    """Each token through the experts that its router likes best, weighted by how much; the sum of their answers."""
+    shape, flat = build.shape, x_BTD.reshape(-1, x_BTD.shape[-1])
+    logits = linear(x_BTD, weights["router"]).reshape(len(flat), -1)
+    shares, chosen = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), shape.experts_per_token)
+    if shape.norm_top_k:
+        shares = shares / shares.sum(axis=-1, keepdims=True)
+    order = jnp.argsort(chosen.reshape(-1), stable=True)  # (token, expert) pairs, expert by expert
+    sizes = jnp.bincount(chosen.reshape(-1), length=shape.experts).astype(jnp.int32)
+    inputs = flat[order // shape.experts_per_token]
+    gate, up = _by_expert(inputs, weights["gates"], sizes), _by_expert(inputs, weights["ups"], sizes)
+    answers = _by_expert(ACTIVATE[shape.activation](gate) * up, weights["downs"], sizes)
+    answers = answers * shares.reshape(-1)[order].astype(answers.dtype)[:, None]
+    summed = jnp.zeros(flat.shape, jnp.float32).at[order // shape.experts_per_token].add(answers.astype(jnp.float32))
+    return summed.astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+
+def _by_expert(x_NI: Array, weight_EOI: Array, sizes_E: Array) -> Array:
+    """[N, O]: the first sizes[0] rows times the first expert's matrix, the next with the second's, and so on."""
+    turned = jnp.swapaxes(weight_EOI.astype(x_NI.dtype), 1, 2)
+    precision = lax.Precision.HIGHEST if x_NI.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.ragged_dot(x_NI, turned, sizes_E, precision=precision, preferred_element_type=jnp.float32).astype(
+        x_NI.dtype
+    )
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """x less its mean, over its standard deviation, times the weight, plus the bias; in float32."""
+    exact = x.astype(jnp.float32)
+    centred = exact - exact.mean(axis=-1, keepdims=True)
+    scaled = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return (scaled * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def gpt2_block(build: Build, x_BTD: Array, weights: Weights, place: Place, window: Array | int) -> Array:
+    """One layer of GPT-2: learned positions are in its input, matrices lie transposed, everything has a bias."""
+    shape, lead = build.shape, x_BTD.shape[:2]
+    turned = partial(dense, build, is_transposed=True)
+    normed = layer_norm(x_BTD, weights["norm1"], weights["norm1_bias"], shape.eps)
+    parts = jnp.split(turned(normed, weights, "qkv"), 3, axis=-1)
+    q, k, v = (part.reshape(*lead, shape.heads, shape.head_dim) for part in parts)
+    mixed = build.attend(q, k, v, place.segments, window).reshape(*lead, -1)
+    x_BTD = x_BTD + turned(mixed, weights, "o")
+    normed = layer_norm(x_BTD, weights["norm2"], weights["norm2_bias"], shape.eps)
+    return x_BTD + turned(ACTIVATE[shape.activation](turned(normed, weights, "up")), weights, "down")

@@ -1,0 +1,50 @@
+"""The jax engine as a backend: what it refuses, and where it begins. JAX itself is loaded by `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training_hub.backends import Given
+from training_hub.backends.jax_engine.refusals import missing_packages, refusals
+from training_hub.backends.jax_engine.shapes import config_problems, read_config
+from training_hub.backends.shared.model_folder import folder_problems, hub_problem
+from training_hub.errors import BackendError, RecipeError
+from training_hub.recipe import Recipe
+from training_hub.types import TrainResult
+
+
+class JaxEngine:
+    """Trains with JAX on whatever devices it finds: CPUs, GPUs, TPUs."""
+
+    name = "jax"
+
+    def objections(self, recipe: Recipe) -> list[str]:
+        """Why this recipe cannot run here; cheap checks that load no weights, and no JAX."""
+        return [*missing_packages(), *refusals(recipe), *_model_problems(recipe)]
+
+    def train(self, recipe: Recipe, given: Given) -> TrainResult:
+        """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.
+
+        Raises BackendError where JAX is not installed, RecipeError for a live model, which is one of torch.
+        """
+        if absent := missing_packages():
+            raise BackendError(absent)
+        if given.model is not None:
+            raise RecipeError(
+                "model: a live model is one of torch, and backend: jax reads weights from a folder. Save it with "
+                "save_pretrained and give that folder as model.path, or write backend: torch."
+            )
+        from training_hub.backends.jax_engine.session import train
+
+        return train(recipe, given)
+
+
+def _model_problems(recipe: Recipe) -> list[str]:
+    chosen = recipe.model
+    if chosen.path.startswith("("):  # not a path: it stands for a model that is handed over
+        return []
+    found = folder_problems(chosen.path)
+    if not found and not Path(chosen.path).expanduser().exists():
+        problem = hub_problem(chosen.path, chosen.revision)
+        found = [problem] if problem else []
+    return found or config_problems(read_config(chosen), chosen.path)

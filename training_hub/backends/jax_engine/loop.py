@@ -1,0 +1,275 @@
+"""The loop of the jax engine: what happens in one run, step by step. It parallels that of the torch engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from training_hub.backends.jax_engine.adaptations import Adaptation
+from training_hub.backends.jax_engine.batches import Arrays, Sizes, side_by_side
+from training_hub.backends.jax_engine.by_source import BySource
+from training_hub.backends.jax_engine.checkpoints import Checkpoints
+from training_hub.backends.jax_engine.mesh import Mesh
+from training_hub.backends.jax_engine.optim import Updater
+from training_hub.backends.jax_engine.step import Steps, nothing
+from training_hub.backends.shared.disk import disk_errors_explained
+from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
+from training_hub.backends.shared.errors import Lost, broken, interrupted, listed, not_finite
+from training_hub.backends.shared.signals import StopRequest
+from training_hub.backends.shared.watch import Watch
+from training_hub.data.feed import Feed, validation_packs
+from training_hub.data.packing import pack
+from training_hub.data.store import TokenStore
+from training_hub.errors import TrainingError
+from training_hub.evaluation.best import Best
+from training_hub.evaluation.metrics import perplexity
+from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
+from training_hub.recipe import Recipe
+from training_hub.recipe.load import dump
+from training_hub.recipe.schedule import learning_rate
+from training_hub.types import Batch, Console, Pack, StepReport
+
+Tree = dict[str, Array]
+
+
+@dataclass
+class Run:
+    """A run in progress: its parts, and the little that changes.
+
+    trained: what the optimizer moves, frozen: what stays; together the model. state: what the optimizer keeps.
+    stop_reason: what a watcher of the user's ends it for.
+    exam and scale are what the torch engine has beside: answers, and a measure of operations.
+    """
+
+    recipe: Recipe
+    steps: Steps
+    adaptation: Adaptation
+    trained: Tree
+    frozen: Tree
+    updater: Updater
+    state: Any
+    feed: Feed
+    sizes: Sizes
+    mesh: Mesh
+    validation: TokenStore | None
+    checkpoints: Checkpoints
+    console: Console
+    facts: dict[str, Any]
+    best: Best
+    engine: str = "jax"
+    step: int = 0
+    skipped_in_row: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
+    validation_before: float | None = None
+    watch: Watch | None = None
+    by_source: BySource | None = None
+    stop_reason: str = ""
+    exam: None = None
+    scale: None = None
+
+
+def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
+    """One report for each optimizer step from where the run stands to its end.
+
+    A step is reported before it is saved, so that the metrics never miss a step that a checkpoint holds. Raises
+    Interrupted, with the state saved, at the first step boundary after a signal. Ends early, after a step that is
+    reported and not saved, where the watch has a reason to.
+    """
+    meter = ThroughputMeter(run.feed.total_steps, first_step=run.step)
+    before_first_step(run)
+    while run.step < run.feed.total_steps:
+        report = take_step(run, meter)
+        run.step = report.step
+        if run.validation is not None and is_evaluation_due(run):
+            loss = evaluate(run, run.validation)
+            report = replace(report, validation_loss=loss, validation_perplexity=perplexity(loss))
+        is_watched = run.watch is not None and run.watch.is_due(run.step, run.feed)
+        if run.watch is not None and is_watched:
+            report = replace(report, measures={**report.measures, **run.watch.look(run.step, run.console)})
+        yield report
+        if run.watch is not None and run.watch.reason:
+            run.console.say(f"stopped: {run.watch.reason}")
+            return
+        is_best = report.validation_loss is not None and run.best.note(measured(report), run.step)
+        is_due = is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best)
+        if is_due or stop.number is not None:
+            save(run)
+        if run.step < run.feed.total_steps:
+            if reason := run.best.reason or run.stop_reason:
+                run.console.say(f"stopped: {reason}")
+                return
+            if stop.number is not None:
+                save(run)  # where the signal came while it was saved, this does nothing
+                raise interrupted(stop.number, run.step, run.feed.total_steps, run.checkpoints.folder(run.step))
+
+
+def before_first_step(run: Run) -> None:
+    """Measure what later steps are compared with."""
+    if run.step == 0 and run.validation is not None and run.recipe.evaluation.at_start:
+        before = run.validation_before = evaluate(run, run.validation)
+        run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
+    if run.watch is not None and run.watch.before is None:
+        run.watch.begin(run.step, run.console)
+
+
+def take_step(run: Run, meter: ThroughputMeter) -> StepReport:
+    """Forward, backward and update on the next batch; the loss is a sum divided once by its trained weight."""
+    began = time.perf_counter()
+    batch = run.feed.batch(run.step + 1)
+    total, gradients = accumulate(run, batch.packs)
+    loss = total / batch.trained_weight
+    norm = run.updater.norm(gradients, batch.trained_weight)
+    grad_norm = float(norm)
+    rate = learning_rate(run.recipe.lr_scheduler, run.recipe.optimizer.lr, batch.step, run.feed.total_steps)
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if is_finite:
+        update(run, gradients, norm, batch.trained_weight, rate)
+    elif run.recipe.training.on_nonfinite == "stop" or nonfinite(run.trained):
+        raise lost(run, batch, loss, grad_norm)  # no later step would be finite, so there is none to skip to
+    run.skipped_in_row = 0 if is_finite else run.skipped_in_row + 1
+    if run.skipped_in_row >= run.recipe.training.max_skipped:
+        raise lost(run, batch, loss, grad_norm)
+    seconds = time.perf_counter() - began
+    meter.add(batch.num_tokens, seconds)
+    return StepReport(
+        step=batch.step,
+        total_steps=run.feed.total_steps,
+        epoch=batch.epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        tokens=batch.num_tokens,
+        trained_tokens=batch.num_trained_tokens,
+        samples=batch.num_samples,
+        tokens_per_second=batch.num_tokens / seconds,
+        step_seconds=seconds,
+        memory_gib=memory_gib(),
+        seconds_left=meter.seconds_left,
+        skipped=not is_finite,
+        time=time.time(),
+        measures=run.by_source.means() if run.by_source is not None else {},
+    )
+
+
+def accumulate(run: Run, packs: Sequence[Pack]) -> tuple[float, Tree]:
+    """The sum of the packs' weighted losses, and the sums of its gradients, on the device."""
+    sums = nothing(run.trained)
+    totals, losses = [], []
+    groups = list(side_by_sides(run, packs))
+    for _, arrays in groups:
+        sums, total, each = run.steps.add(run.trained, run.frozen, sums, arrays)
+        totals.append(total)
+        losses.append(each)
+    if run.by_source is not None:
+        run.by_source.begin()
+        for (some, _), each in zip(groups, losses, strict=True):
+            run.by_source.add(some, np.asarray(each))
+    return math.fsum(float(total) for total in totals), sums
+
+
+def side_by_sides(run: Run, packs: Sequence[Pack]) -> Iterator[tuple[Sequence[Pack], Arrays]]:
+    """The packs in groups that go through the devices at once, longest first so that each has packs of like length."""
+    rows = run.mesh.rows
+    ordered = sorted(packs, key=len, reverse=True) if rows > 1 else packs
+    for start in range(0, len(ordered), rows):
+        some = ordered[start : start + rows]
+        yield some, run.mesh.spread(side_by_side(some, run.sizes, rows))
+
+
+def update(run: Run, gradients: Tree, norm: Array, trained_weight: float, rate: float) -> None:
+    """Move the weights by the sums of gradients of a step, whose mean has this norm."""
+    run.trained, run.state = run.updater.step(
+        run.trained, run.state, gradients, norm, jnp.float32(trained_weight), jnp.float32(rate)
+    )
+    jax.block_until_ready(run.trained)
+
+
+def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
+    """Mean cross-entropy over the trained tokens of all of `store`, in nats."""
+    totals = []
+    packs = list(validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed))
+    with run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
+        for some, arrays in side_by_sides(run, packs):
+            totals.append(float(run.steps.total(run.trained, run.frozen, arrays)))
+            advance(sum(len(one) for one in some))
+    return math.fsum(totals) / float(store.trained_weight.sum())
+
+
+def dry_step(run: Run) -> None:
+    """Forward and backward on the largest pack, so that memory runs out in minute one or not at all."""
+    accumulate(run, [run.feed.largest_pack()])
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the step the run has reached, once. Raises TrainingError for weights that are broken."""
+    if run.saved_step == run.step and run.step > 0:
+        return
+    weights = {name: np.asarray(weight) for name, weight in run.trained.items()}
+    optimizer = run.updater.named(run.state, run.step)
+    if problems := nonfinite({**weights, **optimizer}):
+        raise broken(problems, run.step, run.recipe, run.checkpoints.steps())
+    best = run.best.step if run.recipe.checkpoint.keep_best else None
+    kept = run.watch.kept if run.watch is not None else None
+    facts = {
+        **run.facts,
+        "engine": run.engine,
+        "best": run.best.state(),
+        "exam": None,
+        "validation_before": run.validation_before,
+        "seed": run.recipe.seed,
+        "skipped_in_row": run.skipped_in_row,
+        "watch": run.watch.state() if run.watch is not None else None,
+    }
+    size = sum(array.nbytes for array in (*weights.values(), *optimizer.values()))
+    protected = [step for step in (best, kept) if step is not None]
+    with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
+        run.checkpoints.save(run.step, weights, optimizer, facts, dump(run.recipe), protected)
+    run.saved_at, run.saved_step = time.monotonic(), run.step
+
+
+def resume(run: Run, step: int) -> None:
+    """Put the run where checkpoint `step` was taken; that it is this run's has been seen before."""
+    weights, optimizer, facts = run.checkpoints.load(step)
+    take_weights(run, weights)
+    run.state = run.updater.like(run.state, optimizer)
+    run.step = run.saved_step = step
+    run.best.load(facts.get("best") or {})
+    run.validation_before = facts.get("validation_before")
+    run.skipped_in_row = facts.get("skipped_in_row", 0)
+    if run.watch is not None:
+        run.watch.load(facts.get("watch") or {})
+
+
+def take_weights(run: Run, weights: Mapping[str, np.ndarray]) -> None:
+    """Take the weights of a checkpoint for what trains."""
+    run.trained = {name: jax.device_put(weights[name], held.sharding) for name, held in run.trained.items()}
+
+
+def lost(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError:
+    """The error about a step whose loss or gradient is not finite; names the rows that do it alone."""
+    indices = [int(index) for one in batch.packs for index in one.samples]
+    guilty = [index for index in indices if not math.isfinite(_loss_alone(run, index))]
+    who = "Rows whose own loss is not finite" if guilty else "No row does it alone; rows of the step"
+    shown = listed([str(run.feed.store.origin(index)) for index in guilty or indices])
+    what = Lost(batch.step, loss, grad_norm, f"{who}: {shown}")
+    return not_finite(what, run.recipe, run.skipped_in_row, run.checkpoints.steps())
+
+
+def _loss_alone(run: Run, index: int) -> float:
+    (_, arrays), *_ = side_by_sides(run, [pack([run.feed.store[index]], [index])])
+    return float(run.steps.objective(run.trained, run.frozen, arrays))
+
+
+def nonfinite(arrays: Mapping[str, Any]) -> list[str]:
+    """One line for each array with NaN or infinite numbers; [] where there is none."""
+    counts = {name: int((~np.isfinite(np.asarray(array, np.float32))).sum()) for name, array in arrays.items()}
+    return [f"{name} holds {count:,} numbers that are not finite" for name, count in counts.items() if count]

@@ -1,0 +1,52 @@
+"""Products of 16-bit numbers whose sums are kept in 32 bits, forward and backward.
+
+XLA's own rule would sum and round in bfloat16, and in backward multiply float32 by bfloat16. On a CPU with matrix units
+that is five times slower than bfloat16 x bfloat16 -> float32 (measured with jaxlib 0.10.2); everywhere it loses digits.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def ein(spec: str, left: Array, right: Array) -> Array:
+    """The einsum of two arrays, multiplied in the format of `left` and summed in float32, which the result is in.
+
+    Each letter of the spec is in two of its three parts. The gradient of `right` is in its own format, not rounded to
+    that of `left`: weights may be float32 masters.
+    """
+    return _sum(spec, left, right.astype(left.dtype))
+
+
+def _forward(spec: str, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    return ein(spec, left, right), (left, right)
+
+
+def _backward(spec: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    left, right = kept
+    inputs, out = spec.split("->")
+    one, other = inputs.split(",")
+    gradient = gradient.astype(left.dtype)
+    to_left = _sum(f"{out},{other}->{one}", gradient, right.astype(left.dtype))
+    to_right = _sum(f"{out},{one}->{other}", gradient, left)
+    return to_left.astype(left.dtype), to_right.astype(right.dtype)
+
+
+ein.defvjp(_forward, _backward)
+
+
+def _sum(spec: str, left: Array, right: Array) -> Array:
+    # Without this float32 would be multiplied in fewer bits on a TPU and on GPUs with TF32.
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32, precision=precision)
+
+
+def linear(x_BTI: Array, weight: Array, is_transposed: bool = False) -> Array:
+    """[B, T, O] in the format of x: x times a weight that lies as [O, I], or transposed as [I, O]."""
+    spec = "bti,io->bto" if is_transposed else "bti,oi->bto"
+    return ein(spec, x_BTI, weight).astype(x_BTI.dtype)

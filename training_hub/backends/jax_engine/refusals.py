@@ -1,0 +1,83 @@
+"""What the jax engine does not do, said before anything is loaded; and whether JAX is there at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from training_hub.algorithms import find_algorithm
+from training_hub.backends.jax_engine import lora
+from training_hub.recipe import Recipe
+from training_hub.recipe.findings import value_at
+
+PACKAGES = ("jax", "jaxlib", "optax")
+
+MISSING = "backend: jax needs {names}, not installed here: pip install 'training-hub[jax]', or write backend: torch."
+
+OPTIMIZERS = ("AdamW", "Adam", "SGD", "RMSprop", "Lion")
+"""Update rules that are torch's own here, step for step; a test compares each."""
+
+ADAPTATIONS = ("full", "lora")
+"""Adaptations of the table of algorithms that are here."""
+
+TORCH = "or write backend: torch, which does it."
+
+Check = tuple[str, Callable[[Any], bool], str]
+
+CHECKS: tuple[Check, ...] = (
+    ("model.dtype", lambda value: value == "float64", "JAX counts in 32 bits here; write float32 or auto, " + TORCH),
+    ("model.quantization", lambda value: value != "none", "weights are not quantised here; write none, " + TORCH),
+    ("model.attention", lambda value: value == "varlen", "that is a kernel of torch; write auto."),
+    ("model.trust_remote_code", bool, "code that lies in a model folder is for torch; write false, " + TORCH),
+    ("qat.weight_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
+    ("qat.activation_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
+    ("data.validation", lambda value: isinstance(value, list), "one set is measured here; name one, " + TORCH),
+    ("parallelism.data_parallel_shard_degree", lambda value: value != 1, "write 1, " + TORCH),
+    ("parallelism.data_parallel_replicate_degree", lambda value: value > 1, "write 1, " + TORCH),
+    ("training.fp8", bool, "matrices are multiplied in bfloat16 or float32 here; write false, " + TORCH),
+    ("loss.neftune_noise_alpha", bool, "embeddings get no noise here; write 0, " + TORCH),
+    ("evaluation.generate", bool, "this engine does not generate; write false, " + TORCH),
+    ("distillation.teacher", lambda value: value is not None, "this engine has no teachers; leave it out, " + TORCH),
+    ("freezing.blocks", bool, "no weight is frozen here; write 0, " + TORCH),
+    ("freezing.embeddings", bool, "no weight is frozen here; write false, " + TORCH),
+    ("freezing.weights", bool, "no weight is frozen here; leave it out, " + TORCH),
+    ("freezing.unfreeze_interval", bool, "no weight is frozen here; leave it out, " + TORCH),
+    ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
+    ("monitoring.profile", bool, "steps are not taken apart here; write false, " + TORCH),
+    ("processes.nodes", lambda value: value != 1, "this engine runs in one process; write 1, " + TORCH),
+    ("processes.procs", lambda value: value != 1, "one process has all devices of its node; write 1."),
+)
+"""Settings that change nothing here, or that this engine cannot honour: when, and what to write."""
+
+
+def missing_packages() -> list[str]:
+    """The line about JAX where it is not installed."""
+    absent = [name for name in PACKAGES if find_spec(name) is None]
+    return [MISSING.format(names=" and ".join(absent))] if absent else []
+
+
+def refusals(recipe: Recipe) -> list[str]:
+    """Why this recipe cannot run here, setting by setting, each with its remedy."""
+    return [*_settings(recipe), *_algorithm(recipe), *_optimizer(recipe)]
+
+
+def _settings(recipe: Recipe) -> Iterator[str]:
+    for path, is_refused, reason in CHECKS:
+        value = value_at(recipe, path)
+        if is_refused(value):
+            yield f"{path}: found {value}; backend jax: {reason}"
+
+
+def _algorithm(recipe: Recipe) -> Iterator[str]:
+    adaptation = find_algorithm(recipe.algorithm).adaptation
+    if adaptation not in ADAPTATIONS:
+        yield f"algorithm: found {recipe.algorithm}; backend jax does not have it. Write algorithm: sft, {TORCH}"
+    elif adaptation == "lora":
+        yield from lora.problems(recipe)
+
+
+def _optimizer(recipe: Recipe) -> Iterator[str]:
+    if recipe.optimizer.name not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        yield f"optimizer.name: found {recipe.optimizer.name}; backend jax has {known}. Write one of these, {TORCH}"

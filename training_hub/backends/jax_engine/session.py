@@ -1,0 +1,223 @@
+"""One run of the jax engine, from a recipe to a trained model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training_hub.algorithms import find_algorithm
+from training_hub.backends import Given
+from training_hub.backends.jax_engine import weights as files
+from training_hub.backends.jax_engine.adaptations import Adaptation, Full
+from training_hub.backends.jax_engine.attention import Attention
+from training_hub.backends.jax_engine.batches import Sizes, side_by_side
+from training_hub.backends.jax_engine.beforehand import numbers_of, starting_step
+from training_hub.backends.jax_engine.build import (
+    PREFERRED_TOKENS,
+    Machine,
+    attention_of,
+    build_steps,
+    keep_programs,
+    machine_of,
+)
+from training_hub.backends.jax_engine.by_source import BySource
+from training_hub.backends.jax_engine.checkpoints import Checkpoints
+from training_hub.backends.jax_engine.export import Beside, finish, saved_format
+from training_hub.backends.jax_engine.loop import Run, dry_step, evaluate, nonfinite, resume
+from training_hub.backends.jax_engine.loop import train as train_steps
+from training_hub.backends.jax_engine.lora import LowRank
+from training_hub.backends.jax_engine.materials import Materials, load_materials
+from training_hub.backends.jax_engine.mesh import Mesh
+from training_hub.backends.jax_engine.optim import Updater
+from training_hub.backends.jax_engine.plan import describe, summary
+from training_hub.backends.jax_engine.proofs import Subject, prove
+from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
+from training_hub.backends.shared.packs import settings_of
+from training_hub.backends.shared.proofs import refuse
+from training_hub.backends.shared.signals import StopRequest
+from training_hub.backends.shared.watch import Watch
+from training_hub.data.agreement import agreement
+from training_hub.data.feed import Feed
+from training_hub.errors import TrainingError
+from training_hub.evaluation.best import Best
+from training_hub.folders import write_json
+from training_hub.monitoring.console import open_console
+from training_hub.monitoring.jsonl import read_metrics
+from training_hub.monitoring.proof_table import as_json, table
+from training_hub.monitoring.throughput import speed_line
+from training_hub.monitoring.watchers import asked_to_stop, open_watchers
+from training_hub.recipe import Recipe
+from training_hub.recipe.folder import RunFolder
+from training_hub.types import Console, Proof, TrainResult
+
+ROWS_COMPARED = 32
+"""Rows whose trained text is compared with what they say at the start of a run."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run holds beside the run itself."""
+
+    run: Run
+    machine: Machine
+    materials: Materials
+    attention: Attention
+    beside: Beside
+    folder: RunFolder
+    given: Given
+
+
+def train(recipe: Recipe, given: Given) -> TrainResult:
+    """Run the recipe to its end, going on from the newest whole checkpoint of its output folder."""
+    console, folder = open_console(recipe.monitoring.console), RunFolder(Path(recipe.output))
+    began = time.perf_counter()
+    materials = load_materials(recipe, given, console, folder.rejects)
+    keep_programs(recipe)
+    machine = machine_of(recipe)
+    store = materials.prepared.train
+    preferred = PREFERRED_TOKENS[machine.platform]
+    feed = Feed(store, settings_of(recipe, int(store.lengths.max()), preferred, recipe.data.packing))
+    adaptation = adaptation_of(recipe, materials, machine)
+    step = starting_step(recipe, materials, adaptation.shapes(), feed, console)
+    console.say(f"model: loading {recipe.model.path} as {machine.dtype} on {machine.platform}")
+    session = assemble(recipe, given, materials, machine, feed, adaptation, console, folder)
+    run = session.run
+    if step is not None:
+        resume(run, step)
+        console.say(f"resume: going on after step {step} of {feed.total_steps}")
+    plan = plan_of(session)
+    write_json(folder.plan, plan)
+    console.say(summary(plan))
+    model_path = _run(session)
+    history = tuple(read_metrics(folder.metrics)) if folder.metrics.exists() else ()
+    reason = (run.watch.reason if run.watch is not None else "") or early_end(run)
+    return TrainResult(
+        status="stopped" if reason else "finished",
+        output_dir=folder.path,
+        model_path=model_path,
+        checkpoints=tuple(run.checkpoints.folder(step) for step in run.checkpoints.steps()),
+        metrics=final_metrics(run, history),
+        history=history,
+        plan=plan,
+        engine=run.engine,
+        versions=versions(run.engine),
+        seconds=time.perf_counter() - began,
+        reason=reason,
+        **told(run, folder),
+    )
+
+
+def adaptation_of(recipe: Recipe, materials: Materials, machine: Machine) -> Adaptation:
+    """What may move, by the table of algorithms."""
+    if find_algorithm(recipe.algorithm).adaptation == "lora":
+        return LowRank(recipe, materials.shape, machine.dtype)
+    return Full(materials.shape, materials.source)
+
+
+def assemble(
+    recipe: Recipe,
+    given: Given,
+    materials: Materials,
+    machine: Machine,
+    feed: Feed,
+    adaptation: Adaptation,
+    console: Console,
+    folder: RunFolder,
+) -> Session:
+    """The run at step 0."""
+    loaded = files.load(materials.source, materials.shape, console)
+    if broken := nonfinite(loaded.weights):
+        raise TrainingError([*broken, f"{recipe.model.path} came with them. Download or convert it again."])
+    for line in loaded.notes:
+        console.say(f"model: {line}")
+    mesh = Mesh()
+    trained, frozen = (mesh.place(each) for each in adaptation.split(loaded.weights))
+    attention = attention_of(materials.shape, machine, materials.longest)
+    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
+    largest = mesh.spread(side_by_side([feed.largest_pack()], sizes, mesh.rows))
+    weights = (trained, frozen)
+    steps = build_steps(recipe, materials.shape, machine, attention, adaptation.scale, largest, weights, console)
+    updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed)
+    run = Run(
+        recipe=recipe,
+        steps=steps,
+        adaptation=adaptation,
+        trained=trained,
+        frozen=frozen,
+        updater=updater,
+        state=updater.begin(trained),
+        feed=feed,
+        sizes=sizes,
+        mesh=mesh,
+        validation=materials.prepared.validation,
+        checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
+        console=console,
+        facts={**numbers_of(materials), "versions": versions("jax")},
+        best=Best(recipe.evaluation),
+    )
+    sources = [one["name"] for one in materials.prepared.report["sources"]]
+    if len(sources) > 1 and recipe.loss.by_source:
+        run.by_source = BySource(sources, feed.store)
+    if materials.watch is not None:
+        run.watch = Watch(materials.watch, recipe.evaluation, lambda store, what: evaluate(run, store, what))
+    template = materials.template.source if materials.template else None
+    beside = Beside(loaded.formats, materials.tokenizer.hf, template, materials.stop_ids)
+    return Session(run, machine, materials, attention, beside, folder, given)
+
+
+def plan_of(session: Session) -> dict[str, Any]:
+    """The plan of the run, as plain JSON."""
+    run = session.run
+    parameters = sum(weight.size for weight in {**run.frozen, **run.trained}.values())
+    how, dtype = run.steps.forward.forget, saved_format(run, session.beside)
+    layout = run.mesh.layout
+    return describe(
+        run.recipe, session.materials, run.feed, session.machine, run.trained, parameters, how, dtype, layout
+    )
+
+
+def _run(session: Session) -> Path | None:
+    """From the dry step to the final model, whose folder it gives, None where none is written."""
+    run, recipe, folder, console = session.run, session.run.recipe, session.folder, session.run.console
+    callbacks = session.given.watchers
+    with (
+        StopRequest() as stop,
+        open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=callbacks) as watchers,
+    ):
+        dry_step(run)
+        if recipe.training.preflight and run.step == 0:
+            begin_safely(session)
+        for report in train_steps(run, stop):
+            for watch in watchers:
+                watch(report)
+            run.stop_reason = asked_to_stop(watchers)
+        metrics = final_metrics(run, tuple(read_metrics(folder.metrics)))
+        if metrics:
+            console.say(speed_line(metrics))
+        path = finish(run, session.beside, folder) if recipe.checkpoint.final else None
+        return Path(path) if path else None
+
+
+def begin_safely(session: Session) -> list[Proof]:
+    """Try every proof and say what came of it. Raises TrainingError for one that failed."""
+    began = time.perf_counter()
+    run, materials = session.run, session.materials
+    tokenizer, rows = materials.tokenizer, session.given.rows
+    subject = Subject(
+        run=run,
+        dtype=session.machine.dtype,
+        attention=session.attention.proof,
+        agreement=lambda: agreement(run.recipe.data, run.feed.store, tokenizer, ROWS_COMPARED, rows),
+        beside=session.beside,
+        ending_ids=tuple(tokenizer.special_ids.values()),
+        source=materials.source,
+        scratch=session.folder.path,
+    )
+    proofs = prove(subject)
+    write_json(session.folder.preflight, as_json(proofs, time.perf_counter() - began))
+    for line in table(proofs):
+        run.console.say(f"preflight: {line}")
+    refuse(proofs)
+    return proofs
