@@ -303,7 +303,7 @@ def assemble(
     if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
     if isinstance(adaptation, Osft):
-        adaptation.divide(group)
+        adaptation.divide(layout.group)
     adaptation.begin(console)
     if layout.is_divided:
         loaded = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
