@@ -41,6 +41,7 @@ CLI_HEAD = """# The command line
     training-hub forge --config FILE.yaml     # torchforge's SFT app: its file and its defaults; below
     training-hub preview       # rows as they will be trained, token by token; takes the same settings
     training-hub plan          # what a run will do and take, without loading weights; takes the same settings
+    training-hub verify        # a few steps in one process and in the recipe's layout, compared; the same settings
     training-hub eval          # saved models on rows: scores side by side, and what each said
     training-hub chat          # talk to a saved model, beside another if you like
     training-hub continual     # tasks one after the other by several methods, and what each forgets

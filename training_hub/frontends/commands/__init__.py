@@ -17,6 +17,7 @@ from training_hub.frontends.commands import (
     plan,
     preview,
     slurm,
+    verify,
 )
 from training_hub.recipe import Recipe
 
@@ -61,6 +62,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             plan.add_options,
             plan.run,
             without_rows=lambda options: options.world_size is not None,
+        ),
+        "verify": Command(
+            "run a few steps in one process and in the recipe's own layout, and compare the numbers",
+            verify.add_options,
+            verify.run,
         ),
         "eval": Command(
             "let saved models answer rows, and compare what they say with what the rows say",
