@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from training_hub.backends.torch_engine.checkpoints import State, newest_saved
-from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, is_copy, whole_cut
+from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, whole_cut
 from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.tensor_files import Pieces
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
@@ -84,7 +84,7 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     for key, tensor in tensors.items():
         weight = divided.get(_weight_of(key, divided))
         cut = whole_cut(tensor.shape) if weight is None else cut_of(weight)
-        is_mine = run.group.is_main if weight is None else not (is_copy(weight) or cut.is_empty)
+        is_mine = run.group.is_main if weight is None else not (run.layout.is_copy(weight) or cut.is_empty)
         if is_mine:
             mine[key] = tensor
             # Of a divided weight the optimizer also keeps numbers that each process has, such as how many steps.
