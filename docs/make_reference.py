@@ -14,10 +14,15 @@ from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.cli import SHORTCUTS
 from training_hub.frontends.commands import COMMANDS
 from training_hub.frontends.dialects import KEYWORDS, KEYWORDS_OF
+from training_hub.frontends.forge.schema import doc_lines
+from training_hub.frontends.trainer.fields import FIELDS
+from training_hub.frontends.trainer.refused import REFUSED
 from training_hub.recipe import Recipe
 from training_hub.recipe.names import REQUIRED, Setting, all_settings, sections
 
 FOLDER = Path(__file__).parent / "reference"
+TRAINER = Path(__file__).parent / "guides" / "trainer.md"
+MARKS = ("<!-- table: written by docs/make_reference.py -->\n", "<!-- end of table -->")
 NOTE = "<!-- Written by docs/make_reference.py; change the docstrings in training_hub instead. -->\n"
 
 RECIPE_HEAD = """# The recipe
@@ -33,6 +38,7 @@ CLI_HEAD = """# The command line
     training-hub sft --config FILE.yaml [--section.field VALUE ...] [section.field=VALUE ...]
     training-hub llm           # the flags and defaults of AutoTrain's guide; below
     training-hub --config FILE.yml      # AutoTrain's file
+    training-hub forge --config FILE.yaml     # torchforge's SFT app: its file and its defaults; below
     training-hub preview       # rows as they will be trained, token by token; takes the same settings
     training-hub plan          # what a run will do and take, without loading weights; takes the same settings
     training-hub eval          # saved models on rows: scores side by side, and what each said
@@ -58,10 +64,17 @@ def recipe_page() -> str:
 
 def cli_page() -> str:
     """The page with commands, flags and exit codes."""
-    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags(), *_autotrain()])
+    return "\n".join([NOTE, CLI_HEAD, *_shortcuts(), *_commands(), *_exit_codes(), *_flags(), *_autotrain(), *_forge()])
+
+
+def trainer_page(page: str) -> str:
+    """The guide to SFTTrainer with its table of fields as they are."""
+    before, _, rest = page.partition(MARKS[0])
+    return before + MARKS[0] + "\n".join(_trainer_fields()) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
 
 
 def write(folder: Path = FOLDER) -> None:
+    TRAINER.write_text(trainer_page(TRAINER.read_text(encoding="utf-8")), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.md").write_text(recipe_page(), encoding="utf-8")
     (folder / "cli.md").write_text(cli_page(), encoding="utf-8")
@@ -120,7 +133,7 @@ def _commands() -> Iterator[str]:
         for action in parser._actions:
             named = action.metavar
             value = f" {' '.join(named) if isinstance(named, tuple) else named}" if named else ""
-            yield f"- `{action.option_strings[0]}{value}`: {action.help}"
+            yield f"- `{' '.join([*action.option_strings[:1], value.strip()]).strip()}`: {action.help}"
         yield ""
 
 
@@ -157,6 +170,28 @@ def _autotrain() -> Iterator[str]:
             both = f"`{flag}`" + (f", `--no-{flag[2:]}`" if is_boolean(name) else "")
             yield f"- {both} (`{json.dumps(field.default)}`): {_one_line(field.description)}"
         yield ""
+
+
+def _forge() -> Iterator[str]:
+    yield "## Keys of `training-hub forge`\n"
+    yield "Those of torchforge, with the defaults of torchtitan 0.2; [the guide](../guides/torchforge.md) says more."
+    yield "What is a setting of the recipe is named behind its meaning.\n"
+    yield from doc_lines()
+    yield ""
+
+
+def _trainer_fields() -> Iterator[str]:
+    yield "| field | of | default | recipe | what it says |\n|---|---|---|---|---|"
+    for field in FIELDS:
+        path = f"`{field.path}`" if field.path else ""
+        default = "" if field.default is None else f"`{field.default!r}`"
+        facts = (f"`{field.name}`", field.of, default, path, _one_line(field.meaning()))
+        yield f"| {' | '.join(facts)} |".replace("  ", " ")
+    yield "\nNot here; a value that asks for nothing is taken, of all others an error says:\n"
+    by_reason: dict[str, list[str]] = {}
+    for one in REFUSED.values():
+        by_reason.setdefault(one.why, []).append(f"`{one.name}`")
+    yield from (f"- {', '.join(names)}: {why}" for why, names in by_reason.items())
 
 
 def _default(setting: Setting) -> str:

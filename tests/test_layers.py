@@ -1,6 +1,6 @@
 """The shape of the code: imports go one way, engines stay apart, files and functions stay short, nothing unsafe runs.
 
-errors, types, folders, version <- recipe <- algorithms, data, evaluation, monitoring <- backends <- launch
+errors, types, folders, version <- recipe <- algorithms, data, evaluation, monitoring, scaling <- backends <- launch
     <- experiments <- frontends <- __init__
 """
 
@@ -24,6 +24,7 @@ RANKS = {
     "data": 2,
     "evaluation": 2,
     "monitoring": 2,
+    "scaling": 2,
     "backends": 3,
     "launch": 4,
     "experiments": 5,
@@ -37,8 +38,9 @@ RANKS = {
 }
 ENGINES = {
     "torch_engine": ("torch", "torchao", "bitsandbytes", "peft", "lion_pytorch", "schedulefree", "galore_torch"),
-    "jax_engine": ("jax", "jaxlib", "optax", "flax"),
+    "jax_engine": ("jax", "jaxlib", "optax", "ml_dtypes", "flax"),
 }
+SHARED = "shared"  # backends/shared: what runs of every engine have in common
 HEAVY = ("transformers", "tokenizers", "huggingface_hub", "pyarrow", "datasets", "pandas")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 LONGEST_FILE = 450
@@ -50,8 +52,10 @@ def part(name: str) -> str:
 
 
 def engine(name: str) -> str | None:
+    """The engine that a module is of; None for one of `backends` itself, or of what all engines share."""
     parts = name.split(".")
-    return parts[2] if parts[:2] == ["training_hub", "backends"] and len(parts) > 2 else None
+    is_of_one = parts[:2] == ["training_hub", "backends"] and len(parts) > 2 and parts[2] != SHARED
+    return parts[2] if is_of_one else None
 
 
 def own_imports(module: Module) -> Iterator[Import]:
@@ -135,6 +139,17 @@ def test_engines_do_not_import_each_other():
         for module in modules().values()
         for found in own_imports(module)
         if engine(module.name) and engine(found.module) not in (None, engine(module.name))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_engines_share_knows_none_of_them():
+    wrong = [
+        said(module, found)
+        for module in modules().values()
+        if module.name.startswith(f"training_hub.backends.{SHARED}")
+        for found in own_imports(module)
+        if engine(found.module)
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -41,11 +41,23 @@ if TYPE_CHECKING:
         UnslothLoRABackend,
         create_algorithm,
     )
+    from training_hub.frontends.trainer.config import SFTConfig
+    from training_hub.frontends.trainer.enums import (
+        AttentionMechanisms,
+        EasyDeLBackends,
+        EasyDeLGradientCheckPointers,
+        EasyDeLOptimizers,
+        EasyDeLPlatforms,
+        EasyDeLSchedulers,
+    )
+    from training_hub.frontends.trainer.loading import AutoEasyDeLModelForCausalLM
+    from training_hub.frontends.trainer.trainer import SFTTrainer
     from training_hub.recipe import Recipe
     from training_hub.types import StepReport, TrainResult
 
 _ERRORS = "training_hub.errors"
 _REGISTRY = "training_hub.frontends.registry"
+_ENUMS = "training_hub.frontends.trainer.enums"
 
 _HOME_OF = {
     "sft": "training_hub.frontends.functions",
@@ -56,6 +68,15 @@ _HOME_OF = {
     "evaluate": "training_hub.frontends.evaluate",
     "LLMTrainingParams": "training_hub.frontends.autotrain.params",
     "CustomSFTTrainer": "training_hub.frontends.autotrain.trainer",
+    "SFTConfig": "training_hub.frontends.trainer.config",
+    "SFTTrainer": "training_hub.frontends.trainer.trainer",
+    "AutoEasyDeLModelForCausalLM": "training_hub.frontends.trainer.loading",
+    "AttentionMechanisms": _ENUMS,
+    "EasyDeLBackends": _ENUMS,
+    "EasyDeLGradientCheckPointers": _ENUMS,
+    "EasyDeLOptimizers": _ENUMS,
+    "EasyDeLPlatforms": _ENUMS,
+    "EasyDeLSchedulers": _ENUMS,
     "OsftOptimizer": "training_hub.backends.torch_engine.adaptations.osft",
     "create_algorithm": _REGISTRY,
     "AlgorithmRegistry": _REGISTRY,
@@ -84,12 +105,19 @@ _HOME_OF = {
 __all__ = [
     "Algorithm",
     "AlgorithmRegistry",
+    "AttentionMechanisms",
+    "AutoEasyDeLModelForCausalLM",
     "Backend",
     "BackendError",
     "CheckpointError",
     "CustomSFTTrainer",
     "DataError",
     "DiskError",
+    "EasyDeLBackends",
+    "EasyDeLGradientCheckPointers",
+    "EasyDeLOptimizers",
+    "EasyDeLPlatforms",
+    "EasyDeLSchedulers",
     "HubError",
     "InstructLabTrainingSFTBackend",
     "Interrupted",
@@ -102,6 +130,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "SFTAlgorithm",
+    "SFTConfig",
+    "SFTTrainer",
     "StepReport",
     "TrainResult",
     "TrainingError",

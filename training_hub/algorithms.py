@@ -27,9 +27,13 @@ class Contract:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One algorithm: names of its objective and adaptation, settings it cannot do without, contracts by preference."""
+    """One algorithm: names of its objective and adaptation, settings it cannot do without, contracts by preference.
+
+    summary: what it does for whoever runs it, in a line.
+    """
 
     name: str
+    summary: str
     objective: str
     adaptation: str
     required: tuple[str, ...]
@@ -91,6 +95,7 @@ UNSLOTH = Contract(
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": Algorithm(
         name="sft",
+        summary="fine-tune every weight of a model on your rows (SFT)",
         objective="cross_entropy",
         adaptation="full",
         required=("model.path", "output"),
@@ -98,6 +103,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "osft": Algorithm(
         name="osft",
+        summary="fine-tune and keep what the model knows, by the directions it uses least (OSFT)",
         objective="cross_entropy",
         adaptation="osft",
         required=("model.path", "output"),
@@ -105,6 +111,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "lora_sft": Algorithm(
         name="lora_sft",
+        summary="fine-tune a small adapter beside a frozen model (LoRA, QLoRA and their family)",
         objective="cross_entropy",
         adaptation="lora",
         required=("model.path", "output"),

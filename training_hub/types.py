@@ -78,12 +78,14 @@ class Text:
     """Text that no template touches: segments of (text, weight of its tokens), joined without a separator.
 
     Plain text is one segment of weight 1; prompt and completion are (prompt, 0) and (completion, 1).
-    `ends` says whether an end-of-sequence token, trained like the last segment, closes the row.
+    `ends` says whether an end-of-sequence token, trained like the last segment, closes the row; `begins` whether what
+    the tokenizer puts in front of a text by itself opens it.
     """
 
     segments: tuple[tuple[str, float], ...]
     origin: Origin
     ends: bool = True
+    begins: bool = True
 
 
 @dataclass(frozen=True, slots=True)

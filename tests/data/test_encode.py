@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from tests.data.tiny import CHATML, THINKING, chat_tokenizer, hf_tokenizer, talk, template
 from training_hub.data import encode, findings
 from training_hub.data.encode import Encoded, Encoder
+from training_hub.data.formats import FORMATS, FormatSettings, parse
 from training_hub.data.templates import NAMED, resolve_template
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import DataError
@@ -114,6 +115,16 @@ def test_prompt_and_completion_are_tokenised_as_one_text():
     (sample,) = encode_one(Text((("Hello there,", 0.0), (" how are you", 1.0)), ORIGIN), tokenizer=tokenizer).samples
     assert pieces(sample, tokenizer) == [("<|im_start|>Hello there,", 0.0), (" how are you<|endoftext|>", 1.0)]
     assert sample.ids[:-1].tolist() == tokenizer.hf("Hello there, how are you")["input_ids"]
+
+
+def test_what_the_tokenizer_puts_in_front_of_a_text_may_be_left_out():
+    tokenizer = chat_tokenizer(bos="<|im_start|>", eos="<|endoftext|>", adds_bos=True)
+    for row in ({"text": "Hello"}, {"prompt": "Hel", "completion": "lo"}):
+        for begins, front in ((True, "<|im_start|>"), (False, "")):
+            settings = FormatSettings(start_token=begins)
+            parsed = parse(row, ORIGIN, FORMATS["text" if "text" in row else "prompt_completion"], settings).row
+            (sample,) = encode_one(parsed, tokenizer=tokenizer).samples
+            assert tokenizer.hf.decode(sample.ids) == f"{front}Hello<|endoftext|>"
 
 
 def test_end_of_sequence_is_added_once_and_only_where_the_row_ends():

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from tests.data.tiny import CHATML, chat_tokenizer, template
-from training_hub.data.pipeline import Task, _chunks, _with_workers
-from training_hub.data.prepare import Prepared, prepare
-from training_hub.data.sources import open_object
+from training_hub.data.pipeline import Task, _chunks, _with_workers, read_tasks
+from training_hub.data.prepare import Kitchen, Prepared, prepare
+from training_hub.data.sources import open_object, open_sources
 from training_hub.data.store import COLUMNS, TokenStore
 from training_hub.data.workers import can_fork, num_cores
 from training_hub.errors import DataError
@@ -195,11 +195,24 @@ def test_long_rows_travel_in_smaller_chunks_and_few_rows_in_this_process(tmp_pat
     short, long = ([(Origin("a", n), row) for n in range(600)] for row in ({"text": "a"}, b" " * 100_000))
     assert [len(chunk) for chunk in _chunks(short)] == [256, 256, 88]
     assert {len(chunk) for chunk in _chunks(long)} == {11, 6}
+    assert [len(chunk) for chunk in _chunks(short, 400)] == [400, 200]
+    assert {len(chunk) for chunk in _chunks(long, most_bytes=250_000)} == {3}
     task = Task(0, 0, "text", [])
     assert _with_workers(iter([task] * 9), None)[0] == 0
     count, tasks = _with_workers(iter([task] * 30), None)
     assert count == (num_cores() if can_fork() else 0)
     assert len(list(tasks)) == 30
+
+
+def test_chunks_are_as_large_as_the_recipe_says_and_change_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path / "chat.jsonl", [chat(number) for number in range(60)])
+    usual = recipe(str(path))
+    for settings, sizes in (({}, [60]), ({"chunk_rows": 25}, [25, 25, 10]), ({"chunk_bytes": 1}, [1] * 60)):
+        kitchen = Kitchen(recipe(str(path), **settings), TOKENIZER, TEMPLATE, Listener())
+        sources = open_sources(kitchen.recipe.data)
+        tasks = list(read_tasks(sources, kitchen.work(sources), Listener()))
+        assert [len(task.rows) for task in tasks] == sizes
+        assert_same(prepared(str(path), **settings).train, prepared(usual.data.path).train)
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def signal_in_save(output: Path) -> None:
 def main() -> None:
     """Fork a process for each pair of pipes that is named: from where it gets its orders, and where it answers."""
     pairs = [tuple(map(int, pair.split(":"))) for pair in sys.argv[1:]]
+    import peft  # noqa: F401
     import torch._dynamo  # noqa: F401  # which torch loads when weights are first divided
+    from transformers import LlamaForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
     import training_hub.backends.torch_engine.engine  # noqa: F401
 

@@ -114,6 +114,23 @@ def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_all(rank, tiny_m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_holds_a_part_of_the_model_and_is_lost_ends_the_run(
+    number, two, tiny_model_folder, chat_file, tmp_path
+):
+    divided = {**SETTINGS, "parallelism": {"data_parallel_shard_degree": -1}}
+    asked = recipe(tiny_model_folder, chat_file, tmp_path / "run", processes={"procs": 2}, **divided)
+    at_step(tmp_path / "run", 3, lambda: os.kill(workers()[1], number))
+    with pytest.raises(LaunchError) as caught:
+        run(asked)
+    assert "rank 1 of 2" in (said := str(caught.value)) and "rank 1 was last at step " in said
+    whole(tmp_path / "run")
+    resumed = two.train(tiny_model_folder, chat_file, tmp_path / "run", **divided)
+    assert [each.get("status") for each in resumed] == ["finished"] * 2, resumed
+    assert [row["step"] for row in resumed[0]["history"]] == list(range(1, len(resumed[0]["history"]) + 1))
+
+
+@pytest.mark.slow
 def test_random_kills_all_end_in_the_same_bits(unbroken, tiny_model_folder, chat_file, tmp_path):
     """A run is started again and again, and one of its processes killed at a random time, until it gets to its end."""
     draw, killed, number = Random(0), 0, 0

@@ -38,6 +38,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a process without samples": ("llama", {"training": {**STEPS, "global_batch_size": 1}}),
     "activations made again": ("llama", {"training": {**STEPS, "activation_checkpointing": "full"}}),
     "lora": ("llama", {"algorithm": "lora_sft", "lora": {"r": 4, "dropout": 0.0}}),
+    "osft": (
+        "llama",
+        {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False}, "checkpoint": {"interval": 4}},
+    ),
     "distillation": ("llama", {"distillation": {"teacher": "another", "alpha": 0.5}}),
     "with proofs": ("llama", {"training": {**STEPS, "preflight": True}}),
 }
@@ -121,6 +125,27 @@ def test_a_run_goes_on_in_other_numbers_of_processes_and_other_layouts(
     for row, wanted in zip(resumed.history, unbroken.history, strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
     assert weights(resumed.model_path).keys() == weights(unbroken.model_path).keys()
+
+
+def test_what_osft_protects_goes_on_whole_from_divided_weights(
+    two,
+    tiny_model_folder,
+    uneven_file,  # noqa: F811
+    tmp_path,
+):
+    settings = {
+        "algorithm": "osft",
+        "osft": {"unfreeze_rank_ratio": 0.5, "cache": False},
+        "training": {"global_batch_size": 4, "epochs": 1, "preflight": False},
+        "optimizer": SGD,
+        "checkpoint": {"interval": 1},
+    }
+    unbroken = train(tiny_model_folder, uneven_file, tmp_path / "unbroken", **settings)
+    order = {"signalled": 0, "step": 2}
+    ended = two.train(tiny_model_folder, uneven_file, tmp_path / "run", order, **settings, parallelism=SHARDED)
+    assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
+    resumed = train(tiny_model_folder, uneven_file, tmp_path / "run", **settings)
+    assert apart(weights(unbroken.model_path), weights(resumed.model_path)) <= CLOSE
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -26,6 +26,8 @@ def generator() -> ModuleType:
 
 
 def test_the_pages_are_up_to_date(generator: ModuleType, tmp_path: Path):
+    guide = (ROOT / "docs" / "guides" / "trainer.md").read_text(encoding="utf-8")
+    assert guide == generator.trainer_page(guide), "run: python docs/make_reference.py"
     generator.write(tmp_path)
     for name in ("recipe.md", "cli.md"):
         kept = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")

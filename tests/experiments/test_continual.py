@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,25 @@ def test_each_run_begins_where_the_one_before_ended_and_replay_shows_earlier_row
         ("next-train.jsonl", 0.01),
     ]
     assert load_file(study / "osft" / "seed-2" / "2-twice" / "recipe.yaml").algorithm == "osft"
+
+
+def test_lora_begins_each_task_from_the_model_its_last_adapter_was_merged_into(
+    tiny_model_folder: Path, tasks: Tasks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("peft")
+    own = words(tiny_model_folder, tasks, tmp_path / "out", "--methods", "lora", "--score", "loss")
+    assert main([*own, "--for", "lora", "lora.merge=false"]) == 2
+    assert "lora: lora.merge: false leaves only an adapter" in capsys.readouterr().err
+    assert main([*own, "--for", "lora", "lora.r=4"]) == 0
+    runs = [tmp_path / "out" / "lora" / "seed-0" / name for name in ("1-next", "2-twice")]
+    second = load_file(runs[1] / "recipe.yaml")
+    assert (second.algorithm, second.lora.r, second.lora.adapter) == ("lora_sft", 4, None)
+    assert second.model.path == str(runs[0] / "merged")
+    assert json.loads((runs[1] / "merged" / "merge.json").read_text())["base"] == second.model.path
+    scored = json.loads((runs[1] / "scores.json").read_text())
+    assert scored["next"]["model"] == hashlib.sha256((runs[1] / "merged" / "manifest.json").read_bytes()).hexdigest()
+    (course,) = json.loads((tmp_path / "out" / "continual.json").read_text())["courses"]
+    assert course["losses"][1][1] < course["losses"][0][1]
 
 
 def test_the_table_the_csv_and_the_page_say_the_same(study: Path):

@@ -38,7 +38,7 @@ def test_every_setting_and_every_spelling_is_a_flag(capsys: pytest.CaptureFixtur
             assert " ".join(setting.doc.split()[:4]) in one_line
 
 
-NEED_OTHERS = ("checkpoint.keep_best", "hub.push", "hub.private", "osft.importance")
+NEED_OTHERS = ("checkpoint.keep_best", "data.streaming", "hub.push", "hub.private", "osft.importance")
 
 
 def test_every_boolean_has_both_forms():

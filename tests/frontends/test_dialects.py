@@ -68,6 +68,8 @@ MEANINGS: list[tuple[str, Any, dict[str, Any], str, Any]] = [
     ("validation_data_path", "v.jsonl", {}, "data.validation", "v.jsonl"),
     ("validation_split", 0.1, {}, "data.validation_fraction", 0.1),
     ("validation_frequency", 5, {"validation_split": 0.1}, "evaluation.interval", 5),
+    ("generate", 8, {"validation_split": 0.1}, "evaluation.generate", 8),
+    ("metrics", "f1", {"generate": True, "validation_split": 0.1}, "evaluation.metrics", ["f1"]),
     ("validate_at_epoch", False, {}, "evaluation.at_epoch", False),
     ("save_best_val_loss", True, {"validation_split": 0.1}, "checkpoint.keep_best", True),
     ("save_final_checkpoint", False, {}, "checkpoint.final", False),
@@ -159,6 +161,17 @@ def test_naming_a_tracker_switches_it_on():
     assert recipe_of(wandb_project="p", wandb_entity="e").monitoring.wandb
     assert recipe_of(mlflow_run_name="r").monitoring.mlflow
     assert not recipe_of().monitoring.wandb
+
+
+@pytest.mark.parametrize("function", ["sft", "osft", "lora_sft"])
+def test_a_function_may_be_a_metric_of_each_function(function):
+    def shortness(answer: str, reference: str) -> float:
+        return -len(answer)
+
+    for metrics in (shortness, ["f1", shortness]):
+        request = request_from({**NEEDED, "generate": 4, "metrics": metrics}, function)
+        assert request.metrics == (shortness,)
+        assert request.layer.values["evaluation.metrics"][-1] == "live:shortness"
 
 
 def test_overrides_reach_every_setting():

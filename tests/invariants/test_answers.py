@@ -194,12 +194,11 @@ def test_a_function_from_python_is_a_metric_of_a_run_and_may_decide_which_step_i
         "monitoring.console": "off",
         "checkpoint.keep_best": True,
         "evaluation.interval": 1,
-        "evaluation.generate": 4,
-        "evaluation.metrics": ["f1", shortness],
         "evaluation.best_metric": "shortness",
     }
     run_of = {"model_path": tiny_model_folder, "data_path": chat_file, "ckpt_output_dir": tmp_path / "run"}
-    result = sft(**run_of, backend="torch", max_steps=3, batch_size=8, learning_rate=1e-2, overrides=settings)
+    asked = {"generate": 4, "metrics": ["f1", shortness], "overrides": settings}
+    result = sft(**run_of, backend="torch", max_steps=3, batch_size=8, learning_rate=1e-2, **asked)
     scores = {row["step"]: row["validation_shortness"] for row in result.history}
     assert result.metrics["best_validation_shortness"] == max(scores.values())
     saved = (tmp_path / "run" / "recipe.yaml").read_text()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,27 @@ def test_a_finished_run_is_uploaded_later_and_not_twice(
     assert not is_private(connected.made[0])
     assert train(*places, **SMALL, hub=TUNED).hub == later.hub
     assert connected.commits == 1
+
+
+def test_what_is_uploaded_says_nowhere_on_which_disk_it_was_made(
+    connected: Arrived, tiny_model_folder: Path, chat_file: Path, tmp_path: Path
+):
+    pytest.importorskip("peft")
+    cached = tmp_path / "models--someone--small" / "snapshots" / ("0" * 40)
+    for model, name in ((tiny_model_folder, tiny_model_folder.name), (cached, "someone/small")):
+        if model is cached:
+            shutil.copytree(tiny_model_folder, cached)
+        kept = {**SMALL, "algorithm": "lora_sft", "lora": {"r": 2}, "hub": TUNED}
+        result = train(model, chat_file, tmp_path / name, **kept)
+        said = json.loads(connected.files["adapter_config.json"])
+        assert said["base_model_name_or_path"] == name
+        here = json.loads((tmp_path / name / "final" / "adapter_config.json").read_text())
+        assert here == {**said, "base_model_name_or_path": str(model.resolve())}, "it is loaded from there"
+        for folder in (tmp_path, tiny_model_folder.parent, chat_file.parent):
+            told = [file for file, content in connected.files.items() if str(folder).encode() in content]
+            assert told == []
+        assert ("base_model: someone/small" in connected.files["README.md"].decode()) is (model is cached)
+        assert result.hub
 
 
 def test_a_refused_upload_is_an_error_that_leaves_the_model_whole(

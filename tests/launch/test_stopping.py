@@ -30,7 +30,7 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 ENGINE = """
 from pathlib import Path
 
-from training_hub.backends.torch_engine.signals import StopRequest
+from training_hub.backends.shared.signals import StopRequest
 from training_hub.errors import Interrupted
 from training_hub.types import TrainResult
 

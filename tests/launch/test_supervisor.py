@@ -31,7 +31,7 @@ from pathlib import Path
 
 from training_hub.errors import DataError, Interrupted, LaunchError
 from training_hub.types import TrainResult
-from training_hub.backends.torch_engine.signals import StopRequest
+from training_hub.backends.shared.signals import StopRequest
 
 
 class Several:

@@ -11,7 +11,7 @@ import pytest
 from training_hub.errors import Interrupted, TrainingError
 from training_hub.monitoring.console import LineConsole, SilentConsole
 from training_hub.monitoring.jsonl import read_metrics
-from training_hub.monitoring.watchers import Callback, objections, open_watchers
+from training_hub.monitoring.watchers import Callback, asked_to_stop, objections, open_watchers
 
 
 class Remembering:
@@ -125,6 +125,20 @@ def test_trackers_that_are_not_installed_are_all_named_with_what_to_write(recipe
         f"{name} is not installed: pip install 'training-hub[{name}]', or set monitoring.{name} to false."
         for name in ("tensorboard", "wandb", "mlflow")
     ]
+
+
+def test_a_callback_may_ask_for_the_end_of_a_run(recipe, tmp_path, report):
+    class Enough:
+        stop_reason = ""
+
+        def __call__(self, one):
+            self.stop_reason = "enough" if one.step == 2 else ""
+
+    with open_watchers(recipe(), tmp_path, SilentConsole(), callbacks=[lambda one: None, Enough()]) as watchers:
+        for step, reason in ((1, ""), (2, "enough")):
+            for watch in watchers:
+                watch(report(step=step))
+            assert asked_to_stop(watchers) == reason
 
 
 def test_trackers_nobody_asked_for_are_neither_missed_nor_imported(recipe):

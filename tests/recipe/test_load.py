@@ -131,6 +131,8 @@ FREE = [
         *NEEDS,
         *(one for pair in RIVALS for one in pair),
         "data.unmask",
+        "data.streaming",
+        "data.validation_samples",
         "training.max_tokens_per_gpu",
         "model.quantization",
         "optimizer.name",  # a schedule-free one forbids schedules
@@ -234,7 +236,8 @@ def test_everything_wrong_is_said_at_once():
         "Write training.global_batch_size: 32",
         "training.max_seq_len: found true; allowed: a whole number of at least 1. Write training.max_seq_len: 4096",
         "optimizer.name: found 'adamw'; allowed: one of AdamW, Adam, SGD, Adafactor, NAdam, RAdam, Adagrad, RMSprop, "
-        "Lion, Muon, AdamWScheduleFree, GaLoreAdamW, AdamW8bit, Lion8bit. Write optimizer.name: AdamW",
+        "Lion, Muon, AdamWScheduleFree, GaLoreAdamW, AdamW8bit, Lion8bit, PagedAdamW, PagedAdamW8bit, PagedLion, "
+        "PagedLion8bit. Write optimizer.name: AdamW",
         "optimizer.lr: found '1e-5'; allowed: a number greater than 0. Write optimizer.lr: 1.0e-05",
         "lr_scheduler.warmup_steps and lr_scheduler.warmup_ratio: both are given, and one excludes the other. "
         "Leave one out.",

@@ -85,6 +85,7 @@ def _rows_again(data: Data, rows: Any) -> Iterator[Row]:
         roles=data.roles,
         unmask=data.unmask,
         end_token=data.end_token,
+        start_token=data.start_token,
         pretraining=data.pretraining,
         template_arguments=data.template_arguments,
     )

@@ -113,7 +113,8 @@ class Encoder:
     def _closed(self, row: Text, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """With what the tokenizer puts in front of a text by itself, and the end-of-sequence token."""
         eos = self.tokenizer.eos_id
-        front = [i for i in self.tokenizer.around[0] if not (len(ids) and ids[0] == i)]
+        own = self.tokenizer.around[0] if row.begins else []
+        front = [i for i in own if not (len(ids) and ids[0] == i)]
         back = [eos] if row.ends and eos is not None and not (len(ids) and ids[-1] == eos) else []
         if not front and not back:
             return ids, weights

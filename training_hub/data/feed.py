@@ -16,6 +16,7 @@ from training_hub.data.packing import pack_all
 from training_hub.data.shares import shares
 from training_hub.data.shuffle import shuffled
 from training_hub.data.store import TokenStore
+from training_hub.recipe.sections import Data
 from training_hub.types import Batch, Pack
 
 # Validation rows are packed within windows of this many, so that memory stays bounded.
@@ -125,6 +126,11 @@ class Feed:
             mine = rounds == number
             rows[mine] = shuffled(rows[mine], size, self.settings.seed, source + 1, number)
         return rows
+
+
+def packs_validation(data: Data) -> bool:
+    """Whether the recipe asks for packed validation rows."""
+    return data.packing if data.validation_packing is None else data.validation_packing
 
 
 def validation_packs(store: TokenStore, token_budget: int, is_packed: bool = True) -> Iterator[Pack]:

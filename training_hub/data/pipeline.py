@@ -38,6 +38,18 @@ NumberedRow = tuple[Origin, RawRow]
 
 
 @dataclass(frozen=True)
+class Enough:
+    """How far sources are read: until there are so many samples, or of documents so many tokens."""
+
+    amount: int
+    counts_tokens: bool
+
+    def of(self, block: SampleBlock) -> int:
+        """What a block adds."""
+        return int(block.lengths.sum()) if self.counts_tokens else len(block.lengths)
+
+
+@dataclass(frozen=True)
 class Task:
     """Rows of one part, to be turned into samples."""
 
@@ -94,6 +106,7 @@ class Work:
 
     skips_bad: a row with problems is left out and kept among the rejects. leaves_out_problems: problems are only
     counted, for a look at the other rows. system: a system message that conversations get in place of their own.
+    chunk_rows, chunk_bytes: what bounds a chunk.
     """
 
     encoder: Encoder
@@ -103,6 +116,8 @@ class Work:
     leaves_out_problems: bool = False
     skips_bad: bool = False
     system: str | None = None
+    chunk_rows: int = ROWS_PER_CHUNK
+    chunk_bytes: int = BYTES_PER_CHUNK
 
     @cached_property
     def mapped(self) -> frozenset[str]:
@@ -228,13 +243,16 @@ def write_samples(
     console: Console,
     max_rows: int | None = None,
     workers: int | None = None,
+    enough: Enough | None = None,
 ) -> tuple[tuple[PartName, ...], Findings]:
     """Append every sample of the sources to `writer`, in order; the names of the parts and what was found.
+
+    enough: where to stop before the end, at the end of a chunk of rows.
 
     Raises DataError listing the problems of all rows, or the files that changed meanwhile.
     """
     parts = [part for source in sources for part in source.parts]
-    findings = Findings()
+    findings, gathered = Findings(), 0
     count, tasks = _with_workers(read_tasks(sources, work, console, max_rows, findings.tally), workers)
     total, unit, size = _measure(parts, max_rows)
     with (
@@ -254,6 +272,10 @@ def write_samples(
             append(found.rejects, writer.folder)
             findings.add(found)
             advance(seen[done])
+            if enough is not None:
+                gathered += enough.of(block)
+                if gathered >= enough.amount:
+                    break
     changed = [line for part in parts if (line := part.changed()) is not None]
     if changed:  # what else was found may come of that
         raise DataError(changed)
@@ -288,14 +310,16 @@ def _rows_of(task: Task) -> str:
     return f"{first} to {last.line}"
 
 
-def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
+def _chunks(
+    rows: Iterable[NumberedRow], most_rows: int = ROWS_PER_CHUNK, most_bytes: int = BYTES_PER_CHUNK
+) -> Iterator[list[NumberedRow]]:
     """The rows in chunks of a bounded number and, as long texts are few, a bounded size."""
     chunk: list[NumberedRow] = []
     size = 0
     for numbered in rows:
         chunk.append(numbered)
         size += _size(numbered[1])
-        if len(chunk) == ROWS_PER_CHUNK or size >= BYTES_PER_CHUNK:
+        if len(chunk) == most_rows or size >= most_bytes:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -316,7 +340,7 @@ def _tasks(sources: Sequence[Source], work: Work, tally: Counter[str], console: 
         format_name, num_rows = source.format, 0
         for part in source.parts:
             part_number += 1
-            for chunk in _chunks(part.rows(tally)):
+            for chunk in _chunks(part.rows(tally), work.chunk_rows, work.chunk_bytes):
                 if format_name == "auto":
                     format_name, chunk = _detected(chunk, work.settings, source, console)
                 if not num_rows:

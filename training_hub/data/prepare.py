@@ -6,8 +6,8 @@ files, settings, tokenizer and template starts at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from training_hub.data.cache import Cache, cache_folder, kept, key_of
 from training_hub.data.encode import Encoder
 from training_hub.data.formats import ROW_COLUMNS, FormatSettings, check_settings
 from training_hub.data.lengths import blocks
-from training_hub.data.pipeline import Work, write_samples
+from training_hub.data.pipeline import Enough, Work, write_samples
 from training_hub.data.rejects import TALLY, examples, refuse_too_many, write_all
 from training_hub.data.selection import num_duplicates, num_shared, split_validation, without_duplicates
 from training_hub.data.sources import Source, open_object, open_path, open_sources
@@ -54,13 +54,19 @@ class Kitchen:
     system: str | None = None
     made: list[TokenStore] = field(default_factory=list)
 
-    def store(self, sources: Sequence[Source], max_rows: int | None) -> TokenStore:
-        """The samples of these sources, for pretraining their documents: from the cache, else made now."""
+    def store(self, sources: Sequence[Source], max_rows: int | None, samples: int | None = None) -> TokenStore:
+        """The samples of these sources, for pretraining their documents: from the cache, else made now.
+
+        samples: how many are needed, where not all are; reading stops there.
+        """
         for note in (note for source in sources for note in source.notes):
             self.console.say(f"data: {note}")
         weights = [source.weight for source in sources]
-        key = self._key(sources, max_rows) if self.recipe.data.cache else None
-        store = kept(self._cache, key, lambda folder: self._write(sources, max_rows, folder), weights, self.console)
+        enough = self._enough(samples)
+        key = self._key(sources, max_rows, enough) if self.recipe.data.cache else None
+        store = kept(
+            self._cache, key, lambda folder: self._write(sources, max_rows, enough, folder), weights, self.console
+        )
         self.made.append(store)
         if not self.leaves_out_problems:
             refuse_too_many(store, self.recipe.data.max_bad_share)
@@ -68,8 +74,7 @@ class Kitchen:
 
     def blocks(self, documents: TokenStore) -> TokenStore:
         """The documents joined and cut into blocks, as a store of its own."""
-        data = self.recipe.data
-        size = data.block_size or self.recipe.training.max_seq_len
+        size = self._block_size
         key = key_of({"documents": documents.fingerprint, "block_size": size})
         return kept(
             self._cache,
@@ -84,7 +89,18 @@ class Kitchen:
         data = self.recipe.data
         return Cache(cache_folder(data.cache_dir), data.cache_size * 1e9) if data.cache else None
 
-    def _key(self, sources: Sequence[Source], max_rows: int | None) -> str | None:
+    def _enough(self, samples: int | None) -> Enough | None:
+        """How far to read for so many samples; of documents, so far that they make as many blocks."""
+        if samples is None:
+            return None
+        pretraining = self.recipe.data.pretraining
+        return Enough(samples * self._block_size if pretraining else samples, counts_tokens=pretraining)
+
+    @property
+    def _block_size(self) -> int:
+        return self.recipe.data.block_size or self.recipe.training.max_seq_len
+
+    def _key(self, sources: Sequence[Source], max_rows: int | None, enough: Enough | None) -> str | None:
         """The key of these sources' samples; None where one can be read only once, or is not taken whole."""
         if self.leaves_out_problems:
             return None
@@ -96,8 +112,8 @@ class Kitchen:
         if any(fingerprint is None for *_, fingerprint in parts):
             return None
         data = self.recipe.data
-        chosen = ("columns", "roles", "template_arguments", "unmask", "end_token", "turns", "overlong", "pretraining")
-        bounds = ("on_bad_row", "max_row_bytes")
+        chosen = ("columns", "roles", "template_arguments", "unmask", "end_token", "start_token", "turns", "overlong")
+        bounds = ("pretraining", "on_bad_row", "max_row_bytes")
         return key_of(
             {
                 "parts": parts,
@@ -107,6 +123,7 @@ class Kitchen:
                 "tokenizer": self.tokenizer.fingerprint,
                 "template": self.template.fingerprint if self.template else None,
                 **({"system": self.system} if self.system is not None else {}),
+                **({"enough": asdict(enough)} if enough is not None else {}),
             }
         )
 
@@ -122,6 +139,7 @@ class Kitchen:
             roles=data.roles,
             unmask=data.unmask,
             end_token=data.end_token,
+            start_token=data.start_token,
             pretraining=data.pretraining,
             template_arguments=data.template_arguments,
         )
@@ -130,12 +148,14 @@ class Kitchen:
             raise DataError(list(dict.fromkeys(problems)))
         encoder = Encoder(self.tokenizer, template=self.template, unmask=data.unmask, turns=data.turns)
         skips_bad = data.on_bad_row == "skip"
-        return Work(encoder, settings, self._longest, data.overlong, self.leaves_out_problems, skips_bad, self.system)
+        limits = (data.chunk_rows, data.chunk_bytes)
+        leaves_out = self.leaves_out_problems
+        return Work(encoder, settings, self._longest, data.overlong, leaves_out, skips_bad, self.system, *limits)
 
-    def _write(self, sources: Sequence[Source], max_rows: int | None, folder: Path) -> None:
+    def _write(self, sources: Sequence[Source], max_rows: int | None, enough: Enough | None, folder: Path) -> None:
         work, data = self.work(sources), self.recipe.data
         with write_whole(folder, replace=True) as aside, StoreWriter(aside) as writer:
-            parts, found = write_samples(sources, work, writer, self.console, max_rows, data.workers)
+            parts, found = write_samples(sources, work, writer, self.console, max_rows, data.workers, enough)
             found_too = {"facts": list(found.facts), "notes": dict(found.notes), "columns": sorted(found.columns)}
             writer.finish(parts, {**found.tally, **found_too})
 
@@ -177,12 +197,16 @@ def prepare(
     if data.pretraining:
         train = kitchen.blocks(train)
         validation = kitchen.blocks(validation) if validation is not None else None
+    if validation is not None and data.validation_samples is not None:
+        validation = validation.subset(np.arange(min(len(validation), data.validation_samples)))
     if len(train) == 0:
         raise DataError(f"data.path: {_nothing_left(sources, train)}")
     report |= _counts(train)
     report["sources"] = _per_source(sources, train)
     if validation is not None:
         report["validation"] = _counts(validation)
+        if isinstance(validation_rows, Mapping):
+            report["validation"]["sources"] = _per_source(_validation_sources(data, validation_rows), validation)
         if aside is not None and aside.report.get(TALLY):
             report["validation"][TALLY] = aside.report[TALLY]
     for line in told(report, data.deduplicate):
@@ -190,6 +214,13 @@ def prepare(
     for line in (line for store in kitchen.made for line in examples(store)):
         console.say(f"data: left out: {line}")
     return Prepared(train, validation, report)
+
+
+def samples_needed(recipe: Recipe) -> int | None:
+    """How many samples a run takes that reads no further; None where it reads all."""
+    if not recipe.data.streaming or recipe.training.steps is None:
+        return None
+    return recipe.training.steps * recipe.training.global_batch_size
 
 
 def _stores(kitchen: Kitchen, rows: Any, validation_rows: Any) -> tuple[list[Source], TokenStore, TokenStore | None]:
@@ -202,13 +233,13 @@ def _stores(kitchen: Kitchen, rows: Any, validation_rows: Any) -> tuple[list[Sou
     sources, train, validation = [], None, None
     try:
         sources = open_sources(data) if rows is None else [_live(rows, "rows", data)]
-        train = _not_empty("data.path", kitchen.store(sources, data.max_rows), sources)
+        train = _not_empty("data.path", kitchen.store(sources, data.max_rows, samples_needed(kitchen.recipe)), sources)
     except DataError as error:
         problems += error.problems
     try:
         if validation_rows is not None or data.validation is not None:
-            source = _validation_source(data, validation_rows)
-            validation = _not_empty("data.validation", kitchen.store([source], None), [source])
+            apart = _validation_sources(data, validation_rows)
+            validation = _not_empty("data.validation", kitchen.store(apart, None, data.validation_samples), apart)
     except DataError as error:
         problems += error.problems
     if train is None or problems:
@@ -229,18 +260,23 @@ def _live(rows: Any, name: str, data: Data) -> Source:
 def _refuse_unread_columns(data: Data, store: TokenStore) -> None:
     """A name in data.columns that no row has is a slip of the pen, unless only some rows are read."""
     wanted = {theirs for ours, theirs in data.columns.items() if ours in ROW_COLUMNS}
-    unread = sorted(wanted - set(store.report["columns"])) if data.max_rows is None else []
+    is_read_whole = data.max_rows is None and not data.streaming
+    unread = sorted(wanted - set(store.report["columns"])) if is_read_whole else []
     if unread:
         raise DataError(
             [f"data.columns: no row has a column {name!r}. Take it out, or write the name it has." for name in unread]
         )
 
 
-def _validation_source(data: Data, live_rows: Any) -> Source:
+def _validation_sources(data: Data, live_rows: Any) -> list[Source]:
+    """The validation rows: one source, or of a mapping of names to rows one for each."""
+    if isinstance(live_rows, Mapping):
+        return [_live(rows, str(name), data) for name, rows in live_rows.items()]
     if live_rows is not None:
-        return _live(live_rows, "validation rows", data)
+        return [_live(live_rows, "validation rows", data)]
     # On the hub the training split would be the training data again; files have no splits.
-    return replace(open_path(str(data.validation), "validation", data.max_row_bytes), format=data.format)
+    source = open_path(str(data.validation), "validation", data.max_row_bytes, data.streaming)
+    return [replace(source, format=data.format)]
 
 
 def _counts(store: TokenStore) -> dict[str, int]:

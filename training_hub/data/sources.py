@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +79,29 @@ def open_sources(data: Data) -> list[Source]:
 
 def _open_entry(entry: str | DataSource, data: Data) -> Source:
     named = entry if isinstance(entry, DataSource) else DataSource(path=entry)
-    source = open_path(named.path, named.split or data.split, data.max_row_bytes)
+    source = open_path(named.path, named.split or data.split, data.max_row_bytes, data.streaming)
     return Source(source.name, source.parts, named.weight, named.format or data.format, source.notes)
 
 
-def open_path(named: str, split: str = "train", longest_row: int = LONGEST_ROW_BYTES) -> Source:
-    """The source that one path or hub name stands for. Raises DataError for what is not there or cannot be read."""
+def open_path(
+    named: str, split: str = "train", longest_row: int = LONGEST_ROW_BYTES, streaming: bool = False
+) -> Source:
+    """The source that one path or hub name stands for. Raises DataError for what is not there or cannot be read.
+
+    streaming: a hub data set passes by row by row and is not downloaded whole.
+    """
     try:
-        return _open_path(named, split, longest_row)
+        return _open_path(named, split, longest_row, streaming)
     except OSError as error:
         raise DataError(f"{named}: cannot be read: {error.strerror or error}.") from error
 
 
-def _open_path(named: str, split: str, longest_row: int) -> Source:
+def _open_path(named: str, split: str, longest_row: int, streaming: bool) -> Source:
     path = Path(named).expanduser()
     if path.is_dir() and any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
         return _saved_dataset(path, named, split)
     if not path.exists() and _looks_like_hub_name(path, named):
-        return _from_hub(named, split)
+        return _from_hub(named, split, streaming)
     paths, note = find_files(named)
     files, problems = [], []
     for found in paths:
@@ -173,8 +178,8 @@ def _datasets_package() -> Any:
     return datasets
 
 
-def _from_hub(named: str, split: str) -> Source:
-    """A data set on the Hugging Face hub, downloaded: `org/name`, or `org/name:configuration[split]`."""
+def _from_hub(named: str, split: str, streaming: bool) -> Source:
+    """A data set on the Hugging Face hub, downloaded or as a stream: `org/name`, or `org/name:configuration[split]`."""
     try:
         package = _datasets_package()
     except DataError as error:
@@ -183,14 +188,26 @@ def _from_hub(named: str, split: str) -> Source:
         named, _, split = named.removesuffix("]").partition("[")
     name, _, configuration = named.partition(":")
     try:
-        loaded = package.load_dataset(name, configuration or None, split=split)
+        loaded = package.load_dataset(name, configuration or None, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise DataError(
             f"{_not_here(name)} Taken as the name of a data set on the hub, it has no split {split!r} that can be "
             f"had: {first_line} (a configuration and a split are named as org/name:configuration[split])"
         ) from error
-    return _one_part(_dataset_part(loaded, f"{named}[{split}]"))
+    part = _dataset_part(loaded, f"{named}[{split}]")
+    return _one_part(replace(part, fingerprint=lambda console: _commit_on_hub(name)) if streaming else part)
+
+
+def _commit_on_hub(name: str) -> str | None:
+    """The commit of a data set on the hub, by which rows that passed by are known again; None where it is not told."""
+    from huggingface_hub import dataset_info
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return dataset_info(name).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return None
 
 
 def _not_here(named: str) -> str:

@@ -12,6 +12,7 @@ are taken as they are.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from training_hub.algorithms import engine_of
-from training_hub.backends import Scorer, find_backend
+from training_hub.backends import Backend, Scorer, find_backend
 from training_hub.data.sources import open_path
 from training_hub.errors import BackendError, DataError, RecipeError
 from training_hub.evaluation.metrics import average_accuracy, backward_transfer, forgetting, new_task_score
@@ -29,6 +30,7 @@ from training_hub.folders import MANIFEST, write_json
 from training_hub.launch import run
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
+from training_hub.recipe.folder import RunFolder
 from training_hub.recipe.load import Layer, build, layer_of, merge
 from training_hub.types import Console, TrainResult
 
@@ -73,10 +75,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("osft-frozen", {**_OSFT, "osft.others": "freeze"}),
             Method("osft-carry", {**_OSFT, "osft.carry": True}),
             Method("replay", {"algorithm": "sft"}, REPLAYED),
+            Method("lora", {"algorithm": "lora_sft", "lora.merge": True}),
         )
     }
 )
-"""The methods by name; a new one is an entry."""
+"""The methods by name; a new one is an entry. lora: a new adapter for each task, merged before the next begins, so that
+like with the others it begins from all the earlier ones left in an ordinary model, and has as much room as they had."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,7 @@ def continual(study: Study) -> ContinualResult:
     if not isinstance(engine, Scorer):
         raise BackendError(f"backend {engine.name!r} scores no models: it has no method score(recipe, console).")
     _refuse(study)
-    for method in study.methods:
-        for seed in study.seeds:
-            for step in range(len(study.tasks)):
-                recipe_of(study, method, seed, step, study.recipe.model.path)
+    _refuse_settings(study, find_backend(engine_of(study.recipe)))
     _refuse_missing_rows(study)
     console = open_console(study.recipe.monitoring.console)
     output = Path(study.recipe.output)
@@ -167,7 +168,7 @@ def course(study: Study, engine: Scorer, method: Method, seed: int, console: Con
     for step, task in enumerate(study.tasks):
         recipe = recipe_of(study, method, seed, step, model)
         results.append(run(recipe))
-        model = str(results[-1].model_path or model)  # a run that its watch stopped may have no model to go on from
+        model = _whole_model(results[-1], recipe) or model  # a run that its watch stopped may have none to go on from
         found.append(scores_of(study, engine, model, Path(recipe.output) / "scores.json", console))
         console.say(f"continual: {method.name}, seed {seed}, after {task.name}: {_told(study, found[-1])}")
     return Course(
@@ -178,6 +179,13 @@ def course(study: Study, engine: Scorer, method: Method, seed: int, console: Con
         _watched(results),
         sum(one.seconds for one in results),
     )
+
+
+def _whole_model(result: TrainResult, recipe: Recipe) -> str | None:
+    """What a run leaves for the next: its final model, or the one that its adapter was merged into."""
+    if result.model_path is None:
+        return None
+    return str(RunFolder(result.output_dir).merged if recipe.lora.merge else result.model_path)
 
 
 def recipe_of(study: Study, method: Method, seed: int, step: int, model: str) -> Recipe:
@@ -264,6 +272,22 @@ def _refuse(study: Study) -> None:
         problems.append(f"data.path: found {study.recipe.data.path!r}; the tasks name the rows. Leave it out.")
     if problems:
         raise RecipeError(problems)
+
+
+def _refuse_settings(study: Study, engine: Backend) -> None:
+    """Raise RecipeError with what speaks against the runs of each method."""
+    problems = []
+    for method in study.methods:
+        for seed, step in itertools.product(study.seeds, range(len(study.tasks))):
+            recipe = recipe_of(study, method, seed, step, study.recipe.model.path)
+        problems += engine.objections(recipe)
+        if recipe.algorithm == "lora_sft" and not recipe.lora.merge:
+            problems.append(
+                f"{method.name}: lora.merge: false leaves only an adapter, and the next task begins from a whole "
+                "model. Leave it out."
+            )
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
 
 
 def _refuse_missing_rows(study: Study) -> None:

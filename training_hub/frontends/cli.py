@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 from training_hub.algorithms import ALGORITHMS
@@ -26,6 +27,7 @@ from training_hub.version import VERSION
 
 ALGORITHM = "sft"  # of a command that is not an algorithm's own
 AUTOTRAIN = "llm"
+FORGE = "forge"
 NONE = "(none)"  # for what a command goes without
 BACKEND = "torch"
 
@@ -72,11 +74,12 @@ class Switch(argparse.Action):
         namespace.assignments = (*namespace.assignments, (self.dest, option_string, text))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Errors of this package are one message, others are bugs."""
+def main(arguments: Sequence[str] | None = None, run: Callable[[list[str]], int] | None = None) -> int:
+    """Run the command line, or another `run` on it; the exit code. Errors of this package are one message, others are
+    bugs."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words)
+        return (run or _run)(words)
     except HubError as error:
         if "--debug" in words:
             raise
@@ -104,6 +107,10 @@ def _run(words: list[str]) -> int:
         from training_hub.frontends.autotrain.command import main as autotrain
 
         return autotrain(words[words.index(AUTOTRAIN) + 1 :] if first == AUTOTRAIN else words)
+    if first == FORGE or (first == ALGORITHM and _is_forge_file(words)):  # torchforge's file
+        from training_hub.frontends.forge.command import main as forge
+
+        return forge(words[words.index(first) + 1 :])
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
     if parsed.command is None:
@@ -117,6 +124,18 @@ def _run(words: list[str]) -> int:
         raise RecipeError([f"{word}: training-hub {parsed.command} takes no such argument." for word in rest])
     {"schema": _print_schema, "algorithms": _print_algorithms, "version": _print_versions}[parsed.command]()
     return 0
+
+
+def _is_forge_file(words: list[str]) -> bool:
+    """Whether the file behind --config is torchforge's rather than a recipe; what cannot be read is neither."""
+    from training_hub.frontends.forge.command import is_configuration
+
+    named = [after for word, after in pairwise(words) if word == "--config"]
+    named += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    try:
+        return any(is_configuration(read_yaml(read_text(path), path)) for path in named)
+    except RecipeError:
+        return False  # said where the recipe is read
 
 
 def _train(recipe: Recipe) -> int:
@@ -209,11 +228,10 @@ def _parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, entry in ALGORITHMS.items():
-        text = f"train: objective {entry.objective}, adaptation {entry.adaptation}"
         typed = name.replace("_", "-")  # lora-sft; lora_sft, as recipes write it, is taken too
         also = [name] if typed != name else []
         usage = USAGE.replace("training-hub sft", f"training-hub {typed}")
-        parser_of = commands.add_parser(typed, aliases=also, help=text, description=text, usage=usage)
+        parser_of = commands.add_parser(typed, aliases=also, help=entry.summary, description=entry.summary, usage=usage)
         _add_settings(parser_of)
         parser_of.set_defaults(command=name)
     for name, command in COMMANDS.items():
@@ -222,6 +240,7 @@ def _parser() -> Parser:
         command.add_options(parser_of)
         _add_settings(parser_of, names_algorithm=True)
     commands.add_parser(AUTOTRAIN, help="train with the flags, the file and the defaults of AutoTrain's SFT guide")
+    commands.add_parser(FORGE, help="train with the YAML file of torchforge's SFT app, its names and its defaults")
     commands.add_parser("schema", help="print the JSON Schema of a recipe file, for editors")
     commands.add_parser("algorithms", help="list algorithms and their backends")
     commands.add_parser("version", help="print the versions of this package and of those that matter to a run")

@@ -28,7 +28,8 @@ def continual(
     model_path: what every method begins from. tasks: name -> (rows that train it, rows that test it), in the order of
         learning. ckpt_output_dir: one run folder for each method, seed and task, and continual.json, .csv and .html.
     methods: full (SFT), osft, osft-core, osft-frozen (what is not protected stays as it is), osft-carry (protection
-        carried over the tasks), replay (SFT with 1 % of the rows of each earlier task in every epoch).
+        carried over the tasks), replay (SFT with 1 % of the rows of each earlier task in every epoch), lora (a new
+        adapter for each task, merged into the weights before the next).
     seeds: each runs every method.
     score: "exact_match" generates an answer to each test row, and counts those that are right letter by letter; "loss"
         is minus the mean loss on the answers in nats, which is cheaper and moves earlier.

@@ -92,12 +92,12 @@ def request_from(keywords: Mapping[str, Any], function: str = "sft") -> Request:
             kind = type(given.pop(name)).__name__
             problems.append(f"{name}: found a {kind}; allowed: a path, a list of paths, or rows. Hand over one split.")
     problems += whole_batch(given) if "micro_batch_size" in known else []
-    extra, metrics = _live_metrics(layer_of(given.pop("overrides", None), "overrides"))
+    extra = layer_of(given.pop("overrides", None), "overrides")
     problems += [unknown_keyword(name, function) for name in given if name not in known]
-    layer = _layer([known[name] for name in given if name in known], given)
+    layer = layer_from([known[name] for name in given if name in known], given)
     twice = [path for path in extra.values if path in layer.values]
     problems += [f"{path}: given twice, as {layer.spelled[path]} and in overrides. Keep one." for path in twice]
-    layer = merge(layer, extra)
+    layer, metrics = _live_metrics(merge(layer, extra))
     own_names = {one.path: one.name for one in reversed([*known.values()]) if one.path not in extra.values}
     spelled = {**own_names, **layer.spelled}
     return Request(Layer(layer.values, spelled, (*problems, *layer.problems)), rows, validation_rows, watchers, metrics)
@@ -122,7 +122,8 @@ def unknown_keyword(name: str, function: str) -> str:
     return f"{function}() has no parameter '{name}'.{hint}"
 
 
-def _layer(keywords: Iterable[Keyword], given: Mapping[str, Any]) -> Layer:
+def layer_from(keywords: Iterable[Keyword], given: Mapping[str, Any]) -> Layer:
+    """The settings that the values of these keywords stand for; a setting given twice is a problem of the layer."""
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     problems: list[str] = []
@@ -296,6 +297,15 @@ _TABLE = (
     Keyword("validation_split", "data.validation_fraction"),
     Keyword("validation_frequency", "evaluation.interval"),
     Keyword("validate_at_epoch", "evaluation.at_epoch"),
+    Keyword("generate", "evaluation.generate", kind=int),
+    Keyword(
+        "metrics",
+        "evaluation.metrics",
+        lambda value: [("evaluation.metrics", [value] if isinstance(value, str) or callable(value) else value)],
+        kind=list,
+        doc="With generate, what answers are compared by: names as in evaluation.metrics, and functions called as "
+        "function(answer, reference).",
+    ),
     Keyword("save_best_val_loss", "checkpoint.keep_best"),
     Keyword("save_final_checkpoint", "checkpoint.final"),
     Keyword(

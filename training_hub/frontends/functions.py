@@ -11,6 +11,8 @@ from training_hub.frontends.registry import create_algorithm
 if TYPE_CHECKING:
     from training_hub.types import StepReport, TrainResult
 
+Metrics = str | Callable[..., float] | Sequence[str | Callable[..., float]]
+
 
 def sft(
     model_path: str | os.PathLike[str],
@@ -66,6 +68,8 @@ def sft(
     validation_split: float | None = None,
     validation_frequency: int | None = None,
     validate_at_epoch: bool | None = None,
+    generate: bool | int | None = None,
+    metrics: Metrics | None = None,
     save_best_val_loss: bool | None = None,
     save_final_checkpoint: bool | None = None,
     keep_last_checkpoint_only: bool | None = None,
@@ -109,6 +113,8 @@ def sft(
         unmask_messages: train every role but system. use_processed_dataset: rows hold input_ids and labels.
         data_output_dir: where processed data is kept.
         validation_data_path or validation_split, validation_frequency (steps), validate_at_epoch: validation.
+        generate: let the model answer validation rows (True for 64, or how many); metrics: compare these answers by
+            names (exact_match, f1, bleu, ...) and functions of your own, function(answer, reference) -> number.
     Optimizer:
         learning_rate (2e-6), beta1, beta2, eps, weight_decay (AdamW), max_grad_norm.
         lr_scheduler, lr_scheduler_kwargs ({"min_lr": ...}), warmup_steps or warmup_ratio. seed (also random_seed).
@@ -194,6 +200,8 @@ def osft(
     validation_split: float | None = None,
     validation_frequency: int | None = None,
     validate_at_epoch: bool | None = None,
+    generate: bool | int | None = None,
+    metrics: Metrics | None = None,
     save_best_val_loss: bool | None = None,
     save_samples: int | None = None,
     save_dtype: str | None = None,
@@ -297,6 +305,8 @@ def lora_sft(
     unmask_messages: bool | None = None,
     validation_data_path: Any = None,
     validation_split: float | None = None,
+    generate: bool | int | None = None,
+    metrics: Metrics | None = None,
     save_best_val_loss: bool | None = None,
     checkpoint_at_epoch: bool | None = None,
     trust_remote_code: bool | None = None,
@@ -330,7 +340,8 @@ def lora_sft(
     Data:
         dataset_type: "chat_template", "alpaca" or "passthrough" (text that was rendered already); without it the rows
             say it. field_messages, field_instruction, field_input, field_output: names of columns.
-        eval_data_path (also validation_data_path) or validation_split, eval_steps: validation.
+        eval_data_path (also validation_data_path) or validation_split, eval_steps: validation; generate, metrics: as
+            in `sft`.
         chat_template, unmask_messages: as in `sft`.
     Optimizer, schedule, checkpoints, processes, watching:
         learning_rate (2e-4), lr_scheduler ("linear"), warmup_steps (10), weight_decay, max_grad_norm, seed;

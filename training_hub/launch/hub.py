@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from training_hub.errors import BackendError
 from training_hub.folders import damage, manifest
+from training_hub.monitoring.base_model import read_base
 from training_hub.monitoring.settings import redacted
 from training_hub.recipe import Recipe
+from training_hub.recipe.adapter_folder import BASE, CONFIG_FILE
 from training_hub.types import Console
 
 NO_TOKEN = (
@@ -39,7 +42,7 @@ def push(folder: Path, recipe: Recipe, console: Console) -> str:
 
     The repository is made where there is none. Raises BackendError where the hub refuses; the model here is as it was.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     problems = damage(folder)
     if problems:
@@ -50,10 +53,9 @@ def push(folder: Path, recipe: Recipe, console: Console) -> str:
     api = HfApi()
     try:
         api.create_repo(repo_id, private=recipe.hub.private, exist_ok=True)
-        made: Any = api.upload_folder(
+        made: Any = api.create_commit(
             repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=files,
+            operations=[CommitOperationAdd(name, _published(folder / name, recipe)) for name in files],
             commit_message=f"Model trained with training_hub ({recipe.algorithm})",
         )
     except Exception as error:  # the library's errors, and those of whatever carries its requests
@@ -63,6 +65,16 @@ def push(folder: Path, recipe: Recipe, console: Console) -> str:
         ) from error
     console.say(f"hub: {made.commit_url}")
     return str(made.commit_url)
+
+
+def _published(file: Path, recipe: Recipe) -> str | bytes:
+    """What is uploaded of a file: the file, by its path; of an adapter's configuration one that names its base as
+    others know it, where the file here says in which folder of this machine it lies."""
+    if file.name != CONFIG_FILE:
+        return str(file)
+    said = json.loads(file.read_text(encoding="utf-8"))
+    said[BASE] = read_base(recipe.model.path, recipe.model.revision).name
+    return (json.dumps(said, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
 def _told(error: BaseException) -> str:

@@ -16,13 +16,16 @@ CARD, CONFIG = "README.md", "config.json"
 LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy|acceptable_use)[\w.-]*", re.IGNORECASE)
 ASKED_OF_THE_HUB = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 MOST_BYTES = 1 << 20
+CACHED = re.compile(r"models--(.+)--(.+)")
+"""The folder of a repository in the hub's cache, above its snapshots: owner and name."""
 FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\r?\n|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model. name: of the hub, or that of its folder. licence, licence_name, licence_link: as its card
-    states them, else its config; None where neither does. files: its licence and notices, by name."""
+    """A base model. name: of the hub, or that of its folder, never where that lies. licence, licence_name,
+    licence_link: as its card states them, else its config; None where neither does. files: its licence and notices, by
+    name."""
 
     name: str
     is_on_hub: bool
@@ -41,7 +44,14 @@ def read_base(path: str, revision: str | None = None) -> BaseModel:
         return _stated(path, True, dict(_of_the_hub(path, revision)))
     found = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
     wanted = {name: file for name, file in found.items() if name in (CARD, CONFIG) or LICENCE_FILES.fullmatch(name)}
-    return _stated(folder.resolve().name, False, wanted)
+    name = cached_name(folder.resolve())
+    return _stated(name or folder.resolve().name, name is not None, wanted)
+
+
+def cached_name(folder: Path) -> str | None:
+    """OWNER/NAME of a folder in the hub's cache; None for any other."""
+    match = CACHED.fullmatch(folder.parents[1].name) if folder.parent.name == "snapshots" else None
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def _of_the_hub(name: str, revision: str | None) -> Iterator[tuple[str, Path]]:

@@ -259,7 +259,8 @@ def open_console(style: str = "auto", stream: TextIO | None = None) -> Console:
     if style == "off":
         return SilentConsole()
     if style == "titan":
-        return LineConsole(target, prefix=titan_prefix)
+        rank, world_size = (int(os.environ.get(name, least)) for name, least in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        return LineConsole(target, prefix=lambda: titan_prefix(rank, world_size))
     if style == "plain" or (style == "auto" and not _is_live_terminal(target)):
         return LineConsole(target)
     from rich.console import Console as RichConsole

@@ -17,7 +17,8 @@ from training_hub.types import Console, StepReport
 
 Watcher = Callable[[StepReport], None]
 """Called with each report. One with a method `close(status)` is closed at the end of the run with "finished",
-"interrupted" or "failed"."""
+"interrupted" or "failed". One with an attribute `stop_reason` that is not empty ends the run after this step, with a
+final model as at its end."""
 
 
 def objections(recipe: Recipe) -> list[str]:
@@ -47,10 +48,19 @@ class Callback:
                 "since what the callback was to do was not done; repair or remove it."
             ) from error
 
+    @property
+    def stop_reason(self) -> str:
+        return str(getattr(self._watcher, "stop_reason", "") or "")
+
     def close(self, status: str) -> None:
         close = getattr(self._watcher, "close", None)
         if callable(close):
             close(status)
+
+
+def asked_to_stop(watchers: Sequence[Watcher]) -> str:
+    """Why one of the watchers wants the run to end, "" where none does."""
+    return next((reason for one in watchers if (reason := getattr(one, "stop_reason", ""))), "")
 
 
 @contextmanager

@@ -11,12 +11,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.check_after import CHECKS
+from training_hub.recipe.check_data import about_streaming
 from training_hub.recipe.check_distillation import about_the_teacher
 from training_hub.recipe.check_parallelism import about_layouts
 from training_hub.recipe.evaluation import needs_validation
 from training_hub.recipe.findings import Contradiction, Names, is_default, plainly, value_at
 from training_hub.recipe.lora import Lora, adapter_problems
 from training_hub.recipe.osft import Osft
+from training_hub.recipe.qat import qat_problems
 from training_hub.recipe.secrets import secret_in, texts_in
 
 if TYPE_CHECKING:
@@ -33,8 +35,8 @@ RIVALS: tuple[tuple[str, str], ...] = (
 
 TORCH_ADAM = ("AdamW", "Adam", "NAdam", "RAdam")
 # Whose steps have about the size of the learning rate, and which have an eps.
-ADAM = (*TORCH_ADAM, "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit")
-LION = ("Lion", "Lion8bit")
+ADAM = (*TORCH_ADAM, "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit")
+LION = ("Lion", "Lion8bit", "PagedLion", "PagedLion8bit")
 # Peak learning rate of the Adam family above which a run says so.
 HIGH_RATE = 1e-2
 
@@ -62,6 +64,7 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "lr_scheduler.decay_ratio": ("lr_scheduler.name", ("wsd",)),
     **{f"osft.{name}": ("algorithm", ("osft",)) for name in Osft.model_fields if name != "least_kept"},
     **{f"lora.{name}": ("algorithm", ("lora_sft",)) for name in Lora.model_fields},
+    **{f"qat.{name}": ("qat.weight_dtype", ("int4", "int8")) for name in ("activation_dtype", "group_size")},
     "distillation.beta": ("distillation.divergence", ("jensen_shannon",)),
     "distillation.top_k": ("distillation.cache", ("top_k",)),
     "distillation.samples": ("distillation.cache", ("sampled",)),
@@ -104,6 +107,7 @@ def contradictions(recipe: Recipe, names: Names) -> list[Contradiction]:
         _osft,
         _adapters,
         _watch,
+        about_streaming,
         *CHECKS,
         _distillation,
         _processes,
@@ -198,7 +202,9 @@ def _learning_rate(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 
 def _optimizer_state(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    if recipe.optimizer.name.endswith("8bit") and recipe.model.dtype == "float64":
+    if (
+        recipe.optimizer.name.startswith("Paged") or recipe.optimizer.name.endswith("8bit")
+    ) and recipe.model.dtype == "float64":
         yield Contradiction(
             ("optimizer.name", "model.dtype"),
             f"{names('optimizer.name')}: {recipe.optimizer.name} computes in float32, {names('model.dtype')} is "
@@ -269,7 +275,7 @@ def _osft(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 
 def _adapters(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    for paths, message in adapter_problems(recipe, names):
+    for paths, message in (*adapter_problems(recipe, names), *qat_problems(recipe, names)):
         yield Contradiction(paths, message)
 
 

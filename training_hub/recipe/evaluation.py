@@ -153,6 +153,7 @@ def needs_validation(recipe: Recipe) -> Iterator[tuple[str, object]]:
     """(path, value) of each setting that does nothing without validation rows."""
     asked = recipe.evaluation
     for path, value in (
+        ("data.validation_samples", recipe.data.validation_samples),
         ("checkpoint.keep_best", recipe.checkpoint.keep_best),
         ("evaluation.interval", asked.interval),
         ("evaluation.generate", asked.generate),

@@ -1,7 +1,7 @@
 """The run folder: the one place where processes, runs and readers meet.
 
 recipe.yaml  plan.json  preflight.json  rejects.jsonl  metrics.jsonl  result.json  report.html
-checkpoints/step-N/  final/  logs/rankN.log
+checkpoints/step-N/  final/  merged/  logs/rankN.log
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class RunFolder:
     @property
     def final(self) -> Path:
         return self.path / "final"
+
+    @property
+    def merged(self) -> Path:
+        """Where lora.merge writes the model with the final adapter in its weights."""
+        return self.path / "merged"
 
     def earlier_recipe(self) -> Recipe | None:
         """The recipe of the run this folder holds; None where it holds none."""

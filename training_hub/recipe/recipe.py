@@ -15,6 +15,7 @@ from training_hub.recipe.lora import Lora
 from training_hub.recipe.loss import Loss
 from training_hub.recipe.osft import Osft
 from training_hub.recipe.parallelism import Parallelism
+from training_hub.recipe.qat import Qat
 from training_hub.recipe.sections import (
     Checkpoint,
     Data,
@@ -58,6 +59,7 @@ class Recipe(Section):
     lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
     osft: Osft = Field(default_factory=Osft)
     lora: Lora = Field(default_factory=Lora)
+    qat: Qat = Field(default_factory=Qat)
     freezing: Freezing = Field(default_factory=Freezing)
     distillation: Distillation = Field(default_factory=Distillation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)

@@ -125,6 +125,10 @@ class Data(Section):
     """Close plain text (text, prompt and completion) with the end-of-sequence token, trained like the text before it.
     In conversations the chat template says what closes a turn."""
 
+    start_token: bool = True
+    """Open plain text with what the tokenizer puts in front of a text by itself, such as a beginning-of-sequence token,
+    which is not trained. In conversations the chat template says how one begins."""
+
     turns: Literal["all", "last", "unroll"] = "all"
     """Which assistant turns are trained. unroll makes one sample per turn, in exactly the bytes serving would show."""
 
@@ -151,6 +155,9 @@ class Data(Section):
     packing: bool = True
     """Lay several samples end to end in one row, kept apart. Changes speed, never the result."""
 
+    validation_packing: bool | None = None
+    """The same for validation rows. Default: as data.packing."""
+
     shuffle: bool = True
     """Draw the rows in an order made from the seed, another one each epoch. Off: the order of the file."""
 
@@ -166,8 +173,22 @@ class Data(Section):
     max_rows: Count | None = None
     """Use only this many rows, the first ones."""
 
+    streaming: bool = False
+    """Read rows in their order and only as far as training.steps needs, a hub data set as a stream that is never
+    downloaded whole. What was read is then shuffled and kept as always."""
+
+    validation_samples: Count | None = None
+    """Use only this many validation samples, the first ones, and read no further. With pretraining: blocks."""
+
     workers: Index | None = None
     """Processes that render and tokenise; 0 works in this one. Default: one per core for large files."""
+
+    chunk_rows: Count = 256
+    """Rows that are rendered and tokenised at once, at most. Bounds memory, never changes the result."""
+
+    chunk_bytes: Count = 2**20
+    """Bytes of rows that are rendered and tokenised at once; a chunk ends with the row that reaches them. Of rows in
+    memory their characters count. Bounds memory, never changes the result."""
 
     cache: bool = True
     """Keep tokenised data on disk, found again by the hash of everything it was made from."""
@@ -228,8 +249,10 @@ class Optimizer(Section):
     name: Literal[
         "AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam", "Adagrad", "RMSprop",
         "Lion", "Muon", "AdamWScheduleFree", "GaLoreAdamW", "AdamW8bit", "Lion8bit",
+        "PagedAdamW", "PagedAdamW8bit", "PagedLion", "PagedLion8bit",
     ] = "AdamW"  # fmt: skip
-    """Class in torch.optim, lion-pytorch (Lion), schedulefree, galore-torch or bitsandbytes (8bit). Muon moves the
+    """Class in torch.optim, lion-pytorch (Lion), schedulefree, galore-torch or bitsandbytes (8bit, Paged). The state of
+    Paged ones may leave a GPU for the host's memory, where on a CPU it lies anyway: the same steps. Muon moves the
     matrices inside the blocks, AdamW beside it embeddings, head, norms and biases, at one learning rate.
     AdamWScheduleFree averages its steps in place of a falling rate: it needs lr_scheduler.name: constant."""
 

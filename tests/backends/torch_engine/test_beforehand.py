@@ -7,7 +7,7 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import FAMILIES, tiny_model
 from tests.invariants.run import recipe
-from training_hub.backends.torch_engine.beforehand import changed_facts, changed_shapes, model_facts
+from training_hub.backends.shared.sameness import changed_facts, changed_shapes, model_facts
 from training_hub.backends.torch_engine.model import load_model, read_blank_model
 
 
@@ -17,7 +17,7 @@ def test_config_and_shapes_are_known_without_weights(family, chat_file, tmp_path
     made = recipe(tmp_path / "model", chat_file, tmp_path / "run")
     blank, dtype = read_blank_model(made.model)
     loaded = load_model(made, torch.device("cpu"), torch.float32)
-    assert model_facts(blank) == model_facts(loaded.model)
+    assert model_facts(blank.config) == model_facts(loaded.model.config)
     assert dtype == loaded.original_dtype
     shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (blank, loaded.model)]
     assert shapes[0] == shapes[1]

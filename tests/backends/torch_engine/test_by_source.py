@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training_hub.backends.torch_engine.by_source import metric_names
+from training_hub.backends.shared.sources import metric_names
 
 
 def test_names_are_short_and_told_apart() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from training_hub.backends.torch_engine.fused.low_rank import LowRank
 from training_hub.backends.torch_engine.objectives import head as head_module
 from training_hub.backends.torch_engine.objectives.head import Head, _HeadLoss, chunk_rows
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion
@@ -37,9 +38,26 @@ def test_gradients_are_the_derivatives_of_the_loss(rows: int, cap: float | None,
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         criterion = TokenCriterion(PLAIN, targets, weights)
-        return _HeadLoss.apply(hidden, weight, bias if biased else None, criterion, 0.7, cap, rows, True)[0]
+        one = bias if biased else None
+        return _HeadLoss.apply(hidden, weight, one, None, None, criterion, 0.7, cap, rows, True)[0]
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_an_adapter_on_the_head_has_the_derivatives_of_the_sum(rows, cap, monkeypatch) -> None:
+    hidden, weight, bias, targets, weights = case()
+    monkeypatch.setattr(head_module, "chunk_rows", lambda vocabulary, device: rows)
+    down, up = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5), (11, 2)))
+    head = Head(weight, bias, multiplier=0.7, cap=cap, adapter=LowRank(down, up, 1.5))
+    whole = Head(weight + 1.5 * up @ down, bias, multiplier=0.7, cap=cap)
+    torch.testing.assert_close(head.logits(hidden), whole.logits(hidden))
+    inputs = (hidden, weight, bias, down, up)
+    found = torch.autograd.grad(head.loss(hidden, targets, weights), inputs)
+    wanted = torch.autograd.grad(reference(whole, hidden, targets, weights), inputs)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])

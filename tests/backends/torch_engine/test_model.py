@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.backends.torch_engine.tiny_models import FAMILIES, from_config, tiny_model
+from training_hub.backends.shared.model_folder import folder_problems
 from training_hub.backends.torch_engine.attention import DOCUMENTS
 from training_hub.backends.torch_engine.model import LoadedModel, choose_device, choose_dtype, load_model
-from training_hub.backends.torch_engine.model_folder import folder_problems
 from training_hub.errors import BackendError, RecipeError
 from training_hub.recipe import Recipe
 

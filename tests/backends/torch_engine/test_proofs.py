@@ -13,6 +13,7 @@ import torch
 
 from tests.invariants.run import final_weights, recipe, train
 from training_hub.backends import Given
+from training_hub.backends.shared.proofs import refuse
 from training_hub.backends.torch_engine import engine as engines
 from training_hub.backends.torch_engine import proofs
 from training_hub.backends.torch_engine.model import load_model
@@ -120,7 +121,7 @@ def test_weights_that_are_not_finite_are_found_and_named(subject: proofs.Subject
     found = proofs.prove(subject)
     assert failed(found) == ["every weight is a finite number"]
     with pytest.raises(TrainingError, match=r"lm_head\.weight holds 7 numbers"):
-        proofs.refuse(found)
+        refuse(found)
 
 
 def test_a_loss_that_forgets_the_weight_of_tokens_is_found(subject: proofs.Subject):

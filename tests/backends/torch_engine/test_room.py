@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from tests.invariants.run import recipe, train
-from training_hub.backends.torch_engine.room import BESIDE_TENSORS, Room, disk_errors_explained, room, saves_ahead
+from training_hub.backends.shared.disk import BESIDE_TENSORS, Room, disk_errors_explained, saves_ahead
+from training_hub.backends.torch_engine.room import room
 from training_hub.errors import DiskError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.tiny import CHATML, hf_tokenizer
-from training_hub.backends.torch_engine.export import _save_tokenizer
+from training_hub.backends.shared.final_folder import save_tokenizer
 
 NAMES = (
     "../../x", "../x", "..", ".", "a/../../x", "..\\x", "/{outside}/x", "{outside}/x", "//x", "x\0y", "\0", "x" * 300,
@@ -29,7 +29,7 @@ def test_no_name_of_a_chat_template_leads_out_of_the_folder(tmp_path, name, used
     before = files(tmp_path)
     # transformers refuses some of these names where it would write a file for each template: that is well, too.
     with contextlib.nullcontext() if used is not None else contextlib.suppress(ValueError, OSError):
-        _save_tokenizer(tokenizer, used, inside)
+        save_tokenizer(tokenizer, used, inside)
     written = files(tmp_path) - before
     assert all(path.is_relative_to(inside) for path in written), written
     if used is not None:

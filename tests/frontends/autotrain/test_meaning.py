@@ -135,7 +135,7 @@ def test_one_length_by_three_names(texts: Path):
         ({"distributed_backend": "deepspeed"}, "Write ddp, or leave it out"),
         ({"trainer": "dpo"}, "trainer: found 'dpo'; only sft is here"),
         ({"trainer": "distillation"}, "Write trainer sft with use_distillation"),
-        ({"optimizer": "paged_adamw_8bit"}, "Write optimizer adamw_8bit"),
+        ({"optimizer": "paged_ademamix_8bit"}, "found 'paged_ademamix_8bit'; allowed: one of adamw_torch"),
         ({"optimizer": "apollo"}, "optimizer: found 'apollo'; allowed: one of adamw_torch"),
         ({"lora_r": 8}, "lora_r: 8 would change nothing without peft"),
         ({"quantization": "int4"}, "quantization: 'int4' would change nothing without peft"),

@@ -5,7 +5,6 @@ Both follow from the shapes of the model, which its config gives, and from what 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training_hub.algorithms import find_algorithm
+from training_hub.backends.shared.disk import free_bytes, saves_ahead
+from training_hub.backends.shared.sameness import changed_facts, changed_shapes, model_facts
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.materials import Materials
 from training_hub.backends.torch_engine.model import read_blank_model
 from training_hub.backends.torch_engine.plan import feed_settings
-from training_hub.backends.torch_engine.room import free_bytes, room, saves_ahead
+from training_hub.backends.torch_engine.room import room
 from training_hub.data.feed import Feed
 from training_hub.errors import CheckpointError, DiskError
 from training_hub.recipe import Recipe
@@ -29,11 +30,6 @@ from training_hub.types import Console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
-"""Keys of a model's config that may change without changing what it computes."""
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,10 +52,11 @@ class Outline:
 
 def outline(recipe: Recipe, materials: Materials, device: torch.device, dtype: torch.dtype) -> Outline:
     """The run that the recipe asks for, from its model's config alone."""
-    blank, original_dtype = read_blank_model(recipe.model)
+    blank, original_dtype = read_blank_model(recipe.model, recipe.qat)
     facts = facts_of(materials, blank)
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(blank)
+    adaptation.expect_steps(_feed(recipe, materials, device).total_steps)
     return Outline(recipe, materials, model, device, dtype, original_dtype, facts, adaptation.holdings())
 
 
@@ -100,8 +97,8 @@ def refuse_another_run(run: Outline, checkpoints: Checkpoints, step: int) -> Non
 
 def check_room(run: Outline, step: int, kept: int) -> None:
     """Raise DiskError, with the numbers, where the disk cannot hold what the run will surely write after `step`."""
-    recipe, store = run.recipe, run.materials.prepared.train
-    feed = Feed(store, feed_settings(recipe, int(store.lengths.max()), run.device, recipe.data.packing))
+    recipe = run.recipe
+    feed = _feed(recipe, run.materials, run.device)
     asked = recipe.checkpoint
     ahead = saves_ahead(asked.interval, step, feed.total_steps, feed.steps_per_epoch, asked.at_epoch)
     wanted = recipe.model.save_dtype
@@ -112,6 +109,12 @@ def check_room(run: Outline, step: int, kept: int) -> None:
         raise DiskError(problem)
 
 
+def _feed(recipe: Recipe, materials: Materials, device: torch.device) -> Feed:
+    """The steps of the run, before it is known whether its model can be given packs."""
+    store = materials.prepared.train
+    return Feed(store, feed_settings(recipe, int(store.lengths.max()), device, recipe.data.packing))
+
+
 def facts_of(materials: Materials, model: PreTrainedModel) -> dict[str, Any]:
     """What decides the numbers of a run beside its recipe: data, tokenizer, the model's config, and the teacher."""
     teacher = {} if materials.teacher is None else {"teacher_fingerprint": materials.teacher.fingerprint}
@@ -119,36 +122,5 @@ def facts_of(materials: Materials, model: PreTrainedModel) -> dict[str, Any]:
         **teacher,
         "data_fingerprint": materials.prepared.train.fingerprint,
         "tokenizer_fingerprint": materials.tokenizer.fingerprint,
-        "model_config": model_facts(model),
+        "model_config": model_facts(model.config),
     }
-
-
-def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's config as plain JSON, without what may change."""
-    content = json.loads(json.dumps(model.config.to_dict(), default=str))
-    return {key: value for key, value in content.items() if key not in VOLATILE and not key.startswith("_")}
-
-
-def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What `before` says otherwise than `now`, of data, tokenizer, teacher and model."""
-    lines = [
-        f"{name}: was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in ("data_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint")
-        if before.get(name) != now.get(name)
-    ]
-    # Another version of transformers knows other keys of the same model; those that both know must agree.
-    old, new = before.get("model_config") or {}, now["model_config"]
-    return lines + [
-        f"model config.{key}: was {old[key]!r}, now {new[key]!r}"
-        for key in sorted(old.keys() & new.keys())
-        if old[key] != new[key]
-    ]
-
-
-def changed_shapes(before: Shapes, now: Shapes) -> list[str]:
-    """Weights that one of the two lacks, or has in another shape."""
-    return [
-        f"weight {name}: was {before.get(name, 'not there')}, now {now.get(name, 'not there')}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
-from training_hub.backends.torch_engine.tensor_files import TensorFiles
+from training_hub.backends.torch_engine.expert_files import ExpertFiles
+from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of, whole_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,10 +63,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def loading_report(model: nn.Module, files: TensorFiles) -> dict[str, Any]:
+def wanted_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What the model wants of its files, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def loading_report(model: nn.Module, files: ExpertFiles) -> dict[str, Any]:
     """What transformers would say of these files: keys missing, unexpected and of another shape."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = wanted_shapes(model)
     found = files.shapes
     return {
         "missing_keys": sorted(wanted.keys() - found.keys() - tied),
@@ -78,7 +83,7 @@ def loading_report(model: nn.Module, files: TensorFiles) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, files: TensorFiles, dtype: torch.dtype, device: torch.device, is_offloaded: bool) -> None:
+def fill(model: nn.Module, files: ExpertFiles, dtype: torch.dtype, device: torch.device, is_offloaded: bool) -> None:
     """Give a divided model on the meta device its weights: this process's pieces, read from the files as `dtype`.
 
     Its buffers come to `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
@@ -92,7 +97,7 @@ def fill(model: nn.Module, files: TensorFiles, dtype: torch.dtype, device: torch
             model.get_submodule(owner)._parameters[leaf] = model.get_parameter(first)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
-        kept = files.read(name).to(buffer.dtype) if name in files.shapes else buffer
+        kept = files.read(name, whole_cut(buffer.shape)).to(buffer.dtype) if name in files.shapes else buffer
         model.get_submodule(owner)._buffers[leaf] = kept.to(device)
     names = dict(model.named_parameters(remove_duplicate=False))
     done: set[int] = set()

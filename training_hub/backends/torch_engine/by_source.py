@@ -1,18 +1,18 @@
-"""The loss of each source of the data, step by step, gathered on the device and fetched with the step's loss."""
+"""The loss of each source of the data, or of each validation set, gathered on the device and fetched with the whole."""
 
 # N trained positions of a pack, S sources
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training_hub.backends.shared.sources import metric_names
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
+from training_hub.data.prepare import Prepared
 from training_hub.data.store import TokenStore
 from training_hub.types import Pack
 
@@ -20,8 +20,8 @@ from training_hub.types import Pack
 class BySource:
     """Sums of one step: of the losses and of the weights of each source's trained tokens."""
 
-    def __init__(self, sources: Sequence[str], store: TokenStore, device: torch.device):
-        self.names = metric_names(sources)
+    def __init__(self, sources: Sequence[str], store: TokenStore, device: torch.device, what: str = "source_loss"):
+        self.names = metric_names(sources, what)
         self._of_sample = store.source_index
         self._sums_2S = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
 
@@ -49,11 +49,8 @@ class BySource:
         return {name: loss / weight for name, loss, weight in zip(self.names, losses, weights, strict=True) if weight}
 
 
-def metric_names(sources: Sequence[str]) -> list[str]:
-    """source_loss/NAME for each: the last part of its path, in characters that every tracker takes, told apart by a
-    number where two have the same."""
-    short = [re.sub(r"[^\w.-]+", "-", Path(source).name).strip("-") or "source" for source in sources]
-    return [
-        f"source_loss/{name}" if short.count(name) == 1 else f"source_loss/{name}-{number}"
-        for number, name in enumerate(short, start=1)
-    ]
+def sets_of(prepared: Prepared, device: torch.device) -> BySource | None:
+    """The sums of each validation set, where there are several."""
+    names = [one["name"] for one in prepared.report.get("validation", {}).get("sources", ())]
+    store = prepared.validation
+    return BySource(names, store, device, "validation_loss") if store is not None and len(names) > 1 else None

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from training_hub.backends.shared.host_memory import free_host_gib
 
 NONE, SELECTIVE, FULL = "none", "selective", "full"
 HOW = (NONE, SELECTIVE, FULL)
@@ -88,20 +89,4 @@ def free_gib(device: torch.device) -> float | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return (free + torch.cuda.memory_reserved(device)) / 2**30
-    available, held = _kibibytes("/proc/meminfo", "MemAvailable"), _kibibytes("/proc/self/status", "VmRSS")
-    if available is None or held is None:
-        return None
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return min((available + held) / 2**20, int(limit) / 2**30 if limit.isdigit() else float("inf"))
-
-
-def _kibibytes(path: str, name: str) -> int | None:
-    """The number behind `name` in a file of the system that counts memory."""
-    return next((int(line.split()[1]) for line in _read(path).splitlines() if line.startswith(f"{name}:")), None)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:  # no such file on other systems
-        return ""
+    return free_host_gib()

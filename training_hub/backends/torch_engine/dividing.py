@@ -9,8 +9,18 @@ from typing import Any
 import torch
 
 from training_hub.algorithms import find_algorithm
+from training_hub.backends.shared.model_folder import is_folder
+from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
 from training_hub.backends.torch_engine.attention import register_attention, varlen_problem
-from training_hub.backends.torch_engine.blank import fill, loading_report, lost_buffers, weight_files, without_contents
+from training_hub.backends.torch_engine.blank import (
+    fill,
+    loading_report,
+    lost_buffers,
+    wanted_shapes,
+    weight_files,
+    without_contents,
+)
+from training_hub.backends.torch_engine.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
 from training_hub.backends.torch_engine.fused.swap import stay_on_kernels, swap
 from training_hub.backends.torch_engine.layouts import Layout
@@ -26,7 +36,6 @@ from training_hub.backends.torch_engine.model import (
     read_config,
     unexpected_notes,
 )
-from training_hub.backends.torch_engine.model_folder import is_folder
 from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import BackendError, RecipeError, TrainingError
@@ -73,7 +82,7 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     model = without_contents(lambda: transformers.AutoModelForCausalLM.from_config(config, **options))
     files = tuple(weight_files(Path(chosen.path).expanduser()))
     with opened(files) as tensors:
-        info = loading_report(model, tensors)
+        info = loading_report(model, ExpertFiles(tensors, wanted_shapes(model)))
     lost = lost_buffers(model)
     if lost:
         return f"its buffers {named(lost)} are not computed anew"
@@ -87,6 +96,7 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
 def divide(
     layout: Layout,
     loaded: LoadedModel,
+    adaptation: Adaptation,
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
@@ -98,22 +108,28 @@ def divide(
     Raises TrainingError for weights that are not finite, RecipeError where the model cannot be divided so."""
     model = loaded.model
     if not loaded.files:
-        layout.group.spread(model.state_dict().values())  # what was drawn at random, before each keeps a piece of it
+        # What was drawn at random, or found by another library, before each keeps a piece of it.
+        layout.group.spread(
+            [*model.state_dict().values(), *adaptation.weights().values(), *adaptation.saved().values()]
+        )
         layout = layout.divide(model, dtype)
+        adaptation.divided()
         layout.spread(model)
         return loaded, layout
+    wanted, numbers = wanted_shapes(model), sum(parameter.numel() for parameter in model.parameters())
     layout = layout.divide(model, dtype)
     problem = varlen_problem(device, dtype)
     if recipe.model.attention == "varlen" and problem:
         raise BackendError(problem)
     with opened(loaded.files) as files:
-        fill(model, files, dtype, device, is_offloaded=recipe.parallelism.enable_cpu_offload)
+        fill(model, ExpertFiles(files, wanted), dtype, device, is_offloaded=recipe.parallelism.enable_cpu_offload)
+        share = f"each process reads its own slices of the weights; here {files.numbers_read / numbers:.1%}"
     broken = nonfinite_tensors({name: local_of(weight) for name, weight in model.named_parameters()})
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
     model.eval()
     names, tried = attention_names(recipe.model.attention, model, lengths, device, dtype)
     attention = attach_attention(model, names, dtype)
-    notes = [*loaded.notes, *tried, *attention_notes(attention, names), *model_notes(model)]
+    notes = [*loaded.notes, share, *tried, *attention_notes(attention, names), *model_notes(model)]
     notes += [line for line in (stay_on_kernels(model, dtype),) if line]
     layout.spread(model)
     return LoadedModel(model, loaded.original_dtype, attention, tuple(notes)), layout

@@ -13,12 +13,17 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given, Watcher
+from training_hub.backends.shared.model_folder import hub_problem
+from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
+from training_hub.backends.shared.proofs import refuse
+from training_hub.backends.shared.signals import StopRequest
+from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
-from training_hub.backends.torch_engine.by_source import BySource
+from training_hub.backends.torch_engine.by_source import BySource, sets_of
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.dividing import divide, load_for, refuse_broken_model
@@ -38,19 +43,12 @@ from training_hub.backends.torch_engine.model import (
     folder_problems,
     load_model,
 )
-from training_hub.backends.torch_engine.model_folder import hub_problem
 from training_hub.backends.torch_engine.objectives import make_objective
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import problems, table_names
-from training_hub.backends.torch_engine.outcome import (
-    early_end,
-    final_metrics,
-    speed_lines,
-    told,
-    versions,
-)
+from training_hub.backends.torch_engine.outcome import speed_lines
 from training_hub.backends.torch_engine.parallel import Group, joined
 from training_hub.backends.torch_engine.plan import (
     describe,
@@ -63,18 +61,17 @@ from training_hub.backends.torch_engine.plan import (
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
-from training_hub.backends.torch_engine.proofs import Subject, agreed, prove, refuse
+from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
+from training_hub.backends.torch_engine.rounding import round_no_more
 from training_hub.backends.torch_engine.saving import resume
 from training_hub.backends.torch_engine.scoring import examine, score
-from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.voice import Voice, open_voice
-from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
-from training_hub.data.feed import Feed
+from training_hub.data.feed import Feed, packs_validation
 from training_hub.errors import DataError, RecipeError, TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.judging import objections as metric_objections
@@ -83,7 +80,7 @@ from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.jsonl import read_metrics
 from training_hub.monitoring.proof_table import as_json, table
-from training_hub.monitoring.watchers import open_watchers
+from training_hub.monitoring.watchers import asked_to_stop, open_watchers
 from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console, Proof, TrainResult
@@ -143,7 +140,7 @@ class TorchEngine:
 
         Where the environment says that this is one process of several (RANK, WORLD_SIZE), with the others.
         """
-        with joined(recipe.comm) as group:
+        with joined(recipe.comm) as group, group.kept("weights or gradients of the others"):
             return self._train(recipe, given, group)
 
     def _train(self, recipe: Recipe, given: Given, group: Group) -> TrainResult:
@@ -168,11 +165,12 @@ class TorchEngine:
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_for(layout, recipe, device, dtype, given.model, first_lengths(materials), console)
         run = assemble(recipe, loaded, materials, device, dtype, console, teaching, layout)
-        holdings = run.adaptation.holdings()
+        plain = known() if layout.is_divided else None  # shapes are told by a model that is not
+        shapes = run.model if plain is None else plain.model
+        holdings = run.adaptation.holdings() if plain is None else plain.holdings
         if given.model is not None:  # there were no weights to read, so nothing is asked too late
             live = Outline(recipe, materials, run.model, device, dtype, loaded.original_dtype, run.facts, holdings)
             step = group.on_main("looking for checkpoints", lambda: starting_step(live, console))
-        shapes = known().model if layout.is_divided else run.model
         planned = describe(
             recipe, materials, shapes, run.feed, device, dtype, loaded.original_dtype, holdings, group.world_size
         )
@@ -219,6 +217,7 @@ class TorchEngine:
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)
+                run.stop_reason = asked_to_stop(watchers)
             if group.is_main:
                 for line in speed_lines(run, folder):
                     console.say(line)
@@ -279,7 +278,7 @@ class TorchEngine:
             history=history,
             plan=plan,
             engine=self.name,
-            versions=versions(),
+            versions=versions(self.name),
             seconds=seconds,
             reason=reason,
             **told(run, folder),
@@ -305,12 +304,13 @@ def assemble(
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
     adaptation.begin(console)
     if layout.is_divided:
-        loaded, layout = divide(layout, loaded, recipe, device, dtype, first_lengths(materials))
+        loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
     layout.refuse_other_numbers(model, plain)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
-    is_packed = recipe.data.packing and can_pack(model, plain, dtype, console)
+    asked = (recipe.data.packing, packs_validation(recipe.data))
+    may_pack = any(asked) and can_pack(model, plain, dtype, console)
     store = materials.prepared.train
     are_split, let_go = recipe.optimizer.state != "full", partial(layout.let_go, model)
     masters = Masters(model.named_parameters(), adaptation, are_split=are_split, published=let_go)
@@ -321,17 +321,20 @@ def assemble(
         plain=plain,
         adaptation=adaptation,
         updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), layout),
-        feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, is_packed)),
+        feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, asked[0] and may_pack)),
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
         device=device,
         console=console,
-        facts={**facts_of(materials, loaded.model), "versions": versions()},
+        facts={**facts_of(materials, loaded.model), "versions": versions("torch")},
         best=Best(recipe.evaluation),
         exam=exam_of(recipe, materials),
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
         layout=layout,
+        packs_validation=asked[1] and may_pack,
+        validation_sets=sets_of(materials.prepared, device),
     )
+    adaptation.expect_steps(run.feed.total_steps)
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
         run.by_source = BySource(sources, store, device)
@@ -379,11 +382,12 @@ def forget_activations(run: Run, how: str) -> None:
 
 @contextmanager
 def closing_masters(run: Run) -> Iterator[None]:
-    """However the run ends, give a live model's parameters back to whoever handed it over."""
+    """However the run ends, give a live model back to whoever handed it over as one that others can train."""
     try:
         yield
     finally:
         run.updater.masters.release()
+        round_no_more(run.model)
 
 
 @contextmanager

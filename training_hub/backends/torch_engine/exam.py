@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training_hub.backends.shared.materials import limits_of
 from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
 from training_hub.backends.torch_engine.materials import Materials, stop_ids
-from training_hub.backends.torch_engine.model import limits_of
 from training_hub.data.questions import Question, questions_of
 from training_hub.data.store import TokenStore
 from training_hub.evaluation.judging import Metric, judge, metrics_of

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from training_hub.backends.shared.disk import disk_errors_explained
+from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.quiet import library_bars
-from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import DiskError, TrainingError
 from training_hub.folders import write_whole
@@ -85,7 +86,7 @@ def export(
     ):
         files.save(model, tensors, dtype, aside)
         set_stop_ids(aside / "generation_config.json", stop_ids)
-        _save_tokenizer(tokenizer, chat_template, aside)
+        save_tokenizer(tokenizer, chat_template, aside)
         for name, more in (beside or {}).items():
             save_file({key: tensor.detach().cpu() for key, tensor in more.items()}, aside / name)
         for name, content in (documents or {}).items():
@@ -149,34 +150,3 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     content["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def set_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
-    """Add `stop_ids` to the end-of-sequence ids in generation_config.json at `path`, which is made if need be.
-
-    A model that learned to end its turn with <|im_end|> must also be stopped there by generate().
-    """
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known = content.get("eos_token_id")
-    listed = [] if known is None else [known] if isinstance(known, int) else list(known)
-    listed += [token for token in stop_ids if token not in listed]
-    if listed:
-        content["eos_token_id"] = listed[0] if len(listed) == 1 else listed
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _save_tokenizer(tokenizer: Any, chat_template: str | None, folder: Path) -> None:
-    before = tokenizer.chat_template
-    tokenizer.chat_template = chat_template if chat_template is not None else before
-    try:
-        tokenizer.save_pretrained(folder)
-    finally:
-        tokenizer.chat_template = before
-    _forget_how_it_was_loaded(folder / "tokenizer_config.json")
-
-
-def _forget_how_it_was_loaded(path: Path) -> None:
-    # transformers 5.23 writes the arguments of from_pretrained into the file, and so where the folder came from.
-    content = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

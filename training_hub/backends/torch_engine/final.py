@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training_hub.backends.torch_engine.export import export, probed_logits
+from training_hub.backends.shared.outcome import card_of, final_step
+from training_hub.backends.torch_engine.export import WholeModel, export, probed_logits
 from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.materials import Materials, rows_kept_back, stop_ids
 from training_hub.backends.torch_engine.model import LoadedModel
-from training_hub.backends.torch_engine.outcome import card_of, final_step
+from training_hub.backends.torch_engine.model_files import ModelFiles
+from training_hub.backends.torch_engine.rounding import RoundingModel
 from training_hub.backends.torch_engine.saving import take_over
 from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console
@@ -57,9 +59,12 @@ def _write(
     if run.exam is not None:
         run.exam.show(final_step(run))
     dtype = saved_dtype(run, loaded)
-    difference = write_model(run, loaded, materials, folder.final, card_of(run, folder, dtype), held)
+    name, weights = str(dtype).removeprefix("torch."), list(run.model.parameters())
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    card = card_of(run, folder, name, sum(weight.numel() for weight in weights), trained)
+    difference = write_model(run, loaded, materials, folder.final, card, held)
     console.say(
-        f"final: {folder.final} ({str(dtype).removeprefix('torch.')}), loaded again and equal; logits differ from "
+        f"final: {folder.final} ({name}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
     )
     run.adaptation.further(folder.final, rows_kept_back(materials), console)
@@ -96,12 +101,19 @@ def write_model(
             materials.tokenizer.hf,
             materials.template.source if materials.template else None,
             stop_ids(materials),
-            trust_remote_code=run.recipe.model.trust_remote_code,
             beside=run.adaptation.beside(),
-            files=run.adaptation.files,
+            files=_files(run),
             documents=documents,
             said=held.logits if held is not None else None,
         )
+
+
+def _files(run: Run) -> ModelFiles:
+    """How the model is written and read again. An adapter is read beside the base in memory, which rounds already."""
+    whole = WholeModel(run.recipe.model.trust_remote_code)
+    if run.recipe.qat.weight_dtype is not None:
+        return run.adaptation.files or RoundingModel(whole, run.recipe.qat)
+    return run.adaptation.files or whole
 
 
 @dataclass(frozen=True)

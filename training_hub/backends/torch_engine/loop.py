@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +14,12 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
+from training_hub.backends.shared.errors import Lost, interrupted, listed, not_finite
+from training_hub.backends.shared.signals import StopRequest
+from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.by_source import BySource
-from training_hub.backends.torch_engine.checkpoints import Checkpoints, newest_saved
+from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.exam import Exam
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
@@ -24,15 +27,13 @@ from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.saving import save
-from training_hub.backends.torch_engine.signals import StopRequest
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.waiting import DataWait
-from training_hub.backends.torch_engine.watch import Watch
 from training_hub.backends.torch_engine.work import Scale
 from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore
-from training_hub.errors import Interrupted, TrainingError
+from training_hub.errors import TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
@@ -40,13 +41,11 @@ from training_hub.recipe import Recipe
 from training_hub.recipe.schedule import learning_rate
 from training_hub.types import Batch, Console, StepReport
 
-ROWS_NAMED = 20  # in the error about a loss that is not finite
-
 
 @dataclass
 class Run:
     """A run in progress: its parts, and the little that changes: the step it has reached, its best evaluation, and how
-    many steps up to now were left out without a break.
+    many steps up to now were left out without a break; stop_reason is what a watcher of the user's ends it for.
 
     objective: what is minimised. plain: cross-entropy, by which validation and watch measure whatever is minimised.
     """
@@ -64,6 +63,7 @@ class Run:
     console: Console
     facts: dict[str, Any]
     best: Best
+    engine: str = "torch"
     step: int = 0
     skipped_in_row: int = 0
     saved_at: float = field(default_factory=time.monotonic)
@@ -76,6 +76,9 @@ class Run:
     by_source: BySource | None = None
     thaw: Thaw | None = None
     layout: Layout = WHOLE
+    validation_sets: BySource | None = None
+    packs_validation: bool = True
+    stop_reason: str = ""
 
     @property
     def group(self) -> Group:
@@ -123,16 +126,17 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         is_best = report.validation_loss is not None and run.best.note(measured(report), run.step)
         is_due = is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best)
         # Clocks differ, and a signal may have reached one process only: what one is asked for, all do.
-        number, must_save = run.group.highest([stop.number or 0, int(is_due)])
+        number, must_save, must_end = run.group.highest([stop.number or 0, int(is_due), int(bool(run.stop_reason))])
         if number or must_save:
             save(run)
             number = run.group.highest([stop.number or 0])[0]  # one may have come while it was saved
         if run.step < run.feed.total_steps:
-            if run.best.reason:
-                run.console.say(f"stopped: {run.best.reason}")
+            run.stop_reason = run.stop_reason or ("a callback of the first process ended it" if must_end else "")
+            if reason := run.best.reason or run.stop_reason:
+                run.console.say(f"stopped: {reason}")
                 return
             if number:
-                raise interrupted(run, number)
+                raise interrupted(number, run.step, run.feed.total_steps, run.checkpoints.folder(run.step))
 
 
 def profiled(run: Run) -> AbstractContextManager[Any]:
@@ -245,15 +249,19 @@ def step_seed(seed: int, step: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
-    """Mean cross-entropy over the trained tokens of all of `store`, in nats."""
+def evaluate(run: Run, store: TokenStore, what: str = "validation", sets: BySource | None = None) -> float:
+    """Mean cross-entropy over the trained tokens of all of `store`, in nats; `sets` gathers that of each set."""
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    packs = validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed)
+    packs = validation_packs(store, run.feed.settings.token_budget, run.packs_validation)
     with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for one, tokens in run.layout.rounds(packs):
             if one is not None:
-                total += run.plain(run.model, run.layout.tensors(one)).total
+                tensors = run.layout.tensors(one)
+                term = run.plain(run.model, tensors)
+                total += term.total
+                if sets is not None:
+                    sets.add(term, tensors, one)
             elif run.layout.is_divided:
                 idle(run, run.plain, store)
             advance(tokens)
@@ -261,10 +269,17 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
 
 
 def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
-    """The report with what the validation rows say: their loss, and scores of answers where these are asked for."""
-    loss = evaluate(run, store)
+    """The report with what the validation rows say: their loss, of each of several sets too, and scores of answers
+    where these are asked for."""
+    sets, measures = run.validation_sets, report.measures
+    if sets is not None:
+        sets.begin()
+    loss = evaluate(run, store, sets=sets)
+    if sets is not None:
+        measures = {**measures, **sets.means(run.layout.sum(sets.sums).tolist())}
     scores = take_exam(run, run.exam) if run.exam is not None else {}
-    return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), scores=scores)
+    doubt = perplexity(loss)
+    return replace(report, validation_loss=loss, validation_perplexity=doubt, scores=scores, measures=measures)
 
 
 def begin_exam(run: Run, exam: Exam) -> None:
@@ -288,12 +303,6 @@ def take_exam(run: Run, exam: Exam) -> dict[str, float]:
     return dict(exam.last)
 
 
-def measured(report: StepReport) -> dict[str, float]:
-    """What evaluation.best_metric may name, of a step that was evaluated."""
-    loss, doubt = report.validation_loss, report.validation_perplexity
-    return {**({"loss": loss, "perplexity": doubt} if loss is not None and doubt is not None else {}), **report.scores}
-
-
 def dry_step(run: Run) -> None:
     """Forward and backward on the largest pack, so that memory runs out in minute one or not at all."""
     run.model.train()
@@ -302,45 +311,6 @@ def dry_step(run: Run) -> None:
     run.adaptation.expect_last_backward()
     (run.objective(run.model, run.layout.tensors(one)).total / max(float(one.weights.sum()), 1.0)).backward()
     run.updater.masters.drop_gradients()
-
-
-def is_evaluation_due(run: Run) -> bool:
-    settings = run.recipe.evaluation
-    at_interval = settings.interval is not None and run.step % settings.interval == 0
-    at_end = run.step == run.feed.total_steps
-    return at_interval or at_end or (settings.at_epoch and run.feed.is_epoch_end(run.step))
-
-
-def is_saving_due(run: Run, is_watched: bool = False) -> bool:
-    settings = run.recipe.checkpoint
-    if is_watched and run.recipe.evaluation.watch_limit is not None:
-        return True  # a run that is stopped later gives back the last step within the limit
-    at_interval = settings.interval is not None and run.step % settings.interval == 0
-    at_epoch = settings.at_epoch and run.feed.is_epoch_end(run.step)
-    at_time = settings.minutes is not None and time.monotonic() - run.saved_at >= settings.minutes * 60
-    return at_interval or at_epoch or at_time or is_at_samples(run, settings.save_samples)
-
-
-def is_at_samples(run: Run, every: int) -> bool:
-    """Whether this step took the count of trained samples to or over another multiple of `every`."""
-    if not every:
-        return False
-    after = samples_seen(run.feed, run.step)
-    return after // every > samples_seen(run.feed, run.step - 1) // every
-
-
-def samples_seen(feed: Feed, step: int) -> int:
-    """Samples trained in the first `step` steps."""
-    epochs, steps = divmod(step, feed.steps_per_epoch)
-    return epochs * feed.samples_per_epoch + min(steps * feed.settings.samples_per_step, feed.samples_per_epoch)
-
-
-def interrupted(run: Run, number: int) -> Interrupted:
-    return Interrupted(
-        f"{signal.Signals(number).name} received: stopped after step {run.step} of {run.feed.total_steps}, saved in "
-        f"{run.checkpoints.folder(run.step)}. Run the same command again to go on from there.",
-        signal_number=number,
-    )
 
 
 def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError:
@@ -357,22 +327,8 @@ def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> Training
         for rank, (alone, rows) in enumerate(found)
         if (alone if is_told else rows)
     )
-    rate = run.recipe.optimizer.lr
-    count, kept = run.skipped_in_row, "Nothing of this step was kept or saved"
-    remedy = "training.on_nonfinite: skip"
-    if count >= run.recipe.training.max_skipped:
-        kept = f"{count} steps in a row are left out now, as many as training.max_skipped allows"
-        remedy = f"training.max_skipped: {10 * count}"
-    return TrainingError(
-        f"step {batch.step}: loss {loss}, gradient norm {grad_norm}: not finite. {kept}; "
-        f"{newest_saved(run.checkpoints)}. {who.capitalize()}: {shown}. Look at these rows; or write "
-        f"optimizer.lr: {rate / 10:g} (now {rate:g}), or {remedy}."
-    )
-
-
-def listed(rows: Sequence[str]) -> str:
-    """The rows by name, the first of many."""
-    return ", ".join(rows[:ROWS_NAMED]) + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
+    lost = Lost(batch.step, loss, grad_norm, f"{who.capitalize()}: {shown}")
+    return not_finite(lost, run.recipe, run.skipped_in_row, run.checkpoints.steps())
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, is_kept, num_layers
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
+from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.fused.swap import swap
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
@@ -224,6 +225,7 @@ def saved_bytes(
     """
     if on_kernels or is_swapped:
         swap(blank)
+    run_adapters_fused(blank)
     options = {"is_copied": is_copied, "on_kernels": on_kernels}
     everything = _saved_bytes(blank, largest, NONE, **options)
     layers = num_layers(blank)

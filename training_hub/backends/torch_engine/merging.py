@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from training_hub.backends import Given
+from training_hub.backends.shared.disk import disk_errors_explained
+from training_hub.backends.shared.model_folder import is_folder, stored_dtype
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.export import WholeModel
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.model import choose_device, folder_problems
-from training_hub.backends.torch_engine.model_folder import is_folder, stored_dtype
 from training_hub.backends.torch_engine.quantization import NONE, dequantise, loading_options, multiply_dense
 from training_hub.backends.torch_engine.quiet import library_bars
-from training_hub.backends.torch_engine.room import disk_errors_explained
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import RecipeError, TrainingError
 from training_hub.folders import write_json, write_whole
@@ -225,6 +225,11 @@ def _problems(adapter: Path, output: Path, path: str | None, trust_remote_code: 
         found.append(f"model.path: {adapter / CONFIG_FILE} names no base. Give its folder: --model BASE.")
     else:
         found += folder_problems(str(path), trust_remote_code=trust_remote_code)
+    if origin_of(adapter)["qat"]:
+        found.append(
+            f"adapter: {adapter} was trained beside weights rounded in forward (qat), and rounding its sum with them "
+            "would be another model. Quantise the base and load the adapter beside it."
+        )
     if output.exists():
         found.append(f"output: {output} exists, and a merged model gets a folder of its own. Name another.")
     return found

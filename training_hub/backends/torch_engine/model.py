@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training_hub.backends.shared.materials import Limits, limits_of
+from training_hub.backends.shared.model_folder import folder_problems, is_folder, stored_dtype
 from training_hub.backends.torch_engine.attention import (
     DOCUMENTS,
     FUNCTIONS,
@@ -19,7 +21,6 @@ from training_hub.backends.torch_engine.attention import (
 from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
-from training_hub.backends.torch_engine.model_folder import folder_problems, is_folder, stored_dtype
 from training_hub.backends.torch_engine.preflight import (
     ROUGH,
     SAME_LOGITS,
@@ -29,8 +30,10 @@ from training_hub.backends.torch_engine.preflight import (
 )
 from training_hub.backends.torch_engine.quantization import NONE, loading_options, multiply_dense
 from training_hub.backends.torch_engine.quiet import library_bars
+from training_hub.backends.torch_engine.rounding import round_in_forward
 from training_hub.errors import BackendError, RecipeError
 from training_hub.recipe import Recipe
+from training_hub.recipe.qat import Qat
 from training_hub.recipe.sections import Model
 
 if TYPE_CHECKING:
@@ -54,27 +57,15 @@ class LoadedModel:
     files: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a model's config says it can read: token ids below `vocabulary`, and `positions` tokens (None: no end).
-
-    is_hard: beyond `positions` there is no embedding; else (rotary positions) only nothing that was trained.
-    """
-
-    vocabulary: int
-    positions: int | None
-    is_hard: bool
-
-
 def read_limits(chosen: Model) -> Limits:
     """The limits of the recipe's model, from its config alone."""
     return limits_of(_from_library(chosen, "AutoConfig", _source_options(chosen)))
 
 
-def read_blank_model(chosen: Model) -> tuple[PreTrainedModel, torch.dtype]:
+def read_blank_model(chosen: Model, rounding: Qat = Qat()) -> tuple[PreTrainedModel, torch.dtype]:
     """The recipe's model without contents, on torch's meta device, and the format it comes in: from its config alone.
 
-    Raises RecipeError where there is no config that can be read.
+    rounding: how its layers round in forward. Raises RecipeError where there is no config that can be read.
     """
     import transformers
 
@@ -87,14 +78,8 @@ def read_blank_model(chosen: Model) -> tuple[PreTrainedModel, torch.dtype]:
     config._experts_implementation = None
     with torch.device("meta"):
         blank = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=chosen.trust_remote_code)
+    round_in_forward(blank, rounding)
     return blank, original
-
-
-def limits_of(config: Any) -> Limits:
-    """The limits that a transformers config states."""
-    text = config.get_text_config()
-    is_rotary = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    return Limits(text.vocab_size, getattr(text, "max_position_embeddings", None), not is_rotary)
 
 
 def choose_device() -> torch.device:
@@ -157,7 +142,7 @@ def load_model(
     names, tried = attention_names(recipe.model.attention, loaded, lengths, loaded.device, kind)
     attention = attach_attention(loaded, names, dtype)
     told_of = [*notes, *tried, *attention_notes(attention, names), *model_notes(loaded)]
-    told_of += [line for line in (run_on_kernels(loaded),) if line]
+    told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat)) if line]
     if recipe.training.fp8:
         told_of.append(_in_eight_bits(loaded))
     found = tuple(told_of)
@@ -305,6 +290,15 @@ def attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.
             return name
     model.set_attn_implementation(own)
     return own
+
+
+def _rounding(model: PreTrainedModel, chosen: Qat) -> str | None:
+    """Let the model round as the recipe asks; what a user should be told of it."""
+    before = logits_of_one(model)
+    line = round_in_forward(model, chosen)
+    if line is None:
+        return None
+    return f"{line}, which changes the logits by {relative_difference(logits_of_one(model), before):.1%}"
 
 
 def _in_eight_bits(model: PreTrainedModel) -> str:

@@ -251,6 +251,7 @@ class Updater:
             if names[id(weight)] in by_weight
         }
         self.optimizer.load_state_dict(packed)
+        library.put_into_pages(self.optimizer)
         of_groups = {key: value for key, value in tensors.items() if key.startswith("@")}
         saved.load_numbers(self.optimizer.param_groups, of_groups)
 

@@ -195,6 +195,18 @@ class Group:
         except RuntimeError as error:
             raise self._lost(what, str(error).splitlines()[0]) from error
 
+    @contextmanager
+    def kept(self, what: str) -> Iterator[None]:
+        """The same around work that is not only talk: of its errors those that say that others are gone or silent."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo's errors have no type of their own, but name its source files.
+            is_theirs = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if self.world_size == 1 or isinstance(error, LaunchError) or not is_theirs:
+                raise
+            raise self._lost(what, str(error).splitlines()[0]) from error
+
     def _lost(self, what: str, why: str) -> LaunchError:
         places = []
         for rank in range(self.world_size):

@@ -11,6 +11,7 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
+from training_hub.backends.shared.packs import settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
@@ -40,7 +41,7 @@ def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
     """
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
-    blank, save_dtype = read_blank_model(recipe.model)
+    blank, save_dtype = read_blank_model(recipe.model, recipe.qat)
     materials = load_materials(recipe, Given(), console)
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = adaptation.attach(blank)
@@ -65,17 +66,7 @@ def load_beside(recipe: Recipe, materials: Materials, feed: Feed, device: torch.
 
 def feed_settings(recipe: Recipe, longest: int, device: torch.device, is_packed: bool) -> FeedSettings:
     """How the recipe's rows become batches on this device."""
-    preferred = PREFERRED_TOKENS[device.type]
-    bound = recipe.training.max_tokens_per_gpu or max(preferred, recipe.training.max_seq_len)
-    return FeedSettings(
-        samples_per_step=recipe.training.global_batch_size,
-        token_budget=max(longest, min(bound, preferred)),
-        seed=recipe.seed,
-        epochs=recipe.training.epochs,
-        steps=recipe.training.steps,
-        is_shuffled=recipe.data.shuffle,
-        is_packed=is_packed,
-    )
+    return settings_of(recipe, longest, PREFERRED_TOKENS[device.type], is_packed)
 
 
 def describe(

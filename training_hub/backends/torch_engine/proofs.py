@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from training_hub.backends.torch_engine.export import set_stop_ids
+from training_hub.backends.shared.final_folder import set_stop_ids
+from training_hub.backends.shared.proofs import (
+    MOVED,
+    SAMPLES,
+    SMALL_RATE,
+    alone,
+    compared,
+    excerpt,
+    last_trained,
+    relative,
+    stop_proofs,
+    text_proof,
+)
 from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.objectives import on_excerpts, plain_total
 from training_hub.backends.torch_engine.optim import build_optimizer
@@ -33,12 +44,6 @@ from training_hub.data.packing import pack
 from training_hub.errors import TrainingError
 from training_hub.types import Pack, Proof, Sample
 
-SAMPLES = 4
-TOKENS_OF_SAMPLE = 64
-"""What the numeric proofs run on: the ends of the first samples. Enough to show an error, little for a large model."""
-
-SAMPLES_FOR_STOP = 1000
-
 KNOWN_BY_HEART = 0.1
 """Mean loss in nats below which the first samples say nothing about rounding."""
 
@@ -48,12 +53,6 @@ terms and are allowed ten times as much, measured on random models of two layers
 
 ROUGH = 2e-2
 
-SMALL_RATE = 1e-6
-"""The learning rate at which bfloat16 weights without float32 masters do not move: 1e-6 is far below half a unit in
-the last place of a weight of 0.02."""
-
-MOVED = dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "Lion", "AdamWScheduleFree"), 0.9)
-"""Share of weights with a gradient that must move; others (SGD) move by rate x gradient, so that some must."""
 
 LOGITS_APART = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """Difference of logits, as a share of the largest, that the coarser format, of training or of the file, makes."""
@@ -94,13 +93,13 @@ def prove(subject: Subject) -> list[Proof]:
     """Every proof, in the order in which one rests on another."""
     run = replace(subject.run, objective=on_excerpts(subject.run.objective))
     subject = replace(subject, run=run)
-    proofs = [_text(subject), *_stops(subject), _finite_weights(subject)]
+    proofs = [text_proof(subject.agreement()), *_stops(subject), _finite_weights(subject)]
     if proofs[-1].status == "fails":
         return proofs
     proofs += run.adaptation.proofs()
     with evaluating(run.model):
         excerpts = _excerpts(run)
-        if not math.isfinite(_loss(run, _alone(excerpts))):
+        if not math.isfinite(_loss(run, alone(excerpts))):
             return [*proofs, _not_finite(subject)]
         proofs += [_packed(subject, excerpts), _fast_loss(subject, excerpts)]
         proofs += _accumulation_and_update(subject, excerpts)
@@ -116,59 +115,10 @@ def agreed(run: Run, proofs: Sequence[Proof]) -> list[Proof]:
     return [max(same, key=lambda one: order.index(one.status)) for same in zip(*found, strict=True)]
 
 
-def refuse(proofs: Sequence[Proof]) -> None:
-    """Raise TrainingError naming each proof that failed, its number and what to do."""
-    problems = [
-        f"preflight: {each.name}: found {each.measured}, allowed {each.limit}. {each.remedy}"
-        for each in proofs
-        if each.status == "fails"
-    ]
-    if problems:
-        raise TrainingError(problems)
-
-
-def _text(subject: Subject) -> Proof:
-    name, limit = "trained text is what the rows say", "0 rows differ"
-    found = subject.agreement()
-    if found.reason:
-        return Proof(name, "left out", "", limit, found.reason)
-    share = found.trained_tokens / max(1, found.tokens)
-    measured = f"{len(found.problems)} of {found.rows} rows differ ({share:.0%} of {found.tokens:,} tokens trained)"
-    remedy = ""
-    if found.problems:
-        shown = "; ".join(found.problems[:3])
-        remedy = f"{shown}. Look at these rows, or give the template the model is served with: data.chat_template."
-    return Proof(name, "fails" if found.problems else "holds", measured, limit, remedy)
-
-
 def _stops(subject: Subject) -> list[Proof]:
-    """Whether the last trained token of a sample is one that ends text, and whether generate() will stop there.
-
-    A template without a stop token is a choice some make: it is said and stops nothing.
-    """
-    names = ("samples end in a trained stop token", "generation stops at what was trained")
     if subject.run.recipe.data.pretraining:
-        return [Proof(name, "left out", "", "", "blocks of pretraining have no ends") for name in names]
-    ends, stops = _last_trained(subject), _generation_stops(subject)
-    ending = {token: count for token, count in ends.items() if token in {*subject.ending_ids, *stops}}
-    share, limit = sum(ending.values()) / ends.total(), "at least 50 %"
-    if share < 0.5:
-        remedy = "the model will hardly learn to stop: give a template that ends each answer with its stop token."
-        return [Proof(names[0], "fallback", f"{share:.1%} of {ends.total():,} samples", limit, remedy)]
-    stopped = sum(count for token, count in ending.items() if token in stops) / sum(ending.values())
-    remedy = (
-        f"generation stops at {sorted(stops)}, trained are {sorted(ending)}: set eos_token_id in the model's folder."
-    )
-    return [
-        Proof(names[0], "holds", f"{share:.1%} of {ends.total():,} samples", limit),
-        Proof(
-            names[1],
-            "holds" if stopped >= 0.5 else "fails",
-            f"{stopped:.1%} of these; stops at {', '.join(map(str, sorted(stops)))}",
-            limit,
-            "" if stopped >= 0.5 else remedy,
-        ),
-    ]
+        return stop_proofs(None, set(), ())
+    return stop_proofs(last_trained(subject.run.feed.store), _generation_stops(subject), subject.ending_ids)
 
 
 def _generation_stops(subject: Subject) -> set[int]:
@@ -180,12 +130,6 @@ def _generation_stops(subject: Subject) -> set[int]:
         set_stop_ids(Path(folder) / "generation_config.json", subject.stop_ids)
         stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     return {stops} if isinstance(stops, int) else set(stops or ())
-
-
-def _last_trained(subject: Subject) -> Counter[int]:
-    store = subject.run.feed.store
-    samples = (store[index] for index in range(min(len(store), SAMPLES_FOR_STOP)))
-    return Counter(int(sample.ids[int(np.flatnonzero(sample.weights)[-1])]) for sample in samples)
 
 
 def _finite_weights(subject: Subject) -> Proof:
@@ -212,7 +156,7 @@ def _packed(subject: Subject, excerpts: Sequence[Sample]) -> Proof:
     limit = TOLERANCE.get(subject.dtype, ROUGH)
     vocabulary = run.model.config.get_text_config().vocab_size
     # Own rows say that all is well with what will be trained, random ones have no text in common to hide behind.
-    own = _relative(_packed_losses(run, excerpts), [_loss(run, [one]) for one in _alone(excerpts)])
+    own = relative(_packed_losses(run, excerpts), [_loss(run, [one]) for one in alone(excerpts)])
     difference = max(own, packed_equals_alone(run.model, run.objective, vocabulary))
     if difference <= limit:
         return Proof(name, "holds", f"{difference:.1e}", f"{limit:.0e}")
@@ -236,12 +180,12 @@ def _packed_losses(run: Run, excerpts: Sequence[Sample]) -> list[float]:
 def _fast_loss(subject: Subject, excerpts: Sequence[Sample]) -> Proof:
     """Loss and gradients of the objective against the same in plain float32 from the model's own full logits."""
     name, run = "fast loss is the plain one", subject.run
-    packs, limit = [to_device(one, run.device) for one in _alone(excerpts)], TOLERANCE.get(subject.dtype, ROUGH)
+    packs, limit = [to_device(one, run.device) for one in alone(excerpts)], TOLERANCE.get(subject.dtype, ROUGH)
     fast = _Gradients.of(run, [run.objective(run.model, one).total for one in packs])
     plain = _Gradients.of(run, [_plain_loss(run, one) for one in packs])
     run.updater.masters.drop_gradients()
     loss, gradient = abs(fast.loss - plain.loss) / max(abs(plain.loss), 1e-12), fast.difference(plain)
-    return _compared(
+    return compared(
         name, loss, gradient, limit, "Report the model and its versions; training it would be wrong as it is."
     )
 
@@ -253,22 +197,16 @@ def _plain_loss(run: Run, one: PackTensors) -> Tensor:
 def _accumulation_and_update(subject: Subject, excerpts: Sequence[Sample]) -> list[Proof]:
     """The gradient of one large micro-step against that of many small ones, then an update made of the latter."""
     name, run = "accumulation leaves loss and gradient", subject.run
-    together = [pack(excerpts, range(len(excerpts)))] if run.feed.settings.is_packed else _alone(excerpts)
+    together = [pack(excerpts, range(len(excerpts)))] if run.feed.settings.is_packed else alone(excerpts)
     totals = [run.objective(run.model, to_device(one, run.device)).total for one in together]
     whole = _Gradients.of(run, [torch.stack(totals).sum()])
-    parts = _Gradients.of(run, (run.objective(run.model, to_device(one, run.device)).total for one in _alone(excerpts)))
+    parts = _Gradients.of(run, (run.objective(run.model, to_device(one, run.device)).total for one in alone(excerpts)))
     limit = TOLERANCE.get(subject.dtype, ROUGH)
     loss, gradient = abs(whole.loss - parts.loss) / max(abs(parts.loss), 1e-12), whole.difference(parts)
-    proof = _compared(name, loss, gradient, limit, "Write data.packing: false, and report the model.")
+    proof = compared(name, loss, gradient, limit, "Write data.packing: false, and report the model.")
     moved = _moved(run)
     run.updater.masters.drop_gradients()
     return [proof, moved]
-
-
-def _compared(name: str, loss: float, gradient: float, limit: float, remedy: str) -> Proof:
-    holds = loss <= limit and gradient <= 10 * limit
-    measured, allowed = f"loss {loss:.1e}, gradient {gradient:.1e}", f"loss {limit:.0e}, gradient {10 * limit:.0e}"
-    return Proof(name, "holds" if holds else "fails", measured, allowed, "" if holds else remedy)
 
 
 @dataclass(frozen=True)
@@ -397,29 +335,13 @@ def _excerpts(run: Run) -> list[Sample]:
     A loss near 0 is the difference of numbers near 1, and its own rounding is then as large as itself.
     """
     store = run.feed.store
-    excerpts = [_excerpt(store[index]) for index in range(min(SAMPLES, len(store)))]
-    if _loss(run, _alone(excerpts)) >= KNOWN_BY_HEART * sum(float(one.weights[1:].sum()) for one in excerpts):
+    excerpts = [excerpt(store[index]) for index in range(min(SAMPLES, len(store)))]
+    if _loss(run, alone(excerpts)) >= KNOWN_BY_HEART * sum(float(one.weights[1:].sum()) for one in excerpts):
         return excerpts
     random, vocabulary = np.random.default_rng(0), run.model.config.get_text_config().vocab_size
     return [Sample(random.integers(0, vocabulary, len(one), np.int32), one.weights, one.origin) for one in excerpts]
 
 
-def _excerpt(sample: Sample) -> Sample:
-    """The last TOKENS_OF_SAMPLE tokens up to the last trained one, with weights of at most 1."""
-    end = int(np.flatnonzero(sample.weights)[-1]) + 1
-    part = slice(max(0, end - TOKENS_OF_SAMPLE), end)
-    weights = np.array(sample.weights[part])
-    return Sample(np.array(sample.ids[part]), weights / weights.max(), sample.origin)
-
-
-def _alone(excerpts: Sequence[Sample]) -> list[Pack]:
-    return [pack([one], [number]) for number, one in enumerate(excerpts)]
-
-
 @torch.no_grad()
 def _loss(run: Run, packs: Sequence[Pack]) -> float:
     return sum(float(run.objective(run.model, to_device(one, run.device)).total) for one in packs)
-
-
-def _relative(found: Sequence[float], wanted: Sequence[float]) -> float:
-    return max(abs(one - other) / max(abs(other), 1e-12) for one, other in zip(found, wanted, strict=True))

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from training_hub.backends.torch_engine.checkpoints import State, newest_saved
-from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, whole_cut
-from training_hub.backends.torch_engine.room import disk_errors_explained
+from training_hub.backends.shared.disk import disk_errors_explained
+from training_hub.backends.shared.errors import broken
+from training_hub.backends.torch_engine.checkpoints import State
+from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of, whole_cut
 from training_hub.backends.torch_engine.tensor_files import Pieces
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
-from training_hub.errors import TrainingError
 from training_hub.recipe.load import dump
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _write_alone(run: Run) -> None:
     state = _state(run)
     problems = nonfinite_tensors({**state.weights, **state.optimizer})
     if problems:
-        raise broken(run, problems)
+        raise broken(problems, run.step, run.recipe, run.checkpoints.steps())
     size = _bytes(state.weights.values()) + _bytes(state.optimizer.values())
     with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
         run.checkpoints.save(state, dump(run.recipe), _protected(run))
@@ -48,7 +49,7 @@ def _write_together(run: Run) -> None:
     problems = nonfinite_tensors({**state.weights, **state.optimizer})
     problems = [line for some in group.gather(problems) for line in some]
     if problems:
-        raise broken(run, problems)
+        raise broken(problems, run.step, run.recipe, run.checkpoints.steps())
     own = {"model": _pieces(run, state.weights), "optimizer": _pieces(run, state.optimizer)}
     size = sum(_bytes(pieces.tensors.values()) for pieces in own.values())
     with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
@@ -65,7 +66,8 @@ def _state(run: Run) -> State:
         "skipped_in_row": run.skipped_in_row,
         "watch": run.watch.state() if run.watch is not None else None,
     }
-    return State(run.step, run.updater.masters.saved(), run.updater.state(), facts)
+    weights = {name: local_of(weight) for name, weight in run.updater.masters.saved().items()}
+    return State(run.step, weights, run.updater.state(), facts)
 
 
 def _protected(run: Run) -> list[int]:
@@ -80,7 +82,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     """Those of `tensors` that this process writes: weights by name, or what the optimizer keeps by `name/state`."""
-    divided, mine, cuts = run.updater.masters.divided, {}, {}
+    divided, mine, cuts = _divided(run), {}, {}
     for key, tensor in tensors.items():
         weight = divided.get(_weight_of(key, divided))
         cut = whole_cut(tensor.shape) if weight is None else cut_of(weight)
@@ -92,26 +94,18 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     return Pieces(mine, cuts)
 
 
+def _divided(run: Run) -> dict[str, DTensor]:
+    return {name: weight for name, weight in run.model.named_parameters() if isinstance(weight, DTensor)}
+
+
 def _weight_of(key: str, names: Any) -> str:
     """The weight that a tensor of a checkpoint is, or belongs to."""
     return key if key in names else key.rpartition("/")[0]
 
 
-def broken(run: Run, problems: list[str]) -> TrainingError:
-    """The error about a number to be saved that is not finite: no run could go on from such a checkpoint."""
-    return TrainingError(
-        [
-            *problems,
-            f"Step {run.step} moved the weights there; its checkpoint is not written, and "
-            f"{newest_saved(run.checkpoints)}. optimizer.lr is {run.recipe.optimizer.lr:g}: write "
-            f"{run.recipe.optimizer.lr / 10:g} or less.",
-        ]
-    )
-
-
 def take_over(run: Run, step: int) -> State:
     """Give weights and optimizer the numbers of checkpoint `step`, as many of them as this process holds; the state."""
-    divided = run.updater.masters.divided
+    divided = _divided(run)
 
     def wanted(key: str, shape: tuple[int, ...]) -> Cut:
         weight = divided.get(_weight_of(key, divided))

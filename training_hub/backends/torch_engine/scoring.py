@@ -40,8 +40,8 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
 
 
 def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()) -> Sitting:
-    """What the model of model.path says to the rows of data.path or `given`, and its scores: also `loss`, `perplexity`
-    and `rows`.
+    """What the model of model.path says to the rows of data.path, or that of `given` to its rows, and its scores: also
+    `loss`, `perplexity` and `rows`.
 
     recipe.evaluation says by what answers are compared and how they are made; where `generate` is false none are. own:
     metrics of the user's, as functions. Raises DataError for rows that ask nothing, before a weight is loaded.
@@ -51,7 +51,7 @@ def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callab
     store = materials.prepared.train
     most = None if asked.generate is True else rows_generated(asked)
     examiner = examiner_of(asked, recipe.seed, materials, store, most, own) if asked.generate else None
-    model = load_saved(recipe)
+    model = load_saved(recipe, given.model)
     loss = _mean_loss(recipe, model, materials, console)
     scores = {"rows": float(len(store)), "loss": loss, "perplexity": perplexity(loss)}
     if examiner is None:

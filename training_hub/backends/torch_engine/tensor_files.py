@@ -64,9 +64,10 @@ class _Held:
 
 
 class TensorFiles:
-    """The tensors of some open files, by name."""
+    """The tensors of some open files, by name. numbers_read: how many numbers were asked for so far."""
 
     def __init__(self, files: Iterable[Any]):
+        self.numbers_read = 0
         self._held: dict[str, list[_Held]] = {}
         for file in files:
             metadata = file.metadata() or {}
@@ -88,6 +89,7 @@ class TensorFiles:
             return torch.empty(wanted.sizes)
         for one in self._held[name]:
             if one.cut == wanted:
+                self.numbers_read += math.prod(wanted.sizes)
                 found: Tensor = one.file.get_tensor(name)
                 return found
         return self._put_together(name, wanted)
@@ -100,6 +102,7 @@ class TensorFiles:
             if any(part.start >= part.stop for part in here):
                 continue
             part = one.file.get_slice(name)[there]
+            self.numbers_read += part.numel()
             if result is None:
                 result = torch.empty(wanted.sizes, dtype=part.dtype)
             result[here] = part

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
 
+from training_hub.backends.shared.materials import limits_of
 from training_hub.backends.torch_engine.generate import Decoding, Prompt, stream
-from training_hub.backends.torch_engine.model import limits_of
 from training_hub.backends.torch_engine.saved import load_saved
 from training_hub.data.dialogue import prompt_ids, turn_ends
 from training_hub.data.templates import ChatTemplate, resolve_template

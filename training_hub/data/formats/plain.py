@@ -96,7 +96,7 @@ def parse_prompt_completion(row: Mapping[str, Any], origin: Origin, settings: Fo
         raise DataError(f"{origin}: column 'completion' is empty; there is nothing to train on.")
     weight = weight_of(row, origin)
     of_prompt = weight if settings.unmask or flag_of(row, "unmask", origin) else 0.0
-    return Parsed(Text(((prompt, of_prompt), (completion, weight)), origin, settings.end_token))
+    return Parsed(Text(((prompt, of_prompt), (completion, weight)), origin, settings.end_token, settings.start_token))
 
 
 def _message_lists(row: Mapping[str, Any], origin: Origin, settings: FormatSettings) -> Parsed:
@@ -125,4 +125,4 @@ def parse_text(row: Mapping[str, Any], origin: Origin, settings: FormatSettings)
     text = text_of(row, column, origin)
     if not text.strip():
         raise DataError(f"{origin}: column {column!r} is empty; there is nothing to train on.")
-    return Parsed(Text(((text, weight_of(row, origin)),), origin, settings.end_token))
+    return Parsed(Text(((text, weight_of(row, origin)),), origin, settings.end_token, settings.start_token))

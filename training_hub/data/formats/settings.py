@@ -27,12 +27,14 @@ class FormatSettings:
     """The recipe's say in how rows are read.
 
     columns: ours -> theirs. roles: theirs -> ours. end_token: whether plain text is closed by one.
+    start_token: whether it is opened by what the tokenizer puts in front of a text.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     unmask: bool = False
     end_token: bool = True
+    start_token: bool = True
     pretraining: bool = False
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 

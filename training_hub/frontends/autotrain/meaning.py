@@ -35,6 +35,12 @@ OPTIMIZERS: Mapping[str, str] = MappingProxyType(
         "lion_8bit": "Lion8bit",
         "adamw_bnb_8bit": "AdamW8bit",
         "adamw_8bit": "AdamW8bit",
+        "paged_adamw": "PagedAdamW",
+        "paged_adamw_32bit": "PagedAdamW",
+        "paged_adamw_8bit": "PagedAdamW8bit",
+        "paged_lion": "PagedLion",
+        "paged_lion_32bit": "PagedLion",
+        "paged_lion_8bit": "PagedLion8bit",
         "muon": "Muon",
         "schedule_free_adamw": "AdamWScheduleFree",
         "galore_adamw": "GaLoreAdamW",
@@ -222,11 +228,7 @@ def _length(reading: _Reading) -> Iterator[str]:
 def _optimizer(reading: _Reading) -> Iterator[str]:
     params, write = reading.params, reading.write
     ours = OPTIMIZERS.get(params.optimizer)
-    if params.optimizer.startswith("paged_"):
-        yield f"{write('optimizer')}: found {params.optimizer!r}; paging is not here. Write {write('optimizer')} " + (
-            params.optimizer.removeprefix("paged_")
-        )
-    elif ours is None:
+    if ours is None:
         yield f"{write('optimizer')}: found {shown(params.optimizer)}; allowed: one of {', '.join(OPTIMIZERS)}."
     else:
         reading.give("optimizer.name", ours, "optimizer")

@@ -5,7 +5,6 @@ The first row is looked at, so that a column that is not there is said at once a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -14,11 +13,11 @@ from typing import Any
 
 from training_hub.data.files import kind_by_name
 from training_hub.data.formats import detect
-from training_hub.data.readers import Broken, decode
 from training_hub.data.sources import open_object, open_path
 from training_hub.errors import DataError, RecipeError
 from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.dialects import is_live
+from training_hub.frontends.rows import first_row, named, of_column
 from training_hub.recipe.names import nearest
 from training_hub.recipe.translate import shown
 from training_hub.types import Origin
@@ -53,16 +52,16 @@ def rows_of(params: LLMTrainingParams, write: Any = str, rows: Any = None) -> Ro
         if iter(given) is given:  # what is looked at would be gone
             first = list(islice(given, 1))
             given = chain(first, given)
-            found = _columns(params, write, _first_row(open_object(first)))
+            found = _columns(params, write, first_row(open_object(first)))
         else:
-            found = _columns(params, write, _first_row(open_object(given)))
+            found = _columns(params, write, first_row(open_object(given)))
         return Rows(found.settings, given, found.is_plain_text)
     if not isinstance(given, str):
         raise RecipeError(
             f"{write('data_path')}: found {shown(given)}; allowed: a file, a folder, a hub name, or rows in memory."
         )
     files = _files(params, write, given)
-    found = _columns(params, write, _first_row(open_path(files["data.path"], files.get("data.split", "train"))))
+    found = _columns(params, write, first_row(open_path(files["data.path"], files.get("data.split", "train"))))
     return Rows({**files, **found.settings}, None, found.is_plain_text, found.notes)
 
 
@@ -119,15 +118,6 @@ def _is_inside(inner: Path, outer: Path) -> bool:
     return outer.resolve() in inner.expanduser().resolve().parents
 
 
-def _first_row(source: Any) -> Mapping[str, Any] | None:
-    """The first row of a source; None where there is none, or where it cannot be read: the run tells why."""
-    for part in source.parts:
-        for origin, raw in part.rows(Counter()):
-            row = decode(raw, origin)
-            return None if isinstance(row, Broken) else row
-    return None
-
-
 def _columns(params: LLMTrainingParams, write: Any, row: Mapping[str, Any] | None) -> Rows:
     """How the columns that the parameters name are read."""
     if row is None:
@@ -147,25 +137,15 @@ def _columns(params: LLMTrainingParams, write: Any, row: Mapping[str, Any] | Non
     if prompt is not None:
         pair = {"prompt": prompt, "completion": text}
         renamed = {ours: theirs for ours, theirs in pair.items() if ours != theirs}
-        return Rows({"data.format": "prompt_completion", **_named(renamed)}, None, isinstance(row[text], str))
+        return Rows({"data.format": "prompt_completion", **named(renamed)}, None, isinstance(row[text], str))
     if text not in row:
         # No text, and none was named: its format is told by its keys.
         return Rows({}, None, detect(row, Origin("the first row", 1, "row")).name in PLAIN)
-    value = row[text]
-    if isinstance(value, str) and not value.lstrip().startswith("["):
-        return Rows({"data.format": "text", **_named({"text": text} if text != "text" else {})}, None, True)
-    turns = value if isinstance(value, list) else []
-    is_sharegpt = bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
-    ours = "conversations" if is_sharegpt else "messages"
-    named = _named({ours: text} if text != ours else {})
-    return Rows({"data.format": "sharegpt" if is_sharegpt else "messages", **named}, None, False)
+    found, is_plain = of_column(text, row[text])
+    return Rows(found, None, is_plain)
 
 
 def _is_missing(params: LLMTrainingParams, name: str, row: Mapping[str, Any]) -> bool:
     column = getattr(params, name)
     is_asked_for = name in params.model_fields_set or (name == "text_column" and params.prompt_text_column is not None)
     return column is not None and column not in row and is_asked_for
-
-
-def _named(columns: Mapping[str, str]) -> dict[str, Any]:
-    return {"data.columns": dict(columns)} if columns else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from training_hub.errors import DataError, RecipeError
@@ -11,7 +11,6 @@ from training_hub.frontends.autotrain.params import LLMTrainingParams
 from training_hub.frontends.autotrain.run import TrainedModel, run
 from training_hub.recipe.translate import shown
 
-ROWS_AT_ONCE = 1000
 IN_MEMORY = "(in memory)"
 
 
@@ -70,7 +69,9 @@ class CustomSFTTrainer:
         return run(asked(params, rows=rows), **live)
 
     def _preprocessed(self, rows: Any) -> Iterator[dict[str, Any]]:
-        for examples in _batches(_dictionaries(rows)):
+        from training_hub.frontends.rows import batches, dictionaries  # which loads numpy
+
+        for examples in batches(dictionaries(rows)):
             made = self.preprocess_function(examples)
             if not isinstance(made, Mapping) or not all(isinstance(one, (list, tuple)) for one in made.values()):
                 raise DataError(
@@ -90,27 +91,3 @@ class CustomSFTTrainer:
 
 def _given(params: LLMTrainingParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in params.model_fields_set if name != "data_path"}
-
-
-def _dictionaries(rows: Any) -> Iterable[Mapping[str, Any]]:
-    """The rows of a DataFrame as dictionaries; all else gives them by itself."""
-    if type(rows).__module__.partition(".")[0] == "pandas":
-        return rows.to_dict("records")
-    return rows
-
-
-def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, list[Any]]]:
-    """Rows as columns, many at a time; a column that a row lacks is None in it."""
-    held: list[Mapping[str, Any]] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == ROWS_AT_ONCE:
-            yield _columns_of(held)
-            held = []
-    if held:
-        yield _columns_of(held)
-
-
-def _columns_of(rows: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}

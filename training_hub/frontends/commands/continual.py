@@ -32,7 +32,7 @@ def add_options(parser: ArgumentParser) -> None:
         nargs="+",
         default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help="full, osft, osft-core, osft-frozen, osft-carry, replay (default: full osft osft-core replay)",
+        help="full, osft, osft-core, osft-frozen, osft-carry, replay, lora (default: full osft osft-core replay)",
     )
     group.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="each runs all (default: 0)")
     group.add_argument(

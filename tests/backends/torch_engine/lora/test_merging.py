@@ -46,13 +46,18 @@ def test_the_merged_model_says_what_base_and_adapter_say(tuned, tiny_model_folde
 
 
 def test_the_command_does_the_same_and_refuses_a_folder_that_is_there(tuned, tmp_path, capsys):
-    words = ["merge", "--adapter", str(tuned.model_path), "--output", str(tmp_path / "merged")]
+    words = ["merge", str(tuned.model_path), "--output", str(tmp_path / "merged")]
     assert main([*words, "--model.save_dtype=bfloat16"]) == 0
     assert "logits deviate by" in capsys.readouterr().out
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert main(words) == 2
+    flag = ["merge", "model.save_dtype=float32", "--adapter", str(tuned.model_path), *words[2:]]
+    assert main(flag) == 2
     assert "exists, and a merged model gets a folder of its own" in capsys.readouterr().err
+    assert main([*words, "--adapter", "other"]) == 2
+    assert "ADAPTER: given twice" in capsys.readouterr().err
+    assert main(["merge", *words[2:]]) == 2
+    assert "ADAPTER: not given. Write training-hub merge out-lora/final --output" in capsys.readouterr().err
 
 
 def test_a_run_merges_beside_its_adapter_if_asked(tiny_model_folder, chat_file, tmp_path):

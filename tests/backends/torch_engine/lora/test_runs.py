@@ -17,6 +17,10 @@ from tests.invariants import test_resume as broken
 from tests.invariants.run import recipe
 from tests.invariants.run import train as run_of
 from tests.invariants.test_resume import EVERY_STEP, StopAt, wait_for_step
+from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
+from training_hub.backends.torch_engine.model import load_model
+from training_hub.backends.torch_engine.objectives.cross_entropy import check_head
+from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.errors import CheckpointError, RecipeError, TrainingError
 from training_hub.launch import run
 from training_hub.recipe.load import dump as as_yaml
@@ -209,6 +213,27 @@ def test_a_head_that_is_saved_whole_is_trained_through_the_fused_loss(tiny_model
     before = load_file(tiny_model_folder / "model.safetensors")["lm_head.weight"]
     assert (saved["base_model.model.lm_head.weight"] - before).abs().max() > 1e-3
     assert result.plan["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
+
+
+HEADS: dict[str, dict[str, Any]] = {"chunked": {}, "dropout": {"dropout": 0.1}}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_adapter_on_the_head_is_trained_through_the_fused_loss(name, tiny_model_folder, chat_file, tmp_path):
+    lora = {"target_modules": ["q_proj", "lm_head"], **HEADS[name]}
+    for dtype in ("float32", "bfloat16"):
+        result = train(tiny_model_folder, chat_file, tmp_path / dtype, lora=lora, model={"dtype": dtype})
+        proofs = json.loads((tmp_path / dtype / "preflight.json").read_text())["proofs"]
+        # Among them that loss and gradients, the head's too, are those of PEFT's own layers and whole logits.
+        assert {each["status"] for each in proofs} <= {"holds", "left out"}
+        moved = adapter_of(result)["base_model.model.lm_head.lora_B.weight"]
+        assert moved.abs().max() > 1e-3
+        assert result.history[-1]["loss"] < result.history[0]["loss"]
+    wanted = recipe(tiny_model_folder, chat_file, tmp_path / "head", **asked(lora=lora))
+    model = ADAPTATIONS["lora"](wanted).attach(load_model(wanted, torch.device("cpu"), torch.float32).model)
+    said = [str(check_head(model)), str(find_head(model.train()) is None)]
+    # With dropout in training it is more than a sum of two products, and PEFT's own layer is asked.
+    assert said == ["None", str(name == "dropout")]
 
 
 @pytest.mark.parametrize("kept", [{"trainable_tokens": ["<|im_end|>", 7]}, {"modules_to_save": ["embed_tokens"]}])

@@ -35,7 +35,14 @@ def test_checkpointed_activations_change_no_number(tiny_model_folder, chat_file,
 
 @pytest.mark.parametrize("quantization", ["none", "int4", "int8"])
 @pytest.mark.parametrize(
-    "lora", [{}, {"tuner": "pissa", "r": 4, "alpha": 4}, {"modules_to_save": ["lm_head"]}], ids=str
+    "lora",
+    [
+        {},
+        {"tuner": "pissa", "r": 4, "alpha": 4},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=str,
 )
 def test_the_plan_counts_what_there_is(quantization, lora, wide_model_folder, tmp_path):
     if quantization != "none" and "tuner" in lora:

@@ -87,7 +87,9 @@ def their_own(name: str, model: Network) -> list[torch.optim.Optimizer]:
         projected = {"params": matrices, "rank": 8, "update_proj_gap": 3, "scale": 0.25, "proj_type": "std"}
         groups = [projected, {"params": others}]
         return [galore_torch.GaLoreAdamW(groups, lr=RATE, eps=1e-8, no_deprecation_warning=True, **BETAS)]
-    return [getattr(bitsandbytes.optim, name)(model.parameters(), lr=RATE, weight_decay=0, **BETAS)]
+    # What is paged on a GPU is not on a CPU, as bitsandbytes says of its own accord.
+    kind = getattr(bitsandbytes.optim, name.removeprefix("Paged"))
+    return [kind(model.parameters(), lr=RATE, weight_decay=0, **BETAS)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,6 +142,22 @@ def test_what_is_kept_takes_the_bytes_that_are_said(name):
     found = sum(value.numel() * value.element_size() for value in moved.state().values() if value.dim())
     # bitsandbytes counts a table of codes for each weight, also where two of them share one tensor.
     assert found == said
+
+
+@pytest.mark.gpu
+def test_a_state_that_was_loaded_is_put_into_pages_again():
+    made = []
+    for _ in range(2):
+        model = nn.Linear(512, 512, device="cuda")  # smaller weights have no pages
+        model(torch.ones(1, 512, device="cuda")).sum().backward()
+        made.append(Updater(Masters(model.named_parameters()), Optimizer(name="PagedAdamW8bit"), 0))
+    first, second = made
+    first.step(RATE)
+    second.load_state(first.state())
+    weight = second.masters.weights["weight"]
+    state = second.optimizer.state[weight]
+    assert state["state1"].is_paged and state["state2"].is_paged
+    assert torch.equal(state["state1"].cpu(), first.state()["weight/state1"].cpu())
 
 
 def test_muon_leaves_embeddings_head_and_biases_to_adamw():

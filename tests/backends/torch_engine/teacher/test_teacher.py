@@ -13,10 +13,10 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import VOCABULARY, documents_of, random_pack, tiny_model
 from training_hub.backends import Given
+from training_hub.backends.shared.materials import Limits
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.engine import TorchEngine
 from training_hub.backends.torch_engine.materials import load_materials
-from training_hub.backends.torch_engine.model import Limits
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.objectives.distillation import Distillation
 from training_hub.backends.torch_engine.objectives.divergence import KINDS, Divergence

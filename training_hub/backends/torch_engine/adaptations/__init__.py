@@ -10,6 +10,7 @@ from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.adaptations.lora import problems as lora_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
+from training_hub.backends.torch_engine.rounding import problems as rounding_problems
 from training_hub.recipe import Recipe
 
 ADAPTATIONS: dict[str, Callable[[Recipe], Adaptation]] = {
@@ -23,6 +24,7 @@ PROBLEMS: dict[str, Callable[[Recipe], list[str]]] = {"lora": lora_problems}
 
 
 def adaptation_problems(recipe: Recipe) -> list[str]:
-    """Why the adaptation of the recipe's algorithm cannot be had here; no weight is read."""
+    """Why the adaptation of the recipe's algorithm, or the rounding of what it adapts, cannot be had here; no weight is
+    read."""
     find = PROBLEMS.get(find_algorithm(recipe.algorithm).adaptation)
-    return find(recipe) if find else []
+    return [*rounding_problems(recipe.qat), *(find(recipe) if find else [])]

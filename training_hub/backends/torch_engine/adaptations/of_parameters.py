@@ -17,6 +17,12 @@ class OfParameters:
         """What the optimizer moves beside the model's own parameters: nothing."""
         return {}
 
+    def expect_steps(self, total: int) -> None:
+        """Nothing depends on how many steps the run has."""
+
+    def divided(self) -> None:
+        """Nothing to hold on to when the model's parameters are divided over processes."""
+
     def expect_last_backward(self) -> None:
         """Nothing to do with a gradient before all are there."""
 

@@ -35,8 +35,16 @@ class Adaptation(Protocol):
         """What it will hold beside the model that was attached, from shapes alone."""
         ...
 
+    def expect_steps(self, total: int) -> None:
+        """The run will have so many optimizer steps. Raises RecipeError where they are too few."""
+        ...
+
     def begin(self, console: Console) -> None:
         """Prepare what depends on the weights."""
+        ...
+
+    def divided(self) -> None:
+        """The model's parameters have been divided over processes: they are other objects from now on."""
         ...
 
     def weights(self) -> dict[str, Tensor]:

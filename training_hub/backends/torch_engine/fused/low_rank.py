@@ -10,6 +10,7 @@ up) take all their A in one product, and their parts of dx are added up by the p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,27 @@ CLASSES = (
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
 )
 """What PEFT puts in the place of a linear layer: over plain weights, and over those of 4 and 8 bits."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What a plain adapter adds to a layer: scale * (x @ down.T) @ up.T, with down [K, M] and up [N, K]."""
+
+    down_KM: Tensor
+    up_VK: Tensor
+    scale: float
+
+    def of(self, x_TM: Tensor) -> Tensor:
+        """[T, K]: scale * x @ down.T."""
+        return self.scale * (x_TM @ self.down_KM.T)
+
+
+def low_rank_of(layer: Any) -> LowRank | None:
+    """What the adapter of this layer adds, where that is all that it does; None for every other layer."""
+    if not hasattr(layer, "base_layer") or not _is_plain(layer, layer.base_layer.weight):
+        return None
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return LowRank(down, up, layer.scaling[ADAPTER])
 
 
 def run_adapters_fused(model: nn.Module) -> None:
@@ -61,8 +83,9 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         return False
     if layer.disable_adapters or layer.merged_adapters or layer.active_adapters != [ADAPTER] or layer.lora_variant:
         return False
-    if getattr(type(layer.base_layer), "made_by", "_linear") not in ("_linear", "_dense_forward"):
-        return False  # its product is another one, in 8-bit floating point for example
+    kind = type(layer.base_layer)
+    if kind is not nn.Linear and getattr(kind, "made_by", "") not in ("_linear", "_dense_forward"):
+        return False  # its product is another one: in 8-bit floating point, or of rounded numbers
     if isinstance(layer.base_layer.weight, DTensor):
         return False  # it has a part of it, and its hooks put the parts together
     has_dropout = layer.training and not isinstance(layer.lora_dropout[ADAPTER], nn.Identity)

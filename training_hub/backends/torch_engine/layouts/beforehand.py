@@ -43,7 +43,6 @@ def divided_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{whole} optimizer.name: AdamW.": asked.name not in ELEMENTWISE,
         f"optimizer.state: {asked.state} saves memory by what stands beside whole 16-bit weights; divided ones have "
         f"float32 slices. {whole} optimizer.state: full.": asked.state != "full",
-        f"algorithm: osft cuts whole weights. {whole} algorithm: sft.": recipe.algorithm == "osft",
         f"freezing.unfreeze_interval: what trains must be known when weights are divided. {whole} leave it "
         "out.": recipe.freezing.unfreeze_interval is not None,
         f"model.quantization: {recipe.model.quantization} weights cannot be divided. {whole} "

@@ -1,9 +1,10 @@
 """The last matrix of a language model and its loss, without ever holding the logits of a whole pack."""
 
-# N trained positions, D width of the model, V vocabulary, R rows of one chunk
+# N trained positions, D width of the model, V vocabulary, R rows of one chunk, K rank of an adapter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.functions import TYPES, are_fit, problem_on
+from training_hub.backends.torch_engine.fused.low_rank import LowRank, low_rank_of
 from training_hub.backends.torch_engine.fused.products import add_product_, holder_of, product
 from training_hub.backends.torch_engine.layouts.shared import Rows, entering
 from training_hub.backends.torch_engine.objectives.split_tokens import SplitTokens
@@ -68,19 +70,21 @@ class Criterion(Protocol):
 class Head:
     """logits = softcap(multiplier * (hidden @ weight.T + bias)): weight [V, D], bias [V] or None.
 
-    softcap(z) = cap * tanh(z / cap), where the model has a `cap`. rows: those of the vocabulary that weight and bias
-    have here, where it is split over ranks.
+    softcap(z) = cap * tanh(z / cap), where the model has a `cap`. adapter: what is added to `weight`, as a product.
+    rows: those of the vocabulary that weight and bias have here, where it is split over ranks.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     multiplier: float = 1.0
     cap: float | None = None
+    adapter: LowRank | None = None
     rows: Rows | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] in float32 (float64 for a float64 model)."""
-        return _cap_(_raw_logits(hidden_ND, self.weight, self.bias, self.multiplier), self.cap)
+        low_NK, up_VK = (self.adapter.of(hidden_ND), self.adapter.up_VK) if self.adapter else (None, None)
+        return _cap_(_raw_logits(hidden_ND, self.weight, self.bias, self.multiplier, low_NK, up_VK), self.cap)
 
     def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor, loss: TokenLoss = PLAIN) -> Tensor:
         """Sum over n of weights[n] * loss of targets[n], -log p(targets[n]) by default: as `weigh` gives it."""
@@ -89,15 +93,17 @@ class Head:
     def weigh(self, hidden_ND: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
         """(sum of the criterion's losses: a scalar in float32; 0, with a graph, where N is 0; the losses [N]).
 
-        Gradients of the sum reach `hidden_ND` and, unless frozen, weight and bias. They are formed in the forward pass,
-        chunk by chunk, since everything they need is known there: the logits are computed once and never kept.
+        Gradients of the sum reach `hidden_ND` and, unless frozen, weight, bias and adapter. They are formed in the
+        forward pass, chunk by chunk, since everything they need is known there: the logits are computed once and never
+        kept.
         """
         if self.rows is not None:
             if not isinstance(criterion, TokenCriterion):
                 raise TypeError(f"{type(criterion).__name__} needs the whole vocabulary")
             hidden_ND, criterion = entering(hidden_ND, self.rows.mesh), SplitTokens(criterion, self.rows)
         rows = chunk_rows(self.weight.shape[0], hidden_ND.device.type)
-        arguments = (hidden_ND, self.weight, self.bias, criterion)
+        low_NK, up_VK = (self.adapter.of(hidden_ND), self.adapter.up_VK) if self.adapter else (None, None)
+        arguments = (hidden_ND, self.weight, self.bias, low_NK, up_VK, criterion)
         total, losses_N = _HeadLoss.apply(*arguments, self.multiplier, self.cap, rows, torch.is_grad_enabled())
         return total, losses_N
 
@@ -107,8 +113,10 @@ def find_head(model: PreTrainedModel, *, is_split: bool = False) -> Head | None:
 
     is_split: of one that is split over ranks the part that is here; else all of it, gathered.
     """
-    layer = model.get_output_embeddings()
-    # A subclass may compute something else (an adapter, a quantized matrix).
+    layer: Any = model.get_output_embeddings()
+    adapter = low_rank_of(layer)
+    layer = layer if adapter is None else layer.base_layer
+    # A subclass may compute something else (another adapter, a quantized matrix).
     if type(layer) is not nn.Linear:
         return None
     config = model.config.get_text_config()
@@ -118,7 +126,7 @@ def find_head(model: PreTrainedModel, *, is_split: bool = False) -> Head | None:
             rows = Rows.of(weight)
         weight, bias = (_made_plain(one, rows) for one in (weight, bias))
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, _multiplier(config), cap, rows)
+    return Head(weight, bias, _multiplier(config), cap, adapter, rows)
 
 
 def _made_plain(tensor: Any, rows: Rows | None) -> Any:
@@ -149,14 +157,16 @@ class _HeadLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        low_NK: Tensor | None,
+        up_VK: Tensor | None,
         criterion: Criterion,
         multiplier: float,
         cap: float | None,
         rows: int,
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
-        wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
-        gradients = _Gradients.zeros(hidden_ND, weight_VD, bias_V, wanted)
+        wanted = [learns and needed for needed in ctx.needs_input_grad[:5]]
+        gradients = _Gradients.zeros((hidden_ND, weight_VD, bias_V, low_NK, up_VK), wanted)
         total = torch.zeros((), dtype=_exact(hidden_ND.dtype), device=hidden_ND.device)
         losses_N = total.new_empty(len(hidden_ND))
         is_plain = bias_V is None and cap is None
@@ -170,20 +180,24 @@ class _HeadLoss(torch.autograd.Function):
             if is_fused:
                 chosen = hidden_ND[part]
                 logits_grad_RV = torch.mm(chosen, weight_VD.T, out=chunk_RV[: len(chosen)])
+                _add_low_(logits_grad_RV, low_NK, up_VK, part)
                 losses_R = criterion.on_kernel_(logits_grad_RV, part, multiplier)
             elif tokens is not None:
                 logits_RV = product(hidden_ND[part], weight_VD.T)
+                _add_low_(logits_RV, low_NK, up_VK, part)
                 losses_R, logits_grad_RV = tokens.on_gpu(logits_RV, part, multiplier, hidden_ND.dtype)
             else:
-                logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier)
+                low_RK = None if low_NK is None else low_NK[part]
+                logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier, low_RK, up_VK)
                 losses_R, logits_grad_RV = _chunk_(logits_RV, criterion, part, multiplier, cap)
             total += losses_R.sum()
             losses_N[part] = losses_R
             if any(wanted):
-                gradients.add(part, logits_grad_RV, hidden_ND, weight_VD)
-        ctx.holders = (None, holder_of(weight_VD) if gradients.weight_VD is not None else None, None)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]
-        ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)
+                gradients.add(part, logits_grad_RV, hidden_ND, weight_VD, low_NK, up_VK)
+        ctx.holders = (None, holder_of(weight_VD) if gradients.weight_VD is not None else None, None, None, None)
+        inputs = (hidden_ND, weight_VD, bias_V, low_NK, up_VK)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        ctx.save_for_backward(*gradients.all())
         ctx.mark_non_differentiable(losses_N)
         return total, losses_N
 
@@ -193,7 +207,7 @@ class _HeadLoss(torch.autograd.Function):
             None if gradient is None else _given(gradient, upstream[0], dtype, holder)
             for gradient, dtype, holder in zip(ctx.saved_tensors, ctx.dtypes, ctx.holders, strict=True)
         )
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None)  # criterion and what follows it
 
 
 def _given(gradient: Tensor, factor: Tensor, dtype: torch.dtype, holder: Tensor | None) -> Tensor | None:
@@ -215,16 +229,29 @@ class _Gradients:
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    low_NK: Tensor | None
+    up_VK: Tensor | None
 
     @classmethod
-    def zeros(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> _Gradients:
-        return cls(
-            torch.zeros_like(hidden) if wanted[0] else None,
-            torch.zeros_like(weight, dtype=_exact(weight.dtype)) if wanted[1] else None,
-            torch.zeros_like(bias, dtype=_exact(bias.dtype)) if wanted[2] and bias is not None else None,
+    def zeros(cls, inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> _Gradients:
+        made = (
+            None if tensor is None or not asked else torch.zeros_like(tensor, dtype=dtype(tensor.dtype))
+            for tensor, asked, dtype in zip(inputs, wanted, (_same, _exact, _exact, _same, _exact), strict=True)
         )
+        return cls(*made)
 
-    def add(self, part: slice, logits_grad_RV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+    def all(self) -> tuple[Tensor | None, ...]:
+        return self.hidden_ND, self.weight_VD, self.bias_V, self.low_NK, self.up_VK
+
+    def add(
+        self,
+        part: slice,
+        logits_grad_RV: Tensor,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        low_NK: Tensor | None,
+        up_VK: Tensor | None,
+    ) -> None:
         low = logits_grad_RV.to(hidden_ND.dtype)
         if self.hidden_ND is not None:
             self.hidden_ND[part] = low @ weight_VD
@@ -232,6 +259,10 @@ class _Gradients:
             add_product_(self.weight_VD, low.T, hidden_ND[part])
         if self.bias_V is not None:
             self.bias_V += logits_grad_RV.sum(0)
+        if self.low_NK is not None and up_VK is not None:
+            self.low_NK[part] = low @ up_VK
+        if self.up_VK is not None and low_NK is not None:
+            add_product_(self.up_VK, low.T, low_NK[part])
 
 
 def _has_triton(hidden: Tensor) -> bool:
@@ -248,11 +279,24 @@ def _chunk_(
     return losses_R, capped_RV if slope_RV is None else capped_RV.mul_(slope_RV)
 
 
-def _raw_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, multiplier: float) -> Tensor:
+def _raw_logits(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    multiplier: float,
+    low_NK: Tensor | None,
+    up_VK: Tensor | None,
+) -> Tensor:
     logits_NV = product(hidden_ND, weight_VD.T)
+    _add_low_(logits_NV, low_NK, up_VK, slice(None))
     if bias_V is not None:
         logits_NV += bias_V
     return logits_NV if multiplier == 1.0 else logits_NV.mul_(multiplier)
+
+
+def _add_low_(logits_RV: Tensor, low_NK: Tensor | None, up_VK: Tensor | None, part: slice) -> None:
+    if low_NK is not None and up_VK is not None:
+        add_product_(logits_RV, low_NK[part], up_VK.T)
 
 
 def _cap_(logits_NV: Tensor, cap: float | None) -> Tensor:
@@ -261,6 +305,10 @@ def _cap_(logits_NV: Tensor, cap: float | None) -> Tensor:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _same(dtype: torch.dtype) -> torch.dtype:
+    return dtype
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -158,6 +158,26 @@ def _bitsandbytes(name: str, *, has_eps: bool = True) -> Callable[[Groups, Optim
     return build
 
 
+def _paged(name: str, *, has_eps: bool = True) -> Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]:
+    def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+        # On a CPU bitsandbytes itself falls back to what is not paged: the state lies where pages would be moved to.
+        is_on_gpu = any(weight.is_cuda for group in groups for weight in group["params"])
+        return _bitsandbytes(f"Paged{name}" if is_on_gpu else name, has_eps=has_eps)(groups, settings)
+
+    return build
+
+
+def put_into_pages(optimizer: Any) -> None:
+    """Move a loaded state back into pages, where the optimizer keeps its own there."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for weight, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state and not getattr(state[name], "is_paged", False):
+                page = optimizer.get_state_buffer(weight, dtype=state[name].dtype)
+                state[name] = page.copy_(state[name])
+
+
 def _each(numbers: int) -> Callable[[Shape, OptimizerSettings, int, bool], int]:
     return lambda shape, settings, width, is_matrix: numbers * prod(shape) * width
 
@@ -190,5 +210,9 @@ KINDS: dict[str, Kind] = {
     "GaLoreAdamW": Kind("galore_torch", _galore, _galore_keeps, tells_matrices=True),
     "AdamW8bit": Kind("bitsandbytes", _bitsandbytes("AdamW8bit"), _8bit(2)),
     "Lion8bit": Kind("bitsandbytes", _bitsandbytes("Lion8bit", has_eps=False), _8bit(1)),
+    "PagedAdamW": Kind("bitsandbytes", _paged("AdamW"), _each(2)),
+    "PagedAdamW8bit": Kind("bitsandbytes", _paged("AdamW8bit"), _8bit(2)),
+    "PagedLion": Kind("bitsandbytes", _paged("Lion", has_eps=False), _each(1)),
+    "PagedLion8bit": Kind("bitsandbytes", _paged("Lion8bit", has_eps=False), _8bit(1)),
 }
 """By `optimizer.name`."""

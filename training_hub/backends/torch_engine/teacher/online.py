@@ -19,6 +19,7 @@ from training_hub.backends.torch_engine.teacher.prompted import Prompted
 from training_hub.backends.torch_engine.tensors import PackTensors, nonfinite_tensors, to_device
 from training_hub.errors import TrainingError
 from training_hub.recipe import Recipe
+from training_hub.recipe.qat import Qat
 from training_hub.types import Console, Pack
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def load_teacher(
     with told_of_teacher():
         dtype = choose_dtype(facts.chosen.dtype, device)
         console.say(f"teacher: loading {facts.chosen.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
-        loaded = load_model(recipe.model_copy(update={"model": facts.chosen}), device, dtype, lengths=lengths)
+        own = recipe.model_copy(update={"model": facts.chosen, "qat": Qat()})
+        loaded = load_model(own, device, dtype, lengths=lengths)
     broken = nonfinite_tensors(loaded.model.state_dict())
     if broken:
         raise TrainingError([*broken, f"The teacher {facts.chosen.path} came with them. Download or convert it again."])

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.lora import library
+from training_hub.backends.torch_engine.adaptations.lora.adalora import ALLOCATED, Allocation
 from training_hub.backends.torch_engine.adaptations.lora.configs import (
     is_changing_its_base,
     make_config,
+    refuse_unrounded,
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
@@ -32,6 +34,7 @@ from training_hub.errors import RecipeError
 from training_hub.folders import remove
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import WEIGHTS_FILE
+from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console, Proof
 
 IDLE = ("did not match", "was matched", "no modules were excluded")
@@ -48,6 +51,7 @@ class Lora(OfParameters):
         self._model: nn.Module = nn.Module()
         self._peft: Any = None
         self._start: Start | None = None
+        self._allocation: Allocation | None = None
         self._difference: float | None = None
         self._notes: list[str] = []
 
@@ -58,14 +62,20 @@ class Lora(OfParameters):
         """
         config = make_config(self._recipe, _token_ids(self._recipe))
         refuse_idle(model, getattr(config, "target_modules", None), getattr(config, "modules_to_save", None))
+        if self._recipe.qat.weight_dtype is not None:
+            refuse_unrounded(config, self._recipe.lora.tuner)
         _tie(config, model)
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = None if parameter.is_meta else logits_of_one(model)
         self._put_in(config, model, is_blank=parameter.is_meta)
+        self._model = model
+        if config.peft_type == ALLOCATED:
+            self._allocation = Allocation(self._peft)
+        # Ranks are taken in the numbers that the optimizer moves: these are float32, without masters beside them.
+        dtype = parameter.dtype if self._allocation is None else torch.promote_types(parameter.dtype, torch.float32)
         for trained in model.parameters():
             if trained.requires_grad and trained.is_floating_point():
-                trained.data = trained.data.to(parameter.dtype)
-        self._model = model
+                trained.data = trained.data.to(dtype)
         if before is not None:
             if is_changing_its_base(config):
                 self._start = Start(self._adapter_tensors(self._own_weights()))
@@ -79,11 +89,52 @@ class Lora(OfParameters):
         """What there is beside the model's parameters, the adapter's among them: the start of PiSSA, small files."""
         trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         is_kept = is_changing_its_base(self._config)
+        averages = 2 * trained if self._allocation is not None else 0
         return Holdings(
-            fixed=trained if is_kept else 0,
+            fixed=averages + (trained if is_kept else 0),
+            saved=averages,
             exported=(2 if is_kept else 1) * trained,
             spared=spared_bytes(self._model, self._recipe.model.quantization, self._dtype.itemsize),
         )
+
+    def expect_steps(self, total: int) -> None:
+        """How many steps the run will have. Raises RecipeError where ranks cannot be shared out in them."""
+        if self._allocation is None:
+            return
+        if self._recipe.lora.adapter is not None:
+            raise RecipeError(
+                f"lora.adapter: {self._recipe.lora.adapter} is an AdaLoRA adapter, whose ranks have been shared out. "
+                "Merge it into its base and begin another beside that, or begin anew."
+            )
+        self._allocation.expect_steps(total)
+
+    def gather(self) -> None:
+        """The gradients of a step are complete, but for those of a term that is no loss of tokens."""
+        if self._allocation is not None:
+            self._allocation.gather()
+
+    def before_step(self, rate: float) -> None:
+        """The optimizer is about to move the weights."""
+        if self._allocation is not None:
+            self._allocation.before_step()
+
+    def after_step(self) -> None:
+        """Share ranks out anew, where the tuner does."""
+        if self._allocation is not None:
+            self._allocation.after_step()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Where ranks are shared out, how many there are."""
+        return {} if self._allocation is None else {"adapter_mean_rank": self._allocation.mean_rank()}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the adapter: how ranks are being shared out."""
+        return {} if self._allocation is None else self._allocation.saved()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `saved` gave."""
+        if self._allocation is not None:
+            self._allocation.load(tensors)
 
     def begin(self, console: Console) -> None:
         """Say what trains."""
@@ -119,7 +170,7 @@ class Lora(OfParameters):
             return
         from training_hub.backends.torch_engine.merging import merge
 
-        merged = final.parent / "merged"
+        merged = RunFolder(final.parent).merged
         if merged.exists():
             remove(merged)
         chosen = self._recipe.model
@@ -156,7 +207,7 @@ class Lora(OfParameters):
                 f"lora.tuner: {self._recipe.lora.tuner} cannot be put into this model: {error}"
             ) from error
         idle = [str(one.message) for one in said if any(words in str(one.message) for words in IDLE)]
-        if idle:
+        if idle and self._recipe.lora.adapter is None:  # what PEFT wrote into an adapter's own file is nobody's mistake
             raise RecipeError([f"lora.options: {line}" for line in idle])
         if is_blank and kind is not None:
             config.init_lora_weights = kind

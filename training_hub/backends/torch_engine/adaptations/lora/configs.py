@@ -39,7 +39,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "poly": "it needs a task for each row",
         "xlora": "it mixes adapters that were trained before",
         "adamss": "it regroups its parts by a call in the training loop that only PEFT's own trainer makes",
-        "adalora": "it moves ranks between layers by a call in the training loop that only PEFT's own trainer makes",
         "shadow": "it hands another object than a tensor from layer to layer",
         "frod": "its weights cannot be laid out before those of the model are read",
         "shira": "its weights cannot be laid out before those of the model are read",
@@ -49,6 +48,13 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 """Tuners of PEFT that cannot be trained here, and why."""
+
+ADALORA = "adalora"
+OF_THE_RUN = ("total_step", "rank_pattern")
+"""Fields of AdaLoRA that follow from the run."""
+
+UNKNOWN_STEPS = 2**31
+"""Stands for the number of steps until it is known."""
 
 OF_DATA = ("eva", "corda", "lora_ga", "loftq")
 """Values of init_lora_weights that need rows, or quantise the base on their own."""
@@ -100,6 +106,16 @@ def is_changing_its_base(config: Any) -> bool:
     return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
 
 
+def refuse_unrounded(config: Any, tuner: str) -> None:
+    """Raise RecipeError for an adapter that reads weights past the layer that rounds them."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA" or config.use_dora or is_changing_its_base(config):
+        raise RecipeError(
+            f"lora.tuner: {tuner} ({kind}) computes with the weights themselves, and qat.weight_dtype has them rounded "
+            "in their own layer. Write lora.tuner: lora or rslora, without DoRA, PiSSA or OLoRA; or leave qat out."
+        )
+
+
 def _kinds() -> dict[str, Any]:
     """The classes of configurations of every tuner that adapts modules, by name."""
     with library.quiet():
@@ -138,7 +154,11 @@ def _given(settings: Settings, kind: Any) -> dict[str, Any]:
         "target_modules": targets if settings.target_modules is None else settings.target_modules,
         "modules_to_save": settings.modules_to_save,
     }
-    named = {_field(kind, name): value for name, value in own.items() if value is not None}
+    named: dict[str | None, Any] = {_field(kind, name): value for name, value in own.items() if value is not None}
+    if settings.tuner == ADALORA:
+        named["total_step"] = UNKNOWN_STEPS
+        if settings.r is not None:
+            named["init_r"] = -(-3 * settings.r // 2)  # in proportion to PEFT's defaults, 12 and 8
     return {name: value for name, value in named.items() if name} | dict(_preset(settings.tuner)) | settings.options
 
 
@@ -151,6 +171,8 @@ def _field(kind: Any, name: str) -> str | None:
     fields = [each.name for each in dataclasses.fields(kind)]
     if name == "alpha":
         wanted = ["lora_alpha", "alpha"]
+    elif name == "r":
+        wanted = ["target_r", "r"]  # of AdaLoRA, which has both, what is left in the end; its r does nothing
     elif name == "dropout":
         own = [field for field in fields if field.endswith("_dropout") and field not in ("rank_dropout",)]
         wanted = ["lora_dropout", *(field for field in own if field != "module_dropout"), "module_dropout"]
@@ -171,6 +193,8 @@ def _field_problems(settings: Settings) -> Iterator[str]:
     for name, value in settings.options.items():
         if name in ours:
             yield f"lora.options: {name} is a setting of its own: lora.{ours[name]}. Write it there."
+        elif settings.tuner == ADALORA and name in OF_THE_RUN:
+            yield f"lora.options: {name} is the run's to say, from training.steps or epochs. Leave it out."
         elif name in _preset(settings.tuner):
             yield f"lora.options: {name} is what lora.tuner: {settings.tuner} sets. Leave one out."
         elif name not in fields:

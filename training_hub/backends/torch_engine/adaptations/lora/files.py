@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.model import read_whole
-from training_hub.backends.torch_engine.model_folder import is_folder
 from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
@@ -61,7 +61,10 @@ class AdapterFiles:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self.config().save_pretrained(str(folder))
         chosen, computed = self.recipe.model, _computed(model)
-        origin = {"quantization": chosen.quantization, "dtype": str(computed).removeprefix("torch.")}
+        origin: dict[str, Any] = {"quantization": chosen.quantization, "dtype": str(computed).removeprefix("torch.")}
+        rounding = self.recipe.qat
+        if rounding.weight_dtype is not None:
+            origin["qat"] = rounding.model_dump()
         write_json(folder / ORIGIN_FILE, {**origin, "versions": quantiser(chosen.quantization)})
 
     def config(self) -> Any:

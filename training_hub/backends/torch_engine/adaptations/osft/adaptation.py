@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
@@ -25,7 +26,9 @@ from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
-DECOUPLED = ("AdamW", "Lion", "AdamW8bit", "Lion8bit")
+DECOUPLED = (
+    "AdamW", "Lion", "AdamW8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit", "PagedLion", "PagedLion8bit",
+)  # fmt: skip
 """Optimizers that decay weights themselves, apart from gradients."""
 
 NEARLY_NOTHING = 1e-12
@@ -92,6 +95,9 @@ class Osft:
         waiting = trained if self._settings.gradients == "layer" else dense
         return Holdings(self.claimed, trained, fixed, dense, waiting, trained, dense + fixed)
 
+    def expect_steps(self, total: int) -> None:
+        """Nothing depends on how many steps the run has."""
+
     @torch.no_grad()
     def begin(self, console: Console) -> None:
         """Decompose the targets, and say what is protected, trained in full and frozen."""
@@ -116,6 +122,10 @@ class Osft:
             console.say(f"osft: {block} keeps {share:.1%} of its directions, by its importance")
         for line in told(self._model, pairs, sum(t.numel() for t in self.weights().values())):
             console.say(f"osft: {line}")
+
+    def divided(self) -> None:
+        """Hold on to the model's parameters as they are now: divided over processes."""
+        self._spaces.divide(dict(self._model.named_parameters()))
 
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters, by name."""
@@ -156,7 +166,8 @@ class Osft:
 
     def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The state dict to write, as Full gives it: an ordinary dense model."""
-        exact = {name: self._spaces.exact(name) for name, p in self._spaces.parameters.items() if p.dtype != dtype}
+        whole = {name: p for name, p in self._spaces.parameters.items() if not isinstance(p, DTensor)}
+        exact = {name: self._spaces.exact(name) for name, p in whole.items() if p.dtype != dtype}
         return self._full.export({**weights, **exact}, dtype)
 
     files: ModelFiles | None = None

@@ -196,7 +196,11 @@ def _in_float64(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     if x.dtype == torch.float64:
         yield 0, x
         return
-    room = x.new_empty(min(ROWS_AT_A_TIME, x.shape[0]), x.shape[1], dtype=torch.float64)
+    rows, columns = min(ROWS_AT_A_TIME, x.shape[0]), x.shape[1]
+    # Laid out like x: of a wide weight, which is looked at as its transpose, columns are contiguous.
+    is_turned = x.stride(0) == 1
+    room = x.new_empty(*((columns, rows) if is_turned else (rows, columns)), dtype=torch.float64)
+    room = room.T if is_turned else room
     for start in range(0, x.shape[0], ROWS_AT_A_TIME):
         source = x[start : start + ROWS_AT_A_TIME]
         yield start, room[: source.shape[0]].copy_(source)

@@ -10,7 +10,7 @@ the weights follow (`after_step`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from training_hub.backends.torch_engine.adaptations.osft.core import Core
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
 from training_hub.backends.torch_engine.adaptations.osft.factors import Factors
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target
+from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 
 FORMS: Mapping[str, type[Factors] | type[Core]] = {"factors": Factors, "core": Core}
 
@@ -42,9 +43,10 @@ class Space:
 class LowSpaces:
     """The low parts of all targets.
 
-    A parameter in float32 or float64 is moved by the difference of its D = L V0 from the last, so that its start needs
-    no memory. One in bfloat16 keeps its start, and is the rounding of start + D; its gradients are in bfloat16, and so
-    are the products with them (a sum over several packs is in float32). D and all that it comes from is in float32.
+    A parameter in float32 or float64 goes back to its start before a step, by its D = L V0, and on from there after it,
+    so that its start needs no memory. One in bfloat16 keeps its start, and is the rounding of start + D; its gradients
+    are in bfloat16, and so are the products with them (a sum over several packs is in float32). D and all that it comes
+    from is in float32.
     """
 
     def __init__(self, pairs: Iterable[tuple[Target, Split]], form: str, *, is_layerwise: bool = False):
@@ -57,7 +59,6 @@ class LowSpaces:
             if p.dtype not in (torch.float32, torch.float64)
         }
         self._sums: dict[str, Tensor] = {}
-        self._before: list[Tensor] = []
         self._moved = [(torch.zeros(()), torch.zeros(())) for _ in self.spaces]
         self._is_layerwise, self._is_last_backward = is_layerwise, False
         for name, parameter in self.parameters.items():
@@ -66,6 +67,16 @@ class LowSpaces:
     def pairs(self) -> list[tuple[Target, Split]]:
         """The targets and their splits."""
         return [(one.target, one.trained.split) for one in self.spaces]
+
+    def divide(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take these, which are divided over processes and in float32, in place of the whole ones. What trains stays
+        whole in each process."""
+        self.spaces = [
+            replace(one, target=replace(one.target, parameter=parameters[one.target.parameter_name]))
+            for one in self.spaces
+        ]
+        self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
+        self._starts.clear()
 
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves, by name: `<target>.osft.<factor>`."""
@@ -94,14 +105,14 @@ class LowSpaces:
 
     @torch.no_grad()
     def before_step(self, rate: float = 0.0, decay: float = 0.0, *, is_decoupled: bool = True) -> None:
-        """Project the gradients; decay U, S and V (or C), which the optimizer does not know.
+        """Project the gradients; decay U, S and V (or C), which the optimizer does not know. Until `after_step` the
+        parameters in float32 or float64 are where they started.
 
         is_decoupled: the decay shrinks the weights by rate x decay, as AdamW does; else it is added to the gradient.
         """
-        self._before = [
-            torch.empty(0) if one.target.parameter_name in self._starts else one.trained.low() for one in self.spaces
-        ]
         for one in self.spaces:
+            if one.target.parameter_name not in self._starts:
+                one.target.add(one.target.parameter.data, one.trained.low().neg_(), one.trained.split.right)
             weights = one.trained.weights()
             gradients = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
             if not gradients:
@@ -117,20 +128,20 @@ class LowSpaces:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Project what the optimizer moved, and let the weights follow."""
-        lows = []
-        for one in self.spaces:
-            weights = one.trained.weights()
-            for key, projected in one.trained.project(weights).items():
-                weights[key].copy_(projected)
-            lows.append(one.trained.low())
-        self._moved = [leak_and_size(one.trained.split, low) for one, low in zip(self.spaces, lows, strict=True)]
-        for one, low, before in zip(self.spaces, lows, self._before, strict=True):
-            if one.target.parameter_name not in self._starts:
-                one.target.add(one.target.parameter.data, low.sub_(before), one.trained.split.right)
-        self._before = []
-        for name, start in self._starts.items():
-            self.parameters[name].data.copy_(self._sum(name, start))
+        """Project what the optimizer moved, and let the weights follow: one at a time, which is all that is held."""
+        self._moved = []
+        for name, parameter in self.parameters.items():
+            start = self._starts.get(name)
+            total = parameter.data if start is None else start.float()
+            for one in self._of(name):
+                weights = one.trained.weights()
+                for key, projected in one.trained.project(weights).items():
+                    weights[key].copy_(projected)
+                low = one.trained.low()
+                self._moved.append(leak_and_size(one.trained.split, low))
+                one.target.add(total, low, one.trained.split.right)
+            if start is not None:
+                parameter.data.copy_(total)
 
     def exact(self, name: str) -> Tensor:
         """The parameter `name` before it is rounded to the format of the model."""
@@ -162,7 +173,7 @@ class LowSpaces:
                 tensor.copy_(tensors[name])
         self._moved = [leak_and_size(one.trained.split, one.trained.low()) for one in self.spaces]
         for name, parameter in self.parameters.items():
-            self._starts.get(name, parameter.data).copy_(tensors[name])
+            local_of(self._starts.get(name, parameter.data)).copy_(tensors[name])
         for name, start in self._starts.items():
             self.parameters[name].data.copy_(self._sum(name, start))
 
@@ -183,6 +194,7 @@ class LowSpaces:
         return take
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        gradient = whole_of(local_of(gradient), gradient)
         for one in self._of(name):
             weights = one.trained.weights()
             dense = one.target.view(gradient)

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
 from training_hub.errors import RecipeError
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -47,7 +50,16 @@ class Target:
         return min(self.view(self.parameter.detach()).shape[-2:])
 
     def add(self, tensor: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add left [..., N, r] right [..., r, M] to this target's part of `tensor`, in place."""
+        """Add left [..., N, r] right [..., r, M] to this target's part of `tensor`, in place.
+
+        Of a tensor that is divided over processes each adds what falls on its piece.
+        """
+        if isinstance(tensor, DTensor):
+            piece = local_of(tensor)
+            change = torch.zeros(tensor.shape, dtype=tensor.dtype, device=left.device)
+            self.add(change, left, right)
+            piece.add_(change[cut_of(tensor).slices].to(piece.device))
+            return
         part = tensor.narrow(self.axis, self.start, self.length) if self.length else tensor
         first, second = (right.mT, left.mT) if self.is_wide else (left, right)
         _ = part.addmm_(first, second) if part.dim() == 2 else part.baddbmm_(first, second)

@@ -1,0 +1,1 @@
+"""Programs by the names that other projects give them."""

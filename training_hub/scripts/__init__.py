@@ -1,0 +1,1 @@
+"""Scripts that are run as modules, where the packages that they come from have them."""

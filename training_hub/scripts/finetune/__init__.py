@@ -1,0 +1,1 @@
+"""EasyDeL's fine-tuning scripts."""
