@@ -21,3 +21,10 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     crew = Crew(3, tmp_path_factory.mktemp("crew") / "three.log")
     yield crew
     crew.close()
+
+
+@pytest.fixture(scope="package")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    crew = Crew(4, tmp_path_factory.mktemp("crew") / "four.log")
+    yield crew
+    crew.close()

@@ -56,3 +56,26 @@ def test_what_is_done_with_divided_weights_needs_some():
         with pytest.raises(ValidationError, match=f"{field}.*would change nothing while"):
             Recipe.model_validate({**settings, "parallelism": {field: value}})
         Recipe.model_validate({**settings, "parallelism": {field: value, "data_parallel_shard_degree": -1}})
+
+
+def test_what_shares_samples_takes_processes_too():
+    found = degrees_of(Parallelism(tensor_parallel_degree=2, context_parallel_degree=2), 8)
+    assert (found.dp_replicate, found.cp, found.tp, found.sharers) == (2, 2, 2, 4)
+    with pytest.raises(RecipeError, match=r"tensor_parallel_degree 3 must divide the number of processes, which is 4"):
+        degrees_of(Parallelism(tensor_parallel_degree=3), 4)
+
+
+def test_experts_go_to_the_processes_among_which_weights_are_divided():
+    settings = {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}
+    assert degrees_of(Parallelism(**settings), 4) == Degrees(dp_replicate=2, dp_shard=2, ep=2)
+    with pytest.raises(RecipeError, match="data_parallel_shard_degree: 2, or"):
+        degrees_of(Parallelism(expert_parallel_degree=2), 4)
+    with pytest.raises(RecipeError, match="deals experts out already"):
+        degrees_of(Parallelism(**settings, tensor_parallel_degree=2), 4)
+
+
+def test_how_the_loss_of_a_split_vocabulary_is_taken_needs_a_split_one():
+    settings = {"model": {"path": "m"}, "output": "o"}
+    with pytest.raises(ValidationError, match=r"disable_loss_parallel.*would change nothing while"):
+        Recipe.model_validate({**settings, "parallelism": {"disable_loss_parallel": True}})
+    Recipe.model_validate({**settings, "parallelism": {"disable_loss_parallel": True, "tensor_parallel_degree": 2}})

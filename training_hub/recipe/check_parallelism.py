@@ -24,3 +24,10 @@ def about_layouts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
                 f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing while {names(degree)} is 1: "
                 f"each process holds whole weights. Write {names.write(degree, -1)}, or leave {path} out.",
             )
+    split, loss = "parallelism.tensor_parallel_degree", "parallelism.disable_loss_parallel"
+    if recipe.parallelism.tensor_parallel_degree == 1 and recipe.parallelism.disable_loss_parallel:
+        yield Contradiction(
+            (loss, split),
+            f"{names(loss)}: true would change nothing while {names(split)} is 1: each process has the whole "
+            f"vocabulary. Write {names.write(split, 2)}, or leave {loss} out.",
+        )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from training_hub.errors import RecipeError
 from training_hub.recipe.sections import Section
@@ -34,6 +34,22 @@ class Parallelism(Section):
     data_parallel_shard_degree: Degree = 1
     """Processes over which weights, gradients and the optimizer's state are divided, each with a share of the samples
     (fully sharded data parallelism). -1: the rest; each group of replicas is then one process."""
+
+    tensor_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    """Processes over which attention heads, inner widths of MLPs, experts and the vocabulary are split. They share
+    their samples, and exchange sums within each layer: best inside one node."""
+
+    disable_loss_parallel: bool = False
+    """With tensor_parallel_degree, gather the head in each process for the loss, in place of taking the loss where each
+    process has its part of the vocabulary. Takes the memory of the whole head."""
+
+    context_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    """Processes that each have a part of the tokens of every pack, for packs that are too long for one. They exchange
+    keys and values within each attention layer."""
+
+    expert_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    """Processes over which the experts of a mixture are dealt out, each with samples of its own; tokens are sent to
+    their experts and back. They are those of data_parallel_shard_degree, so that the two must be equal."""
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether the weights of a layer, gathered for its forward pass, are let go after it and gathered again for its
@@ -64,6 +80,11 @@ class Degrees:
         return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
 
     @property
+    def sharers(self) -> int:
+        """How many processes work on one pack."""
+        return self.cp * self.tp
+
+    @property
     def is_divided(self) -> bool:
         """Whether no process holds the whole model, or one does not have whole samples."""
         return self.world_size > self.dp_replicate
@@ -72,8 +93,13 @@ class Degrees:
 FIELDS = {
     "dp_replicate": "data_parallel_replicate_degree",
     "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
 }
 """Dimensions that multiply to the number of processes, and the field of the section that gives each."""
+
+DATA = ("dp_replicate", "dp_shard")
+"""Dimensions along which processes have samples of their own; along the others they share them."""
 
 
 def degrees_of(asked: Parallelism, world_size: int) -> Degrees:
@@ -87,14 +113,30 @@ def degrees_of(asked: Parallelism, world_size: int) -> Degrees:
     given = math.prod(degree for degree in found.values() if degree != REST)
     rest, left = divmod(world_size, given)
     if left or (rest != 1 and not open_ends):
-        told = " x ".join(f"{FIELDS[name]} {degree}" for name, degree in found.items() if degree != REST)
+        shown = {name: degree for name, degree in found.items() if degree != REST and (degree > 1 or name in DATA)}
+        told = " x ".join(f"{FIELDS[name]} {degree}" for name, degree in shown.items())
         wanted = "divide" if open_ends else "multiply to"
         raise RecipeError(
             f"parallelism: {told} must {wanted} the number of processes, which is {world_size} (processes.procs x "
             f"processes.nodes). {_remedy(world_size, given, bool(open_ends))}"
         )
     found |= dict.fromkeys(open_ends[-1:], rest)
-    return Degrees(**found)
+    return _with_experts(Degrees(**found), asked.expert_parallel_degree)
+
+
+def _with_experts(dense: Degrees, degree: int) -> Degrees:
+    """The degrees with that of experts. Raises RecipeError where experts cannot be dealt out so."""
+    name, shards = "parallelism.expert_parallel_degree", f"parallelism.{FIELDS['dp_shard']}"
+    if degree not in (1, dense.dp_shard):
+        raise RecipeError(
+            f"{name}: {degree}, but {shards} is {dense.dp_shard}; experts are dealt out to the processes among which "
+            f"weights are divided. Write {shards}: {degree}, or {name}: {dense.dp_shard}."
+        )
+    if degree > 1 and dense.tp > 1:
+        raise RecipeError(
+            f"{name}: {degree}, but parallelism.{FIELDS['tp']}: {dense.tp} deals experts out already. Write 1."
+        )
+    return replace(dense, ep=degree)
 
 
 def _remedy(world_size: int, given: int, is_open: bool) -> str:

@@ -152,6 +152,29 @@ def _kernel_does(rule: Rule, *parts: Tensor) -> bool:
     return is_simple and are_fit(*parts) and all(part.stride(-1) == 1 for part in parts) and kernels() is not None
 
 
+def late_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Causal attention of the last tokens of one document to all of it: [1, t, Q, E].
+
+    From query [1, Q, t, D] of t tokens, key [1, K, T, D] and value [1, K, T, E] of T, the last of which are the same.
+    """
+    rule = _rule(module, query, scaling, dropout, kwargs)
+    if rule.bias is not None:
+        raise BackendError(
+            f"{type(module).__name__} adds a bias to each pair of positions, of which it has only a part."
+        )
+    if query.shape[2] == key.shape[2] and _kernel_does(rule, query, key, value):
+        return kernel_attention(query, key, value, (query.shape[2],), rule.scaling, rule.window)
+    return _attend(query, key, value, rule).transpose(1, 2)
+
+
 def _attend_alike(query: Tensor, key: Tensor, value: Tensor, rule: Rule, documents: int) -> Tensor:
     """[1, T, Q, E]: documents that are all of one length are rows of a batch, which takes no copy."""
     query, key, value = (
@@ -199,7 +222,7 @@ def _inside(rule: Rule, start: int, length: int) -> Rule:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-    """[B, Q, T, E] for B whole documents of equal length T."""
+    """[B, Q, T, E] for B documents of equal length, whole, or the last T tokens of each with the keys of all."""
     if rule.needs_scores:
         return _scored(query, key, value, rule)
     width = value.shape[-1]
@@ -210,9 +233,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-    length = query.shape[2]
-    banded = rule.window is not None and length > rule.window
-    mask = _band(length, rule.window, query.device) if banded else None
+    length, keys = query.shape[2], key.shape[2]
+    banded = (rule.window is not None and keys > rule.window) or keys > length
+    mask = _band(length, keys, rule.window, query.device) if banded else None
     if query.is_cuda or query.shape[1] == key.shape[1]:
         return scaled_dot_product_attention(
             query, key, value, mask, rule.dropout, not banded, scale=rule.scaling,
@@ -227,38 +250,38 @@ def _fused_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     On a CPU torch's `enable_gqa` took twice the time at 128 tokens and the same from 512 on (8 over 2 heads, float32).
     """
     rows, heads, length, width = query.shape
-    shared = rows * key.shape[1]
+    shared, keys = rows * key.shape[1], key.shape[2]
     group = heads // key.shape[1]
     query_GKTD = query.reshape(shared, group, length, width).transpose(0, 1)
-    key_GKTD = key.reshape(shared, length, width).expand(group, shared, length, width)
-    value_GKTE = value.reshape(shared, length, -1).expand(group, shared, length, value.shape[-1])
+    key_GKTD = key.reshape(shared, keys, width).expand(group, shared, keys, width)
+    value_GKTE = value.reshape(shared, keys, -1).expand(group, shared, keys, value.shape[-1])
     output = scaled_dot_product_attention(
         query_GKTD, key_GKTD, value_GKTE, mask, rule.dropout, mask is None, scale=rule.scaling
     )
     return output.transpose(0, 1).reshape(rows, heads, length, value.shape[-1])
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[T, T] of bool: a token sees itself and what is before it, `window` tokens in all."""
-    at = torch.arange(length, device=device)
-    back = at[:, None] - at[None, :]
-    return (back >= 0) & (back < (window or length))
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] of bool: a token sees itself and what is before it, `window` tokens in all. The last query is
+    the token of the last key."""
+    back = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    return (back >= 0) & (back < (window or keys))
 
 
 def _scored(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     """Attention spelled out, for soft caps (Gemma-2), sinks (gpt-oss) and position biases; softmax in float32."""
     rows, heads, length, width = query.shape
-    kv_heads = key.shape[1]
+    kv_heads, keys = key.shape[1:3]
     query_BKGTD = query.reshape(rows, kv_heads, heads // kv_heads, length, width)
-    scores = (query_BKGTD @ key[:, :, None].transpose(-1, -2) * rule.scaling).reshape(rows, heads, length, length)
+    scores = (query_BKGTD @ key[:, :, None].transpose(-1, -2) * rule.scaling).reshape(rows, heads, length, keys)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if rule.bias is not None:
         scores = scores + rule.bias
-    scores = scores.masked_fill(~_band(length, rule.window, query.device), float("-inf"))
+    scores = scores.masked_fill(~_band(length, keys, rule.window, query.device), float("-inf"))
     shares = _softmax(scores, rule.sinks_Q).to(value.dtype)
     shares = drop(shares, rule.dropout) if rule.dropout else shares
-    shares_BKGTT = shares.reshape(rows, kv_heads, heads // kv_heads, length, length)
+    shares_BKGTT = shares.reshape(rows, kv_heads, heads // kv_heads, length, keys)
     return (shares_BKGTT @ value[:, :, None]).reshape(rows, heads, length, value.shape[-1])
 
 

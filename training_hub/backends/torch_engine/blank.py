@@ -89,7 +89,12 @@ def fill(model: nn.Module, files: ExpertFiles, dtype: torch.dtype, device: torch
     Its buffers come to `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
     """
     buffers = dict(model.named_buffers())
+    same = _names_by_weight(model)
     model.to_empty(device="cpu" if is_offloaded else device)
+    for first, *others in same:  # torch has made each of tied weights anew
+        for other in others:
+            owner, _, leaf = other.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = model.get_parameter(first)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         kept = files.read(name, whole_cut(buffer.shape)).to(buffer.dtype) if name in files.shapes else buffer
@@ -100,3 +105,11 @@ def fill(model: nn.Module, files: ExpertFiles, dtype: torch.dtype, device: torch
         if name in files.shapes and id(parameter) not in done:
             done.add(id(parameter))
             local_of(parameter).copy_(files.read(name, cut_of(parameter)).to(dtype))
+
+
+def _names_by_weight(model: nn.Module) -> list[list[str]]:
+    """The names of each weight; tied ones have several."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return list(found.values())

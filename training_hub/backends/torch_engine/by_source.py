@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training_hub.backends.shared.sources import metric_names
-from training_hub.backends.torch_engine.tensors import Term
+from training_hub.backends.torch_engine.tensors import PackTensors, Term
 from training_hub.data.prepare import Prepared
 from training_hub.data.store import TokenStore
 from training_hub.types import Pack
@@ -29,10 +29,11 @@ class BySource:
         """Forget the last step."""
         self._sums_2S.zero_()
 
-    def add(self, term: Term, weights_N: Tensor, pack: Pack) -> None:
-        """Add the losses of a pack; `weights_N` are those of its trained tokens."""
+    def add(self, term: Term, tensors: PackTensors, pack: Pack) -> None:
+        """Add the losses of a pack, or of what this process has of it, as `tensors`."""
         assert term.losses is not None
-        documents = np.searchsorted(pack.boundaries, np.flatnonzero(pack.weights[1:]), side="right") - 1
+        weights_N = tensors.target_weights
+        documents = np.searchsorted(pack.boundaries, tensors.places(), side="right") - 1
         sources = torch.from_numpy(self._of_sample[pack.samples[documents]].astype(np.int64))
         both_2N = torch.stack([term.losses, weights_N.to(term.losses.dtype)]).to(torch.float64)
         self._sums_2S.index_add_(1, sources.to(both_2N.device, non_blocking=True), both_2N)

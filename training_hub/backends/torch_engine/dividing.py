@@ -101,20 +101,23 @@ def divide(
     device: torch.device,
     dtype: torch.dtype,
     lengths: Sequence[int],
-) -> LoadedModel:
+) -> tuple[LoadedModel, Layout]:
     """The model, in place, divided over the processes, all of which must call it; one without contents gets its
-    weights, and is then looked at as `load_model` does. Raises TrainingError for weights that are not finite."""
+    weights, and is then looked at as `load_model` does. And the layout, which knows more now.
+
+    Raises TrainingError for weights that are not finite, RecipeError where the model cannot be divided so."""
     model = loaded.model
     if not loaded.files:
         # What was drawn at random, or found by another library, before each keeps a piece of it.
         layout.group.spread(
             [*model.state_dict().values(), *adaptation.weights().values(), *adaptation.saved().values()]
         )
-        layout.divide(model, dtype)
+        layout = layout.divide(model, dtype)
         adaptation.divided()
-        return loaded
+        layout.spread(model)
+        return loaded, layout
     wanted, numbers = wanted_shapes(model), sum(parameter.numel() for parameter in model.parameters())
-    layout.divide(model, dtype)
+    layout = layout.divide(model, dtype)
     problem = varlen_problem(device, dtype)
     if recipe.model.attention == "varlen" and problem:
         raise BackendError(problem)
@@ -128,7 +131,8 @@ def divide(
     attention = attach_attention(model, names, dtype)
     notes = [*loaded.notes, share, *tried, *attention_notes(attention, names), *model_notes(model)]
     notes += [line for line in (stay_on_kernels(model, dtype),) if line]
-    return LoadedModel(model, loaded.original_dtype, attention, tuple(notes))
+    layout.spread(model)
+    return LoadedModel(model, loaded.original_dtype, attention, tuple(notes)), layout
 
 
 def refuse_broken_model(recipe: Recipe, problems: Sequence[str]) -> None:

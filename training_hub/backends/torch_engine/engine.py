@@ -185,7 +185,7 @@ class TorchEngine:
             console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
         beside = load_beside(recipe, materials, run.feed, device)
         asked = beside.operations if beside is not None else no_operations
-        run.scale = Scale(work_of(run.model), measured_peak(device, dtype), asked)
+        run.scale = Scale(work_of(run.model), measured_peak(device, dtype) * layout.degrees.sharers, asked)
         if recipe.monitoring.profile and group.is_main:
             run.profile = StepProfile(run.step + 1, run.feed.total_steps - run.step, device, folder.path / FILE_NAME)
         model_path = self._run(run, loaded, materials, given, planned["memory_gib"], folder)
@@ -306,8 +306,9 @@ def assemble(
         adaptation.share_work(layout.group)
     adaptation.begin(console)
     if layout.is_divided:
-        loaded = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
-    plain, note = cross_entropy(model)
+        loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
+    plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
+    layout.refuse_other_numbers(model, plain)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
     asked = (recipe.data.packing, packs_validation(recipe.data))

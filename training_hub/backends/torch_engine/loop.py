@@ -27,7 +27,7 @@ from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
 from training_hub.backends.torch_engine.saving import save
-from training_hub.backends.torch_engine.tensors import nonfinite_tensors, to_device
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.waiting import DataWait
 from training_hub.backends.torch_engine.work import Scale
 from training_hub.data.feed import Feed, validation_packs
@@ -223,12 +223,12 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
         if one is None:
             idle(run, run.objective, run.feed.store)
             continue
-        tensors = to_device(one, run.device)
+        tensors = run.layout.tensors(one)
         term = run.objective(run.model, tensors)
         (term.total / batch.trained_weight).backward()
         total += term.total.detach()
         if run.by_source is not None:
-            run.by_source.add(term, tensors.target_weights, one)
+            run.by_source.add(term, tensors, one)
     run.layout.end_passes(run.model)
     if run.by_source is not None:
         run.layout.sum(run.by_source.sums)
@@ -237,7 +237,7 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
 
 def idle(run: Run, objective: Callable[..., Any], store: TokenStore) -> None:
     """Make a pass that adds nothing, for the sake of processes that have a pack left and need this one's weights."""
-    one = to_device(pack([store[store.shortest]], [store.shortest]), run.device)
+    one = run.layout.tensors(pack([store[store.shortest]], [store.shortest]))
     total = objective(run.model, one).total
     if torch.is_grad_enabled():
         (0 * total).backward()
@@ -257,11 +257,11 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation", sets: BySour
     with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for one, tokens in run.layout.rounds(packs):
             if one is not None:
-                tensors = to_device(one, run.device)
+                tensors = run.layout.tensors(one)
                 term = run.plain(run.model, tensors)
                 total += term.total
                 if sets is not None:
-                    sets.add(term, tensors.target_weights, one)
+                    sets.add(term, tensors, one)
             elif run.layout.is_divided:
                 idle(run, run.plain, store)
             advance(tokens)
@@ -309,7 +309,7 @@ def dry_step(run: Run) -> None:
     torch.manual_seed(step_seed(run.recipe.seed, 0))
     one = run.feed.largest_pack()
     run.adaptation.expect_last_backward()
-    (run.objective(run.model, to_device(one, run.device)).total / max(float(one.weights.sum()), 1.0)).backward()
+    (run.objective(run.model, run.layout.tensors(one)).total / max(float(one.weights.sum()), 1.0)).backward()
     run.updater.masters.drop_gradients()
 
 
@@ -336,7 +336,7 @@ def _loss_alone(run: Run, index: int | None) -> float:
     """The loss of a sample; of any, and of no account, where other processes have more to ask about."""
     index = run.feed.store.shortest if index is None else index
     one = pack([run.feed.store[index]], [index])
-    return float(run.objective(run.model, to_device(one, run.device)).total)
+    return float(run.objective(run.model, run.layout.tensors(one)).total)
 
 
 def peak_memory_gib(device: torch.device) -> float:

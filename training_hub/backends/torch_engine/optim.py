@@ -58,12 +58,11 @@ class Masters:
         self._hooks: list[Any] = []
         self.divided: dict[str, DTensor] = {}
         for name, parameter in self.parameters.items():
+            is_divided = isinstance(parameter, DTensor)
             if isinstance(parameter, DTensor):
                 self.divided[name] = parameter
-                self.weights[name] = local_of(parameter)
-                continue
             if parameter.dtype not in LOW_PRECISION:
-                self.weights[name] = parameter
+                self.weights[name] = local_of(parameter) if is_divided else parameter
                 continue
             if are_split:
                 parameter.grad_dtype = torch.float32
@@ -71,9 +70,10 @@ class Masters:
                 self.extras[name] = torch.zeros_like(parameter, dtype=torch.int16)
                 hold_gradient(parameter, parameter)
                 continue
-            self.weights[name] = parameter.detach().float()
+            self.weights[name] = local_of(parameter.detach()).float()
             self._low.append(name)
-            hold_gradient(parameter, self.weights[name])
+            if not is_divided:
+                hold_gradient(parameter, self.weights[name])
             self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_grad_to(self.weights[name])))
         self.added = adaptation.weights() if adaptation is not None else {}
         self.weights |= self.added
@@ -83,7 +83,7 @@ class Masters:
         """Round the masters into the parameters that forward and backward use."""
         if self._low:
             torch._foreach_copy_(
-                [self.parameters[name].data for name in self._low], [self.weights[name] for name in self._low]
+                [local_of(self.parameters[name].data) for name in self._low], [self.weights[name] for name in self._low]
             )
         self._published()
 
@@ -118,7 +118,7 @@ class Masters:
         """The gradients of a step are complete: let the adaptation make those of its weights from them."""
         for name, parameter in self.divided.items():
             if parameter.grad is not None:
-                self.weights[name].grad = local_of(parameter.grad)
+                self.weights[name].grad = local_of(_as_cut(parameter.grad, parameter))
                 parameter.grad = None
         if self.adaptation is not None:
             self.adaptation.gather()
@@ -140,12 +140,20 @@ class Masters:
             self.adaptation.drop_gradients()
 
 
+def _as_cut(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that is divided over processes, divided like it."""
+    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+        return gradient
+    return gradient.redistribute(placements=parameter.placements)
+
+
 def _move_grad_to(master: Tensor) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
         gradient = parameter.grad
         parameter.grad = None
         if gradient is None:
             return
+        gradient = local_of(_as_cut(gradient, parameter))
         if master.grad is None:
             master.grad = gradient.float()
         else:
@@ -188,8 +196,9 @@ class Updater:
         return torch.nn.utils.clip_grad_norm_(weights, limit)
 
     def _clip_pieces(self) -> Tensor:
-        """The same where weights are divided, and backward has added up their gradients."""
+        """The same where weights are divided."""
         masters = self.masters
+        self.layout.sum_gradients(masters.weights, masters.divided)
         pieces = [(w.grad, masters.divided.get(n)) for n, w in masters.weights.items() if w.grad is not None]
         norm = norm_of(pieces, self.layout.device)
         if self.max_norm > 0 and pieces:

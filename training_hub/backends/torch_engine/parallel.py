@@ -76,8 +76,11 @@ class Group:
         return [int(number) for number in found.tolist()]
 
     @torch.no_grad()
-    def sum_gradients(self, weights: Iterable[Tensor]) -> None:
-        """Add up `grad` of each weight over all processes; what no process has a gradient of stays without."""
+    def sum_gradients(self, weights: Iterable[Tensor], across: Sequence[Any] = (None,)) -> None:
+        """Add up `grad` of each weight over all processes; what no process has a gradient of stays without.
+
+        across: torch's groups of processes, one after the other, where not over all; all processes must call it.
+        """
         if self.world_size == 1:
             return
         weights = list(weights)
@@ -88,7 +91,8 @@ class Group:
                 weight.grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         with self.explained("the sum of gradients"):
             for bucket in buckets([weight.grad for weight in moved if weight.grad is not None]):
-                _sum_together(bucket)
+                for one in across:
+                    _sum_together(bucket, one)
 
     @torch.no_grad()
     def spread(self, tensors: Iterable[Tensor]) -> None:
@@ -236,12 +240,12 @@ def buckets(tensors: Sequence[Tensor], most_bytes: int = BUCKET_BYTES) -> Iterat
         yield bucket
 
 
-def _sum_together(bucket: Sequence[Tensor]) -> None:
+def _sum_together(bucket: Sequence[Tensor], group: Any = None) -> None:
     if len(bucket) == 1 and bucket[0].is_contiguous():
-        dist.all_reduce(bucket[0])
+        dist.all_reduce(bucket[0], group=group)
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in bucket])
     torch._foreach_copy_(list(bucket), [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.errors import broken
 from training_hub.backends.torch_engine.checkpoints import State
-from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, is_copy, local_of, whole_cut
+from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of, whole_cut
 from training_hub.backends.torch_engine.tensor_files import Pieces
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.recipe.load import dump
@@ -86,7 +86,7 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     for key, tensor in tensors.items():
         weight = divided.get(_weight_of(key, divided))
         cut = whole_cut(tensor.shape) if weight is None else cut_of(weight)
-        is_mine = run.group.is_main if weight is None else not (is_copy(weight) or cut.is_empty)
+        is_mine = run.group.is_main if weight is None else not (run.layout.is_copy(weight) or cut.is_empty)
         if is_mine:
             mine[key] = tensor
             # Of a divided weight the optimizer also keeps numbers that each process has, such as how many steps.

@@ -46,6 +46,11 @@ class PackTensors:
         """[N] float32: the weight of each of `targets`."""
         return self.weights[0, self.rows + 1]
 
+    def places(self) -> np.ndarray:
+        """[N]: where in the pack on the host each of `rows` stands."""
+        assert self.on_host is not None
+        return np.flatnonzero(self.on_host.weights[1:])
+
     def arguments(self, forward: Callable[..., Any]) -> dict[str, Any]:
         """Keyword arguments for a transformers `forward`, leaving out what its signature has no room for.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
 from training_hub.backends.torch_engine.quantization import dense
@@ -85,6 +86,8 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     kind = type(layer.base_layer)
     if kind is not nn.Linear and getattr(kind, "made_by", "") not in ("_linear", "_dense_forward"):
         return False  # its product is another one: in 8-bit floating point, or of rounded numbers
+    if isinstance(layer.base_layer.weight, DTensor):
+        return False  # it has a part of it, and its hooks put the parts together
     has_dropout = layer.training and not isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
     is_turned = layer.fan_in_fan_out or layer.lora_bias[ADAPTER]
     return not has_dropout and not is_turned and layer.lora_A[ADAPTER].weight.dtype == x.dtype

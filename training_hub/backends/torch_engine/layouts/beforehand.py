@@ -6,9 +6,10 @@ import os
 
 import torch
 
+from training_hub.backends.torch_engine.layouts.fitness import way_problems
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
-from training_hub.recipe.parallelism import degrees_of
+from training_hub.recipe.parallelism import FIELDS, Degrees, degrees_of
 
 ELEMENTWISE = ("AdamW", "Adam", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad", "Lion", "AdamWScheduleFree")
 """Optimizers that move each number by itself, so that it does not matter which others a process holds."""
@@ -27,12 +28,15 @@ def process_problems(recipe: Recipe) -> list[str]:
         degrees = degrees_of(recipe.parallelism, world_size_of(recipe))
     except RecipeError as error:
         return [*found, *error.problems]
-    return [*found, *divided_problems(recipe)] if degrees.is_divided else found
+    if degrees.is_divided:
+        found += [*divided_problems(recipe, degrees), *way_problems(recipe, degrees)]
+    return found
 
 
-def divided_problems(recipe: Recipe) -> list[str]:
+def divided_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     """Why this recipe cannot train a model that is divided over processes."""
-    whole = "Write parallelism.data_parallel_shard_degree: 1, or"
+    ways = [name for name in ("dp_shard", "cp", "tp") if getattr(degrees, name) > 1]
+    whole = f"Write {' and '.join(f'parallelism.{FIELDS[name]}: 1' for name in ways)}, or"
     asked = recipe.optimizer
     refused = {
         f"optimizer.name: {asked.name} works on whole matrices or blocks of weights, and each process has a slice. "

@@ -33,13 +33,20 @@ DIMENSIONS = ("dp_replicate", "dp_shard")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh, asked: Parallelism, dtype: torch.dtype) -> None:
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    asked: Parallelism,
+    dtype: torch.dtype,
+    apart: frozenset[nn.Parameter] = frozenset(),
+) -> None:
     """Divide the model's weights over the mesh, in place; it computes in `dtype`.
 
     What trains is kept in float32, in slices, and gathered as `dtype`: the slices are the optimizer's masters. Tied
-    weights, embeddings, the last norm and the head are one group, which is gathered once in a pass.
+    weights, embeddings, the last norm and the head are one group, which is gathered once in a pass. apart: weights that
+    are divided already and stay as they are.
     """
-    _widen(model, dtype)
+    _widen(model, dtype, apart)
     names = tuple(name for name in DIMENSIONS if name in (mesh.mesh_dim_names or ()))
     is_low = dtype in LOW_PRECISION
     options: dict[str, Any] = {
@@ -50,6 +57,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, asked: Parallelism, dtype: t
             cast_forward_inputs=False,
         ),
         "offload_policy": _offloading(asked, mesh),
+        "ignored_params": set(apart),
     }
     for layer in blocks_of(model):
         fully_shard(layer, reshard_after_forward=True, **options)
@@ -62,10 +70,10 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, asked: Parallelism, dtype: t
     register_fsdp_forward_method(model, NAME)
 
 
-def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+def _widen(model: nn.Module, dtype: torch.dtype, apart: frozenset[nn.Parameter]) -> None:
     if dtype in LOW_PRECISION:
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter not in apart:
                 parameter.data = parameter.data.to(torch.float32)
 
 

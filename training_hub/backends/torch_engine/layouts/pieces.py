@@ -55,7 +55,7 @@ def is_copy(weight: Tensor) -> bool:
     if not isinstance(weight, DTensor):
         return False
     places = weight.device_mesh.get_coordinate() or ()
-    return any(place > 0 and not one.is_shard() for place, one in zip(places, weight.placements, strict=True))
+    return any(place > 0 and one.is_replicate() for place, one in zip(places, weight.placements, strict=True))
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def groups_across(weight: DTensor | None) -> tuple[dist.ProcessGroup, ...]:
     if weight is None:
         return ()
     mesh = weight.device_mesh
-    return tuple(mesh.get_group(number) for number, one in enumerate(weight.placements) if one.is_shard())
+    return tuple(mesh.get_group(number) for number, one in enumerate(weight.placements) if not one.is_replicate())
 
 
 @torch.no_grad()

@@ -37,17 +37,19 @@ class CrossEntropy:
 
     through_head: run the decoder and multiply only trained positions with the head, in chunks. Otherwise the whole
     model is run and asked for the logits of the trained positions; slower, right for a head with its own arithmetic.
+    is_split: where the vocabulary is split over ranks, take the loss where the logits are; else gather the head first.
     """
 
     through_head: bool = True
     loss: TokenLoss = PLAIN
+    is_split: bool = True
 
     def __call__(self, model: PreTrainedModel, pack: PackTensors) -> Term:
         return Term(*as_forward(model, lambda: self._losses(model, pack)))
 
     def _losses(self, model: PreTrainedModel, pack: PackTensors) -> tuple[Tensor, Tensor]:
         """Their sum, and each of them without gradients."""
-        head = find_head(model) if self.through_head else None
+        head = find_head(model, is_split=self.is_split) if self.through_head else None
         if head is None:
             losses_N = losses_of_logits(model_logits(model, pack), pack, self.loss)
             return losses_N.sum(), losses_N.detach()
@@ -55,10 +57,10 @@ class CrossEntropy:
         return head.weigh(hidden_ND, TokenCriterion(self.loss, pack.targets, pack.target_weights))
 
 
-def cross_entropy(model: PreTrainedModel) -> tuple[CrossEntropy, str | None]:
+def cross_entropy(model: PreTrainedModel, *, is_split: bool = True) -> tuple[CrossEntropy, str | None]:
     """Plain cross-entropy for this model: its fast form where `check_head` agrees, else the general one and why."""
     reason = check_head(model)
-    return CrossEntropy(through_head=reason is None), reason
+    return CrossEntropy(through_head=reason is None, is_split=is_split), reason
 
 
 def as_asked(plain: CrossEntropy, recipe: Recipe, teaching: object = None) -> CrossEntropy:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.functions import TYPES, are_fit, problem_on
 from training_hub.backends.torch_engine.fused.low_rank import LowRank, low_rank_of
 from training_hub.backends.torch_engine.fused.products import add_product_, holder_of, product
+from training_hub.backends.torch_engine.layouts.shared import Rows, entering
+from training_hub.backends.torch_engine.objectives.split_tokens import SplitTokens
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class Head:
     """logits = softcap(multiplier * (hidden @ weight.T + bias)): weight [V, D], bias [V] or None.
 
     softcap(z) = cap * tanh(z / cap), where the model has a `cap`. adapter: what is added to `weight`, as a product.
+    rows: those of the vocabulary that weight and bias have here, where it is split over ranks.
     """
 
     weight: Tensor
@@ -75,6 +79,7 @@ class Head:
     multiplier: float = 1.0
     cap: float | None = None
     adapter: LowRank | None = None
+    rows: Rows | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] in float32 (float64 for a float64 model)."""
@@ -92,6 +97,10 @@ class Head:
         forward pass, chunk by chunk, since everything they need is known there: the logits are computed once and never
         kept.
         """
+        if self.rows is not None:
+            if not isinstance(criterion, TokenCriterion):
+                raise TypeError(f"{type(criterion).__name__} needs the whole vocabulary")
+            hidden_ND, criterion = entering(hidden_ND, self.rows.mesh), SplitTokens(criterion, self.rows)
         rows = chunk_rows(self.weight.shape[0], hidden_ND.device.type)
         low_NK, up_VK = (self.adapter.of(hidden_ND), self.adapter.up_VK) if self.adapter else (None, None)
         arguments = (hidden_ND, self.weight, self.bias, low_NK, up_VK, criterion)
@@ -99,8 +108,11 @@ class Head:
         return total, losses_N
 
 
-def find_head(model: PreTrainedModel) -> Head | None:
-    """The head of a transformers model, None where it is more than one matrix."""
+def find_head(model: PreTrainedModel, *, is_split: bool = False) -> Head | None:
+    """The head of a transformers model, None where it is more than one matrix.
+
+    is_split: of one that is split over ranks the part that is here; else all of it, gathered.
+    """
     layer: Any = model.get_output_embeddings()
     adapter = low_rank_of(layer)
     layer = layer if adapter is None else layer.base_layer
@@ -108,8 +120,19 @@ def find_head(model: PreTrainedModel) -> Head | None:
     if type(layer) is not nn.Linear:
         return None
     config = model.config.get_text_config()
+    weight, bias, rows = layer.weight, layer.bias, None
+    if isinstance(weight, DTensor):
+        if is_split and weight.placements[0].is_shard(0):
+            rows = Rows.of(weight)
+        weight, bias = (_made_plain(one, rows) for one in (weight, bias))
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, _multiplier(config), cap, adapter)
+    return Head(weight, bias, _multiplier(config), cap, adapter, rows)
+
+
+def _made_plain(tensor: Any, rows: Rows | None) -> Any:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor() if rows is None else tensor.to_local()
 
 
 def _multiplier(config: Any) -> float:

@@ -1,0 +1,94 @@
+"""A way of splitting that a model or a recipe does not allow is refused before a weight is read, with the reason."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.backends.torch_engine.tiny_models import tiny_config, tiny_model
+from tests.invariants.run import recipe
+from training_hub.backends.torch_engine.engine import TorchEngine
+from training_hub.backends.torch_engine.layouts.fitness import split_problems
+from training_hub.recipe.parallelism import Degrees
+
+
+def blank(family: str, **changes: Any) -> Any:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "granite", "qwen3-moe"]
+)
+def test_what_a_plan_of_transformers_describes_can_be_split(family):
+    assert split_problems(blank(family), Degrees(tp=2, cp=2)) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "degrees", "wanted"),
+    [
+        ("gpt2", {}, {"tp": 2}, "no plan for GPT2LMHeadModel"),
+        ("llama", {}, {"tp": 4}, "4 does not divide 2 key-value heads of LlamaForCausalLM; allowed: 1, 2."),
+        (
+            "llama",
+            {"num_attention_heads": 6, "hidden_size": 48},
+            {"tp": 4},
+            "divide 6 attention heads, 2 key-value heads",
+        ),
+        ("llama", {"intermediate_size": 45}, {"tp": 2}, r"divide 45 outputs of model.layers.\*.mlp.gate_proj"),
+        ("mixtral", {"num_local_experts": 5}, {"tp": 2}, "divide 5 experts of MixtralForCausalLM; allowed: 1."),
+        ("llama", {}, {"ep": 2}, "has no experts that can be dealt out"),
+        ("qwen3-moe", {}, {"ep": 3}, "3 does not divide 4 experts of Qwen3MoeForCausalLM; allowed: 1, 2, 4."),
+    ],
+)
+def test_what_it_does_not_describe_or_cannot_be_divided_is_refused(family, changes, degrees, wanted):
+    (problem,) = split_problems(blank(family, **changes), Degrees(**degrees))
+    assert problem.startswith("parallelism.")
+    assert re.search(wanted, problem), problem
+
+
+def test_packs_of_a_model_with_a_state_stay_on_one_process():
+    config = transformers.Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    (problem,) = split_problems(model, Degrees(cp=2))
+    assert "layers that hand a state from token to token (linear_attention). Write 1." in problem
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "heads that do not divide": ({"parallelism": {"tensor_parallel_degree": 4}}, "key-value heads"),
+    "noise": (
+        {"parallelism": {"context_parallel_degree": 4}, "loss": {"neftune_noise_alpha": 5.0}},
+        "noise is drawn for whole samples",
+    ),
+    "another adapter": (
+        {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "dora"}},
+        "an adapter of dora cannot be split",
+    ),
+    "a loss of a teacher": (
+        {"parallelism": {"tensor_parallel_degree": 4}, "distillation": {"teacher": "."}},
+        "disable_loss_parallel: true",
+    ),
+    "subspaces": (
+        {"parallelism": {"context_parallel_degree": 4}, "algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5}},
+        "algorithm: osft",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_recipe_is_refused_before_its_processes_are_started(case, tmp_path: Path):
+    sections, wanted = REFUSED[case]
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    asked = recipe(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out", processes={"procs": 4}, **sections)
+    assert any(wanted in problem for problem in TorchEngine().objections(asked))

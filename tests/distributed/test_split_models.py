@@ -1,0 +1,219 @@
+"""A model that is split over two or four processes finds the numbers of one: by heads and vocabulary, tokens, experts.
+
+Float32. Sums are split and added up in another order, so that numbers differ by rounding; what is promised is 1e-5.
+Weights are compared under plain SGD, for the reason that test_equal_numbers.py gives.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.backends.torch_engine.tiny_models import tiny_model
+from tests.distributed.test_equal_numbers import SGD, STEPS, apart, weights
+from tests.invariants.run import recipe, train
+from training_hub.backends import Given
+from training_hub.errors import TrainingError
+from training_hub.launch import run
+
+CLOSE = 1e-5
+
+TENSOR = {"tensor_parallel_degree": 2}
+CONTEXT = {"context_parallel_degree": 2}
+SMALL_PACKS = {**STEPS, "max_tokens_per_gpu": 256}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Rows of very different lengths, trained shares and weights."""
+    made = [
+        {
+            "weight": 1 + number % 5,
+            "messages": [
+                {"role": "user", "content": "Say it. " * (1 if number % 3 else 12)},
+                {"role": "assistant", "content": "It. " * (1 + number * number % 17)},
+            ],
+        }
+        for number in range(40)
+    ]
+    path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_folder, tmp_path_factory) -> Any:
+    """A folder for each family of tiny models, made once."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def folder(family: str, **changes: Any) -> Path:
+        key = json.dumps([family, changes])
+        if key not in made:
+            made[key] = root / str(len(made))
+            tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+            changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, **changes}
+            tiny_model(family, **changes).save_pretrained(made[key])
+            tokenizer.save_pretrained(made[key])
+        return made[key]
+
+    return folder
+
+
+def same_steps(alone: Any, together: list[dict[str, Any]]) -> None:
+    """Each step's loss, gradient norm, validation loss and counts are those of one process, on every rank."""
+    for each in together:
+        assert each.get("status") == "finished", each
+        assert len(each["history"]) == len(alone.history) > 0
+        for row, wanted in zip(each["history"], alone.history, strict=True):
+            for key in {"loss", "grad_norm", "validation_loss"} & wanted.keys():
+                assert row[key] == pytest.approx(wanted[key], rel=CLOSE), key
+            for key in ("tokens", "trained_tokens", "samples", "epoch", "learning_rate"):
+                assert row[key] == wanted[key]
+
+
+EXPERTS = {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}
+FEW = {**STEPS, "global_batch_size": 3}
+
+Case = tuple[str, dict[str, Any], dict[str, Any]]
+
+CASES: dict[str, Case] = {
+    "heads, widths and the vocabulary": ("llama", TENSOR, {"loss": {"label_smoothing": 0.1, "z_loss": 1e-3}}),
+    "norms of heads, small packs added up": ("qwen3", TENSOR, {"training": SMALL_PACKS}),
+    "a table that is also the head": ("llama-tied", TENSOR, {}),
+    "heads and experts": ("qwen3-moe", TENSOR, {}),
+    "tokens in a window, small packs added up": ("mistral", CONTEXT, {"training": SMALL_PACKS}),
+    "experts, and now and then no sample": ("qwen3-moe", EXPERTS, {"training": FEW}),
+}
+
+MORE_CASES: dict[str, Case] = {
+    "heads, one document after another": ("llama", TENSOR, {"data": {"packing": False}}),
+    "a head that is gathered": ("llama", {**TENSOR, "disable_loss_parallel": True}, {}),
+    "a loss weighted by confidence": ("llama", TENSOR, {"loss": {"dft": True}}),
+    "tokens": ("llama", CONTEXT, {}),
+    "tokens, one document after another": ("gemma2", CONTEXT, {"data": {"packing": False}}),
+    "tokens of a mixture of experts": ("mixtral", CONTEXT, {}),
+    "layers made again": ("llama", TENSOR, {"training": {**STEPS, "activation_checkpointing": "full"}}),
+    **{
+        f"heads of {family}": (family, TENSOR, {})
+        for family in (
+            "qwen2",
+            "mistral",
+            "gemma2",
+            "gemma3",
+            "granite",
+            "cohere",
+            "phi",
+            "phi3",
+            "mixtral",
+            "deepseek-v3",
+        )
+    },
+    **{f"tokens of {family}": (family, CONTEXT, {}) for family in ("gemma3", "gpt2", "gpt-oss", "deepseek-v3")},
+    **{f"experts of {family}": (family, EXPERTS, {}) for family in ("mixtral", "gpt-oss", "deepseek-v3")},
+}
+
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES]
+
+
+@pytest.mark.parametrize("case", [*CASES, *SLOW])
+def test_two_processes_find_the_numbers_of_one(case, two, folders, rows, tmp_path):
+    family, parallelism, sections = {**CASES, **MORE_CASES}[case]
+    settings = {"training": STEPS, "optimizer": SGD, "evaluation": {"interval": 2}, **sections}
+    settings["data"] = {"validation_fraction": 0.2, **settings.get("data", {})}
+    alone = train(folders(family), rows, tmp_path / "alone", **settings)
+    together = two.train(folders(family), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    same_steps(alone, together)
+    assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
+
+
+PRODUCTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "two groups of two that split heads": ("qwen3", {"tensor_parallel_degree": 2}),
+    "slices of weights that are split by heads": (
+        "llama",
+        {"tensor_parallel_degree": 2, "data_parallel_shard_degree": 2},
+    ),
+    "heads and tokens": ("llama", {"tensor_parallel_degree": 2, "context_parallel_degree": 2}),
+    "replicas, slices and experts": ("qwen3-moe", EXPERTS),
+    "slices of weights, and tokens": ("qwen3-moe", {"data_parallel_shard_degree": 2, "context_parallel_degree": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_four_processes_find_them_by_two_ways_at_once(case, four, folders, rows, tmp_path):
+    family, parallelism = PRODUCTS[case]
+    settings = {"training": STEPS, "optimizer": SGD}
+    alone = train(folders(family), rows, tmp_path / "alone", **settings)
+    together = four.train(folders(family), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    same_steps(alone, together)
+    assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
+
+
+@pytest.mark.parametrize(
+    "parallelism", [TENSOR, pytest.param(CONTEXT, marks=pytest.mark.slow)], ids=["heads", "tokens"]
+)
+def test_an_adapter_learns_the_same_beside_a_split_model(parallelism, two, folders, rows, tmp_path):
+    settings = {"training": STEPS, "optimizer": SGD, "algorithm": "lora_sft", "lora": {"r": 4, "dropout": 0.0}}
+    alone = train(folders("llama"), rows, tmp_path / "alone", **settings)
+    together = two.train(folders("llama"), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    same_steps(alone, together)
+    found = weights(together[0]["model_path"], "adapter_model")
+    assert apart(weights(alone.model_path, "adapter_model"), found) <= CLOSE
+
+
+def test_a_run_goes_on_however_the_model_is_split(two, folders, rows, tmp_path):
+    model = folders("llama")
+    settings = {
+        "training": {"global_batch_size": 4, "epochs": 1, "preflight": False},
+        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+        "checkpoint": {"interval": 1},
+    }
+    unbroken = train(model, rows, tmp_path / "unbroken", **settings)
+    output = tmp_path / "run"
+
+    def go_on(parallelism: dict[str, int], step: int) -> None:
+        order = {"signalled": 1, "step": step}
+        ended = two.train(model, rows, output, order, parallelism=parallelism, **settings)
+        assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
+
+    go_on(TENSOR, 2)
+
+    def stop(report: Any) -> None:
+        raise KeyError("the plug was pulled")
+
+    with pytest.raises(TrainingError, match="the plug was pulled"):
+        run(recipe(model, rows, output, **settings), Given(watchers=[stop]))
+    go_on(CONTEXT, 5)
+    resumed = two.train(model, rows, output, parallelism=TENSOR, **settings)
+    same_steps(unbroken, resumed)
+    assert apart(weights(unbroken.model_path), weights(resumed[0]["model_path"])) <= CLOSE
+
+
+def test_a_teacher_is_asked_beside_a_split_student(two, folders, rows, tmp_path):
+    settings = {
+        "training": STEPS,
+        "optimizer": SGD,
+        "distillation": {"teacher": str(folders("qwen3")), "alpha": 0.5},
+    }
+    alone = train(folders("llama"), rows, tmp_path / "alone", **settings)
+    parallelism = {**TENSOR, "disable_loss_parallel": True}
+    together = two.train(folders("llama"), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    same_steps(alone, together)
+    assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", [TENSOR, CONTEXT, EXPERTS], ids=["heads", "tokens", "experts"])
+def test_a_small_rate_moves_bfloat16_weights(parallelism, two, folders, rows, tmp_path):
+    model = folders("qwen3-moe")
+    settings = {"model": {"dtype": "bfloat16"}, "training": {**STEPS, "preflight": True}, "optimizer": {"lr": 1e-6}}
+    together = two.train(model, rows, tmp_path / "together", parallelism=parallelism, **settings)
+    assert together[0].get("status") == "finished", together[0]
+    before, after = weights(model), weights(together[0]["model_path"])
+    # Adam moves each weight by about the rate; bfloat16 by itself would round that to nothing.
+    still = [name for name in before if not (before[name].bfloat16().float() != after[name]).any()]
+    assert not still

@@ -1,0 +1,60 @@
+"""Which ways of splitting a recipe and its model allow: asked before a weight is read, and again before it is split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training_hub.backends.shared.model_folder import folder_problems, is_folder
+from training_hub.backends.torch_engine.layouts.context import context_problems
+from training_hub.backends.torch_engine.layouts.experts import expert_problems
+from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
+from training_hub.backends.torch_engine.model import read_blank_model
+from training_hub.recipe import Recipe
+from training_hub.recipe.parallelism import FIELDS, Degrees
+
+CONTEXT, TENSOR = "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"
+
+SPLIT_TUNERS = ("lora", "rslora")
+"""Adapters whose halves are split as the weights beside them are."""
+
+
+def split_problems(model: Any, degrees: Degrees) -> list[str]:
+    """Why the model, which may lie on the meta device, cannot be split by these degrees; [] where it can."""
+    return [
+        *(tensor_problems(model, degrees.tp) if degrees.tp > 1 else []),
+        *(context_problems(model, degrees.cp) if degrees.cp > 1 else []),
+        *(expert_problems(model, degrees.ep) if degrees.ep > 1 else []),
+    ]
+
+
+def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
+    """Why this recipe cannot be run with models, packs or experts split so; no weight is read."""
+    found = _settings_problems(recipe, degrees)
+    chosen = recipe.model
+    is_readable = is_folder(chosen.path) and not folder_problems(
+        chosen.path, trust_remote_code=chosen.trust_remote_code, with_weights=False
+    )
+    if found or not is_readable or (degrees.sharers == 1 and degrees.ep == 1):
+        return found
+    return split_problems(read_blank_model(chosen)[0], degrees)
+
+
+def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
+    is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
+    split = next((FIELDS[name] for name in ("tp", "cp") if getattr(degrees, name) > 1), "expert_parallel_degree")
+    refused = {
+        f"algorithm: osft decomposes whole weights, and learns from whole packs. Write parallelism.{split}: 1, or "
+        "algorithm: sft.": degrees.sharers * degrees.ep > 1 and recipe.algorithm == "osft",
+        f"{CONTEXT}: noise is drawn for whole samples, and a process has parts of them. Write 1, or leave "
+        "loss.neftune_noise_alpha out.": degrees.cp > 1 and recipe.loss.neftune_noise_alpha,
+        f"{CONTEXT}: a teacher is asked about whole samples, and a process has parts of them. Write 1, or leave "
+        "distillation.teacher out.": degrees.cp > 1 and recipe.distillation.teacher,
+        f"{TENSOR}: an adapter of {recipe.lora.tuner} cannot be split. Write 1, or lora.tuner: lora.": degrees.tp > 1
+        and is_adapted
+        and recipe.lora.tuner not in SPLIT_TUNERS,
+        f"{TENSOR}: the loss of a teacher needs the whole vocabulary. Write 1, or "
+        "parallelism.disable_loss_parallel: true.": degrees.tp > 1
+        and recipe.distillation.teacher
+        and not recipe.parallelism.disable_loss_parallel,
+    }
+    return [problem for problem, is_so in refused.items() if is_so]

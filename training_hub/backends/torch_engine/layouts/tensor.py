@@ -1,0 +1,201 @@
+"""Tensor parallelism: heads, inner widths, experts and the vocabulary of a transformers model, split over ranks.
+
+What is split how is read from the model's own plan (`base_model_tp_plan` of its config, `_tp_plan` of its class), which
+is data, and done by torch's own parallel styles. All ranks of a group see the same packs; what lies between the split
+products is the same on each, so that norms, residuals and dropout are too.
+"""
+
+# V vocabulary, D width of the model
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import gcd
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from training_hub.backends.torch_engine.fused.exchange import Forward
+from training_hub.backends.torch_engine.fused.low_rank import ADAPTER
+from training_hub.backends.torch_engine.layouts.experts import deal_out, experts_of
+from training_hub.backends.torch_engine.layouts.shared import Rows, exchange, leaving, locally
+
+STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": partial(RowwiseParallel, output_layouts=Partial(), use_local_output=False),
+    "colwise_gather_output": partial(ColwiseParallel, use_local_output=False),
+    "rowwise_split_input": partial(
+        RowwiseParallel, input_layouts=Replicate(), output_layouts=Partial(), use_local_output=False
+    ),
+}
+"""Styles of linear layers, as transformers names them. What has to be put together after a layer `_put_together` does:
+torch's styles would give out a tensor that is still on its way, which our kernels cannot read."""
+
+SUMMED = "replicated_with_grad_allreduce"
+"""A weight that each rank has whole and uses on its own heads, so that its gradient is the sum over the ranks."""
+
+EXPERTS = "moe_tp_experts"
+"""Experts of a layer. A plan says, as PACKED, how each is split; here they are dealt out whole."""
+
+PACKED = "packed_colwise"
+
+DEGREE = "parallelism.tensor_parallel_degree"
+
+Plan = dict[str, str]
+
+
+def tensor_plan(model: Any) -> Plan:
+    """Styles by the name of the module or weight, of a model that may lie on the meta device; {} where it has none."""
+    inner = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    patterns = {f"{model.base_model_prefix}.{name}": style for name, style in inner.items()}
+    patterns |= getattr(type(model), "_tp_plan", None) or {}
+    names = [name for name, _ in model.named_modules()]
+    return {name: patterns[general(name)] for name in names if general(name) in patterns}
+
+
+def general(name: str) -> str:
+    """The name with a star for each number: layers.3.mlp -> layers.*.mlp."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def tensor_problems(model: Any, degree: int) -> list[str]:
+    """Why this model, which may lie on the meta device, cannot be split over `degree` ranks; [] where it can."""
+    kind, plan = type(model).__name__, tensor_plan(model)
+    if not any(style in STYLES for name, style in plan.items() if not _is_head(model, name)):
+        return [f"{DEGREE}: {degree}, but transformers has no plan for {kind} that says how it is split. Write 1."]
+    strange = {style for name, style in plan.items() if not _is_known(style)}
+    odd = list(_odd_modules(model, plan))
+    if strange or odd:
+        what = (
+            f"in styles that are not known here ({', '.join(sorted(strange))})"
+            if strange
+            else f"of kinds that are not: {', '.join(odd[:3])}"
+        )
+        return [f"{DEGREE}: {degree}, but the plan of {kind} splits parts {what}. Write 1."]
+    counts = dict(_divided(model, plan))
+    if all(count % degree == 0 for count in counts.values()):
+        return []
+    most = gcd(*counts.values())
+    allowed = [str(number) for number in range(1, most + 1) if most % number == 0]
+    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count % degree)
+    return [f"{DEGREE}: {degree} does not divide {found} of {kind}; allowed: {', '.join(allowed)}."]
+
+
+def _is_known(style: str) -> bool:
+    return style in STYLES or style in (SUMMED, EXPERTS, PACKED)
+
+
+def _is_head(model: Any, name: str) -> bool:
+    return model.get_submodule(name) is model.get_output_embeddings()
+
+
+def _odd_modules(model: Any, plan: Plan) -> Iterator[str]:
+    """Modules that the plan splits and that are not built as the styles want them."""
+    experts = {name for name, _ in experts_of(model)}
+    for name, style in plan.items():
+        module = model.get_submodule(name)
+        if style in STYLES and not (isinstance(_base(module), nn.Linear) and _is_plain(module)):
+            yield f"{name}, a {type(module).__name__}"
+        if style == EXPERTS and name not in experts:
+            yield f"{name}, a {type(module).__name__}"
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a linear layer has no adapter, or one that adds the product of two matrices and nothing else."""
+    if _base(module) is module:
+        return True
+    is_lora = set(getattr(module, "lora_A", ())) == {ADAPTER} and not module.lora_variant
+    return is_lora and not (module.fan_in_fan_out or module.lora_bias[ADAPTER])
+
+
+def _divided(model: Any, plan: Plan) -> Iterator[tuple[str, int]]:
+    """What is split, and how many there are of it."""
+    config = model.config.get_text_config()
+    local = {
+        name: style for name, style in plan.items() if style in ("colwise", "rowwise") and not _is_head(model, name)
+    }
+    if any("attn" in name or "attention" in name for name in local):
+        yield "attention heads", config.num_attention_heads
+        if (heads := getattr(config, "num_key_value_heads", None)) is not None:
+            yield "key-value heads", heads
+    for name, style in plan.items():
+        layer = _base(model.get_submodule(name))
+        if style in STYLES and not _is_head(model, name):
+            width = layer.in_features if style.startswith("rowwise") else layer.out_features
+            yield f"{'inputs' if style.startswith('rowwise') else 'outputs'} of {general(name)}", width
+        elif style == EXPERTS:
+            yield "experts", layer.num_experts
+
+
+def _base(module: Any) -> Any:
+    """The layer itself, where an adapter stands around it."""
+    return getattr(module, "base_layer", module)
+
+
+def split_tensors(model: Any, mesh: DeviceMesh) -> frozenset[str]:
+    """Split the model over the ranks of the mesh, in place. All ranks must hold the same weights.
+
+    Parts of weights become DTensors under the names they had. Gives the names of those that each rank has whole, but
+    whose gradients must be added up over the ranks. What `tensor_problems` refuses must not come here.
+    """
+    plan, summed = tensor_plan(model), set()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and _base(head).weight is table.weight
+    is_table_fit = isinstance(table, nn.Embedding) and table.max_norm is None
+    is_head_fit = any(_is_head(model, name) and style.startswith("colwise") for name, style in plan.items())
+    for name, style in plan.items():
+        module = model.get_submodule(name)
+        if style in STYLES and not (module is head and is_tied and not is_table_fit):
+            for part, kind in _parts(module, style):
+                parallelize_module(part, mesh, STYLES[kind](), src_data_rank=None)
+                part.register_forward_hook(_put_together)
+        elif style == EXPERTS:
+            deal_out(model, name, module, mesh, are_tokens_shared=True)
+        elif style == SUMMED:
+            summed |= {f"{name}.{key}" for key, _ in module.named_parameters()}
+    if is_table_fit and (is_head_fit or not is_tied):
+        _split_table(model, table, mesh, _base(head).weight if is_tied else None)
+    return frozenset(summed)
+
+
+def _put_together(layer: nn.Module, given: Any, output: Tensor) -> Tensor:
+    """What a layer gives out, whole on each rank where it left it divided."""
+    return output.redistribute(placements=[Replicate()]).to_local() if isinstance(output, DTensor) else output
+
+
+def _parts(module: Any, style: str) -> Iterator[tuple[nn.Module, str]]:
+    """The linear layers of a module and their styles: itself, or the base of an adapter and that half of the adapter
+    which is as wide as what is split. The other half is whole on each rank, and so is its gradient."""
+    yield _base(module), style
+    if hasattr(module, "lora_A"):
+        yield (module.lora_A if style.startswith("rowwise") else module.lora_B)[ADAPTER], style
+
+
+def _split_table(model: Any, table: nn.Embedding, mesh: DeviceMesh, of_head: nn.Parameter | None) -> None:
+    """Split a table of embeddings by tokens, in place; or share the weight that the head was given, to which it is
+    tied."""
+    weight = of_head
+    if weight is None:
+        split = distribute_tensor(table.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+        weight = nn.Parameter(split, requires_grad=table.weight.requires_grad)
+    table.register_parameter("weight", weight)
+    exchange(model, next(name for name, module in model.named_modules() if module is table), table, _lookup)
+
+
+def _lookup(own: Any) -> Forward:
+    """Each rank looks up the tokens whose rows it has, whatever the library's class makes of a row; the sum is all."""
+
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        rows = Rows.of(self.weight)
+        padding = self.padding_idx
+        is_here = padding is not None and rows.start <= padding < rows.end
+        part = locally(own, self, padding_idx=padding - rows.start if is_here else None)
+        found = own.forward(part, rows.local(ids))
+        return leaving(found.masked_fill(~rows.here(ids)[..., None], 0), rows.mesh)
+
+    return forward
