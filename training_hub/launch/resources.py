@@ -75,11 +75,12 @@ def here_alone(recipe: Recipe, volumes: Iterable[Volume]) -> Iterator[str]:
     """Problems with what the recipe names by a path of this machine, which others do not have."""
     data = recipe.data
     listed = data.path if isinstance(data.path, list) else [data.path]
+    kept_back = data.validation if isinstance(data.validation, list) else [data.validation]
     named = [
         ("model.path", recipe.model.path),
         ("model.tokenizer", recipe.model.tokenizer),
         *(("data.path", one.path if isinstance(one, DataSource) else one) for one in listed),
-        ("data.validation", data.validation),
+        *(("data.validation", one) for one in kept_back),
     ]
     for setting, path in named:
         if path and Path(path).expanduser().exists() and not any(one.holds(path) for one in volumes):
