@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.dataset_hub import dataset_hub
 from tests.data.tiny import chat_tokenizer
 from training_hub.data.feed import Feed, FeedSettings
 from training_hub.data.pipeline import ROWS_PER_CHUNK
@@ -19,8 +23,9 @@ from training_hub.errors import RecipeError
 from training_hub.frontends.forge.c4 import ROWS, stand_in, texts
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
-from training_hub.recipe.load import build
+from training_hub.recipe.load import build, dump
 
+ROOT = Path(__file__).parents[2]
 TOKENIZER = chat_tokenizer()
 BLOCK, BATCH = 64, 4
 
@@ -69,6 +74,49 @@ def test_a_file_is_read_no_further_either_and_what_was_read_is_kept(tmp_path: Pa
     assert again.train.fingerprint == first.train.fingerprint
     whole = prepared(recipe_of(tmp_path, path=str(file), streaming=False))
     assert whole.report["rows"] == ROWS
+
+
+CARD = b"""---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: [en/00.jsonl, en/01.jsonl, en/02.jsonl]
+---
+"""
+
+READ_FROM_HUB = """
+import json, sys
+from training_hub.data.prepare import prepare
+from training_hub.data.tokenizer import ChatTokenizer
+from training_hub.monitoring.console import open_console
+from training_hub.recipe.load import load_file
+recipe, tokenizer = load_file(sys.argv[1]), ChatTokenizer.load(sys.argv[2])
+for _ in range(2):
+    made = prepare(recipe, tokenizer=tokenizer, template=None, console=open_console("plain", sys.stderr))
+    print(json.dumps([made.report["rows"], len(made.train), made.train.fingerprint]))
+"""
+
+
+def test_a_data_set_on_the_hub_is_a_stream_and_known_again(tmp_path: Path, tiny_model_folder: Path):
+    """Of three files only the first is read; the second time what was tokenised is found by the commit."""
+    rows = [json.dumps({"text": text}) for text in itertools.islice(texts(), 900)]
+    shards = {f"en/0{n}.jsonl": "\n".join(rows[300 * n : 300 * n + 300]).encode() for n in range(3)}
+    (tmp_path / "recipe.yaml").write_text(dump(recipe_of(tmp_path, path="owner/texts:en")))
+    with dataset_hub("owner/texts", {"README.md": CARD, **shards}) as (address, read):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", READ_FROM_HUB, str(tmp_path / "recipe.yaml"), str(tiny_model_folder)],
+            env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, again = map(json.loads, done.stdout.splitlines())
+    assert first[0] == ROWS_PER_CHUNK
+    assert first[1] >= 3 * BATCH
+    assert {path for path in read if path.startswith("en/")} == {"en/00.jsonl"}
+    assert again == first
+    assert "tokenised before, taken from" in done.stderr
 
 
 def test_of_conversations_as_many_samples_are_read(tmp_path: Path, chat_file: Path):

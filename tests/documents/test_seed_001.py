@@ -222,12 +222,18 @@ def test_32_processes_are_asked_for_as_four_hosts_of_eight(structure: dict[str, 
     assert (recipe.processes.nodes, recipe.processes.procs, recipe.training.global_batch_size) == (4, 8, 32)
 
 
-def test_a_cluster_is_given_a_command_that_it_takes(structure: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """The page's `sbatch --nodes=4 --gpus-per-node=8 python -m ...` is none: sbatch wants a script or --wrap."""
+def test_a_cluster_is_given_a_script(
+    structure: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The page's `sbatch --nodes=4 --gpus-per-node=8 python -m ...` is none: sbatch wants a script."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert "sbatch --nodes=4 --gpus-per-node=8 --wrap 'srun torchrun" in error_of(
-        structure, "provisioner: {launcher: slurm}"
-    )
+    said = error_of(structure, "provisioner: {launcher: slurm}")
+    assert "training-hub slurm submit --config RECIPE.yaml --nodes 4 --gpus-per-node 8" in said
+    config = with_snippet(structure, "processes: {procs: 8, with_gpus: true}")
+    assert run(config, "training.dataset=c4_test", "--recipe", "recipe.yaml") == 0
+    assert main(["slurm", "submit", "--config", "recipe.yaml", "--nodes=4", "--gpus-per-node=8", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "#SBATCH --nodes=4" in printed
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_trackers_are_asked_for_as_torchforge_writes_it():
 
 
 def test_a_job_is_submitted_by_others(monkeypatch: pytest.MonkeyPatch):
-    assert "srun torchrun" in refused("provisioner.launcher=slurm")
+    assert "training-hub slurm submit" in refused("provisioner.launcher=slurm")
     assert recipe("provisioner.launcher=slurm", environment={"SLURM_JOB_ID": "7"}).processes.procs == 1
     assert "allowed: null, slurm" in refused("provisioner.launcher=mast")
 

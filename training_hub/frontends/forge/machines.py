@@ -38,9 +38,8 @@ def launcher(reading: Reading) -> Iterator[str]:
     if named == "slurm" and "SLURM_JOB_ID" not in reading.environment:
         yield (
             f"{key}: found 'slurm', but this is no Slurm job, and the app submits none. Write the recipe with "
-            "`training-hub forge --config FILE --recipe RECIPE.yaml` and submit that, or a job in which srun starts "
-            "the app on each node: sbatch --nodes=4 --gpus-per-node=8 --wrap 'srun torchrun --nnodes 4 "
-            "--nproc-per-node 8 ... -m training_hub.apps.sft.main --config FILE'"
+            "`training-hub forge --config FILE --recipe RECIPE.yaml` and submit it with `training-hub slurm submit "
+            "--config RECIPE.yaml --nodes 4 --gpus-per-node 8`."
         )
     elif named not in (None, "slurm"):
         yield (
