@@ -14,9 +14,10 @@ from training_hub.backends.jax_engine.attention import Attention, choose
 from training_hub.backends.jax_engine.batches import Arrays
 from training_hub.backends.jax_engine.decoder import Build
 from training_hub.backends.jax_engine.forward import FORGET, Forward
+from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.objective import TokenLoss
 from training_hub.backends.jax_engine.shapes import Shape
-from training_hub.backends.jax_engine.step import Steps, nothing
+from training_hub.backends.jax_engine.step import Steps
 from training_hub.backends.shared.host_memory import free_host_gib
 from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
@@ -66,19 +67,26 @@ def attention_of(shape: Shape, machine: Machine, longest: int) -> Attention:
 
 
 def build_steps(
-    recipe: Recipe, shape: Shape, machine: Machine, attention: Attention, scale: float, largest: Arrays, weights: Any,
+    recipe: Recipe,
+    shape: Shape,
+    machine: Machine,
+    attention: Attention,
+    scale: float,
+    mesh: Mesh,
+    largest: Arrays,
+    weights: Any,
     console: Console,
-) -> Steps:  # fmt: skip
+) -> Steps:
     """The compiled functions of the run; auto forgets as little of each layer as the free memory allows.
 
     largest: the largest batch; weights: what trains and what stays.
     """
-    build = Build(shape, attention.attend, jnp.dtype(machine.dtype), scale)
+    build = Build(shape, attention.attend, jnp.dtype(machine.dtype), scale, mesh.gathered)
     loss, wanted = TokenLoss.of(recipe.loss), recipe.training.activation_checkpointing
     ways = (wanted,) if wanted != "auto" else tuple(FORGET)
     free = _free_bytes(machine) if len(ways) > 1 else None
     for how in ways:
-        steps = Steps(Forward(build, how, machine.is_scanned), loss)
+        steps = Steps(Forward(build, how, machine.is_scanned), loss, mesh)
         needed = None if free is None else _temporary_bytes(steps, largest, *weights)
         if needed is None or free is None or needed <= USABLE * free:
             break
@@ -88,7 +96,7 @@ def build_steps(
 
 def _temporary_bytes(steps: Steps, largest: Arrays, trained: dict[str, Array], frozen: dict[str, Array]) -> int | None:
     """What a step takes beside weights and optimizer, as XLA plans it: gradients, and what is between."""
-    sums = jax.eval_shape(nothing, trained)
+    sums = steps.nothing(trained)
     planned = steps.add.lower(trained, frozen, sums, largest).compile().memory_analysis()  # type: ignore[attr-defined]
     return None if planned is None else int(planned.temp_size_in_bytes + planned.output_size_in_bytes)
 

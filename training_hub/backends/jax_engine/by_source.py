@@ -16,8 +16,8 @@ from training_hub.types import Pack
 class BySource:
     """Sums of one step: of the losses and of the weights of each source's trained tokens."""
 
-    def __init__(self, sources: Sequence[str], store: TokenStore):
-        self._names = metric_names(sources)
+    def __init__(self, sources: Sequence[str], store: TokenStore, what: str = "source_loss"):
+        self._names = metric_names(sources, what)
         self._of_sample = store.source_index
         self._sums_2S = np.zeros((2, len(sources)))
 

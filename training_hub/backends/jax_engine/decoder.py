@@ -48,12 +48,16 @@ jax.tree_util.register_dataclass(Place, ["segments", "cosine", "sine"], [])
 
 @dataclass(frozen=True)
 class Build:
-    """What a forward pass is built from, beside numbers: shape, attention, format, and what adapters multiply by."""
+    """What a forward pass is built from, beside numbers: shape, attention, format, and what adapters multiply by.
+
+    gather: within a program, lets every device have a value whole; the table of embeddings is looked up so.
+    """
 
     shape: Shape
     attend: Attend
     dtype: Any
     adapter_scale: float = 1.0
+    gather: Callable[[Array], Array] = lambda value: value
 
 
 def place_of(shape: Shape, segments: Array, positions: Array, dtype: Any) -> Place:

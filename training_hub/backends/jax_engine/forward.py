@@ -45,11 +45,11 @@ class Forward:
         """[B, T, D]: what the decoder says at every position."""
         build, shape = self.build, self.build.shape
         outer = {name: params[leaf.key(0)] for name, leaf in ends(shape).items()}
-        x_BTD = outer["embed"][ids_BT].astype(build.dtype)
+        x_BTD = build.gather(outer["embed"])[ids_BT].astype(build.dtype)
         if shape.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(shape.embed_scale, build.dtype)
         if "places" in outer:
-            x_BTD = x_BTD + outer["places"][positions_BT].astype(build.dtype)
+            x_BTD = x_BTD + build.gather(outer["places"])[positions_BT].astype(build.dtype)
         place = place_of(shape, segments_BT, positions_BT, build.dtype)
         run = _scan if self.is_scanned and _is_uniform(self) else _lay_out
         x_BTD = run(self, params, x_BTD, place)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from training_hub.backends.jax_engine.by_source import BySource
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
 from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.optim import Updater
-from training_hub.backends.jax_engine.step import Steps, nothing
+from training_hub.backends.jax_engine.step import Steps
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
 from training_hub.backends.shared.errors import Lost, broken, interrupted, listed, not_finite
@@ -45,8 +46,8 @@ class Run:
     """A run in progress: its parts, and the little that changes.
 
     trained: what the optimizer moves, frozen: what stays; together the model. state: what the optimizer keeps.
-    stop_reason: what a watcher of the user's ends it for.
-    exam and scale are what the torch engine has beside: answers, and a measure of operations.
+    stop_reason: what a watcher of the user's ends it for. exam and scale are what the torch engine has beside: answers,
+    and a measure of operations.
     """
 
     recipe: Recipe
@@ -72,6 +73,8 @@ class Run:
     validation_before: float | None = None
     watch: Watch | None = None
     by_source: BySource | None = None
+    validation_sets: BySource | None = None
+    packs_validation: bool = True
     stop_reason: str = ""
     exam: None = None
     scale: None = None
@@ -90,8 +93,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         report = take_step(run, meter)
         run.step = report.step
         if run.validation is not None and is_evaluation_due(run):
-            loss = evaluate(run, run.validation)
-            report = replace(report, validation_loss=loss, validation_perplexity=perplexity(loss))
+            report = validate(run, run.validation, report)
         is_watched = run.watch is not None and run.watch.is_due(run.step, run.feed)
         if run.watch is not None and is_watched:
             report = replace(report, measures={**report.measures, **run.watch.look(run.step, run.console)})
@@ -124,7 +126,7 @@ def before_first_step(run: Run) -> None:
 def take_step(run: Run, meter: ThroughputMeter) -> StepReport:
     """Forward, backward and update on the next batch; the loss is a sum divided once by its trained weight."""
     began = time.perf_counter()
-    batch = run.feed.batch(run.step + 1)
+    batch = next_batch(run)
     total, gradients = accumulate(run, batch.packs)
     loss = total / batch.trained_weight
     norm = run.updater.norm(gradients, batch.trained_weight)
@@ -160,9 +162,17 @@ def take_step(run: Run, meter: ThroughputMeter) -> StepReport:
     )
 
 
+def next_batch(run: Run) -> Batch:
+    """The batch of the next step, its samples dealt out to the packs that go through the devices side by side."""
+    rows = run.mesh.rows
+    dealt = [run.feed.batch(run.step + 1, row, rows) for row in range(rows)]
+    packs = [pack for side in zip_longest(*(one.packs for one in dealt)) for pack in side if pack is not None]
+    return replace(dealt[0], packs=tuple(packs))
+
+
 def accumulate(run: Run, packs: Sequence[Pack]) -> tuple[float, Tree]:
     """The sum of the packs' weighted losses, and the sums of its gradients, on the device."""
-    sums = nothing(run.trained)
+    sums = run.steps.nothing(run.trained)
     totals, losses = [], []
     groups = list(side_by_sides(run, packs))
     for _, arrays in groups:
@@ -177,11 +187,10 @@ def accumulate(run: Run, packs: Sequence[Pack]) -> tuple[float, Tree]:
 
 
 def side_by_sides(run: Run, packs: Sequence[Pack]) -> Iterator[tuple[Sequence[Pack], Arrays]]:
-    """The packs in groups that go through the devices at once, longest first so that each has packs of like length."""
+    """The packs in groups that go through the devices at once."""
     rows = run.mesh.rows
-    ordered = sorted(packs, key=len, reverse=True) if rows > 1 else packs
-    for start in range(0, len(ordered), rows):
-        some = ordered[start : start + rows]
+    for start in range(0, len(packs), rows):
+        some = packs[start : start + rows]
         yield some, run.mesh.spread(side_by_side(some, run.sizes, rows))
 
 
@@ -193,13 +202,27 @@ def update(run: Run, gradients: Tree, norm: Array, trained_weight: float, rate: 
     jax.block_until_ready(run.trained)
 
 
-def evaluate(run: Run, store: TokenStore, what: str = "validation") -> float:
-    """Mean cross-entropy over the trained tokens of all of `store`, in nats."""
+def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
+    """The report with the loss of the validation rows, and that of each of several sets."""
+    sets, measures = run.validation_sets, report.measures
+    if sets is not None:
+        sets.begin()
+    loss = evaluate(run, store, sets=sets)
+    if sets is not None:
+        measures = {**measures, **sets.means()}
+    return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), measures=measures)
+
+
+def evaluate(run: Run, store: TokenStore, what: str = "validation", sets: BySource | None = None) -> float:
+    """Mean cross-entropy over the trained tokens of all of `store`, in nats; `sets` gathers that of each set."""
     totals = []
-    packs = list(validation_packs(store, run.feed.settings.token_budget, run.feed.settings.is_packed))
+    packs = list(validation_packs(store, run.feed.settings.token_budget, run.packs_validation))
     with run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
         for some, arrays in side_by_sides(run, packs):
-            totals.append(float(run.steps.total(run.trained, run.frozen, arrays)))
+            total, losses = run.steps.total(run.trained, run.frozen, arrays)
+            totals.append(float(total))
+            if sets is not None:
+                sets.add(some, np.asarray(losses))
             advance(sum(len(one) for one in some))
     return math.fsum(totals) / float(store.trained_weight.sum())
 
@@ -266,7 +289,7 @@ def lost(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError
 
 def _loss_alone(run: Run, index: int) -> float:
     (_, arrays), *_ = side_by_sides(run, [pack([run.feed.store[index]], [index])])
-    return float(run.steps.objective(run.trained, run.frozen, arrays))
+    return float(run.steps.objective(run.trained, run.frozen, arrays)[0])
 
 
 def nonfinite(arrays: Mapping[str, Any]) -> list[str]:

@@ -66,14 +66,22 @@ RULES: Mapping[str, Rule] = {
 class Updater:
     """The update rule of a recipe, as compiled functions of weights, state and gradients.
 
-    undecayed: names of weights that do not decay, whatever their shape.
+    undecayed: names of weights that do not decay, whatever their shape. pin: puts what belongs to a weight, within a
+    program, where the weight lies.
     """
 
-    def __init__(self, settings: Settings, max_norm: float, undecayed: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        settings: Settings,
+        max_norm: float,
+        undecayed: frozenset[str] = frozenset(),
+        pin: Callable[[str, Array], Array] = lambda name, value: value,
+    ):
+        self._pin = pin
         self._kind = RULES[settings.name]
         self._rule = optax.chain(*self._kind.parts(settings, _decay(settings, undecayed)))
         self._limit = max_norm if max_norm > 0 else float("inf")
-        self.begin: Callable[[Tree], Any] = jax.jit(self._rule.init)
+        self.begin: Callable[[Tree], Any] = jax.jit(lambda weights: self._pinned(self._rule.init(weights)))
         self.norm: Callable[[Tree, float], Array] = jax.jit(_norm)
         self.step: Callable[..., tuple[Tree, Any]] = jax.jit(self._step, donate_argnums=(0, 1))
 
@@ -85,7 +93,15 @@ class Updater:
         factor = jnp.minimum(1.0, self._limit / (norm + CLIP_EPS)) / weight
         scaled = {name: gradient * factor for name, gradient in gradients.items()}
         updates, state = self._rule.update(scaled, state, weights)
-        return {name: value - rate * updates[name] for name, value in weights.items()}, state
+        moved = {name: self._pin(name, value - rate * updates[name]) for name, value in weights.items()}
+        return moved, self._pinned(state)
+
+    def _pinned(self, state: Any) -> Any:
+        def pinned(path: Any, value: Array) -> Array:
+            weight, _ = _place(path)
+            return value if weight is None else self._pin(weight, value)
+
+        return jax.tree_util.tree_map_with_path(pinned, state)
 
     def named(self, state: Any, steps: int) -> dict[str, np.ndarray]:
         """What the optimizer keeps, by `weight name/state name`. steps: those made, where it does not count them."""

@@ -19,7 +19,6 @@ from training_hub.backends.jax_engine.batches import CHUNK
 from training_hub.backends.jax_engine.export import Beside, generation_stops, logits, saved_format, write_model
 from training_hub.backends.jax_engine.loop import Run, Tree, accumulate, side_by_sides
 from training_hub.backends.jax_engine.optim import Updater
-from training_hub.backends.jax_engine.step import nothing
 from training_hub.backends.shared.proofs import (
     MOVED,
     SAMPLES,
@@ -116,7 +115,7 @@ def _packed(subject: Subject, excerpts: Sequence[Sample]) -> Proof:
 
 def _fast_loss(subject: Subject, excerpts: Sequence[Sample], gradients: Tree, loss: float) -> Proof:
     """Loss and gradients of the objective against the same from the logits of every position."""
-    run, plain, total = subject.run, nothing(subject.run.trained), 0.0
+    run, plain, total = subject.run, subject.run.steps.nothing(subject.run.trained), 0.0
     for _, arrays in side_by_sides(run, alone(excerpts)):
         plain, value = run.steps.whole(run.trained, run.frozen, plain, arrays)
         total += float(value)
@@ -153,7 +152,7 @@ def _moved(run: Run, gradients: Tree) -> Proof:
     before = {key: run.trained[key] for key in chosen}
     has_gradient = {key: np.asarray(gradients[key]) != 0 for key in chosen}
     is_whole = len(chosen) == len(run.trained) and run.recipe.optimizer.weight_decay == 0
-    updater = run.updater if is_whole else Updater(settings, run.recipe.training.max_norm)
+    updater = run.updater if is_whole else Updater(settings, run.recipe.training.max_norm, pin=run.mesh.pin)
     copies = {key: jax.device_put(np.array(before[key]), before[key].sharding) for key in chosen}
     slopes = {key: gradients[key] for key in chosen}
     norm = updater.norm(slopes, 1.0)

@@ -15,6 +15,9 @@ PACKAGES = ("jax", "jaxlib", "optax")
 
 MISSING = "backend: jax needs {names}, not installed here: pip install 'training-hub[jax]', or write backend: torch."
 
+DIVIDING = ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree")
+"""Settings of parallelism that this engine honours, by the devices of its process."""
+
 OPTIMIZERS = ("AdamW", "Adam", "SGD", "RMSprop", "Lion")
 """Update rules that are torch's own here, step for step; a test compares each."""
 
@@ -43,6 +46,7 @@ CHECKS: tuple[Check, ...] = (
     ("freezing.embeddings", bool, "no weight is frozen here; write false, " + TORCH),
     ("freezing.weights", bool, "no weight is frozen here; leave it out, " + TORCH),
     ("freezing.unfreeze_interval", bool, "no weight is frozen here; leave it out, " + TORCH),
+    ("qat.weight_dtype", lambda value: value is not None, "no layer rounds here; leave it out, " + TORCH),
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
     ("monitoring.profile", bool, "steps are not taken apart here; write false, " + TORCH),
     ("processes.nodes", lambda value: value != 1, "this engine runs in one process; write 1, " + TORCH),
@@ -59,7 +63,7 @@ def missing_packages() -> list[str]:
 
 def refusals(recipe: Recipe) -> list[str]:
     """Why this recipe cannot run here, setting by setting, each with its remedy."""
-    return [*_settings(recipe), *_algorithm(recipe), *_optimizer(recipe)]
+    return [*_settings(recipe), *_algorithm(recipe), *_optimizer(recipe), *_parallelism(recipe)]
 
 
 def _settings(recipe: Recipe) -> Iterator[str]:
@@ -75,6 +79,17 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         yield f"algorithm: found {recipe.algorithm}; backend jax does not have it. Write algorithm: sft, {TORCH}"
     elif adaptation == "lora":
         yield from lora.problems(recipe)
+
+
+def _parallelism(recipe: Recipe) -> Iterator[str]:
+    """Settings of the section that this engine does not know, whichever there are."""
+    for name, field in type(recipe.parallelism).model_fields.items():
+        value = getattr(recipe.parallelism, name)
+        if name not in DIVIDING and value != field.get_default(call_default_factory=True):
+            yield (
+                f"parallelism.{name}: found {value}; backend jax divides by {', '.join(DIVIDING)}. Leave it out, "
+                f"{TORCH}"
+            )
 
 
 def _optimizer(recipe: Recipe) -> Iterator[str]:

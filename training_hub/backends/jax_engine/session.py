@@ -29,7 +29,7 @@ from training_hub.backends.jax_engine.loop import Run, dry_step, evaluate, nonfi
 from training_hub.backends.jax_engine.loop import train as train_steps
 from training_hub.backends.jax_engine.lora import LowRank
 from training_hub.backends.jax_engine.materials import Materials, load_materials
-from training_hub.backends.jax_engine.mesh import Mesh
+from training_hub.backends.jax_engine.mesh import mesh_of
 from training_hub.backends.jax_engine.optim import Updater
 from training_hub.backends.jax_engine.plan import describe, summary
 from training_hub.backends.jax_engine.proofs import Subject, prove
@@ -39,7 +39,7 @@ from training_hub.backends.shared.proofs import refuse
 from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.watch import Watch
 from training_hub.data.agreement import agreement
-from training_hub.data.feed import Feed
+from training_hub.data.feed import Feed, packs_validation
 from training_hub.errors import TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.folders import write_json
@@ -132,14 +132,14 @@ def assemble(
         raise TrainingError([*broken, f"{recipe.model.path} came with them. Download or convert it again."])
     for line in loaded.notes:
         console.say(f"model: {line}")
-    mesh = Mesh()
+    mesh = mesh_of(recipe.parallelism, materials.shape)
     trained, frozen = (mesh.place(each) for each in adaptation.split(loaded.weights))
     attention = attention_of(materials.shape, machine, materials.longest)
     sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
     largest = mesh.spread(side_by_side([feed.largest_pack()], sizes, mesh.rows))
     weights = (trained, frozen)
-    steps = build_steps(recipe, materials.shape, machine, attention, adaptation.scale, largest, weights, console)
-    updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed)
+    steps = build_steps(recipe, materials.shape, machine, attention, adaptation.scale, mesh, largest, weights, console)
+    updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed, mesh.pin)
     run = Run(
         recipe=recipe,
         steps=steps,
@@ -156,10 +156,14 @@ def assemble(
         console=console,
         facts={**numbers_of(materials), "versions": versions("jax")},
         best=Best(recipe.evaluation),
+        packs_validation=packs_validation(recipe.data),
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
         run.by_source = BySource(sources, feed.store)
+    sets = [one["name"] for one in materials.prepared.report.get("validation", {}).get("sources", ())]
+    if run.validation is not None and len(sets) > 1:
+        run.validation_sets = BySource(sets, run.validation, "validation_loss")
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, lambda store, what: evaluate(run, store, what))
     template = materials.template.source if materials.template else None

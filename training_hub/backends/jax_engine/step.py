@@ -5,7 +5,7 @@ Each is one program for each size of pack. The sums of a step stay on the device
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,6 +14,7 @@ from jax import Array
 
 from training_hub.backends.jax_engine.batches import Arrays
 from training_hub.backends.jax_engine.forward import Forward, Params
+from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.objective import PLAIN, TokenLoss, term, term_of_whole
 
 Tree = dict[str, Array]
@@ -22,28 +23,28 @@ Tree = dict[str, Array]
 class Steps:
     """The compiled functions of one model. loss: what is minimised; evaluation is plain cross-entropy."""
 
-    def __init__(self, forward: Forward, loss: TokenLoss):
+    def __init__(self, forward: Forward, loss: TokenLoss, mesh: Mesh):
         self.forward = forward
-        self.add: Callable[..., tuple[Tree, Array, Array]] = jax.jit(partial(_add, forward, loss), donate_argnums=(2,))
+        self.nothing: Callable[[Tree], Tree] = jax.jit(partial(_zeros, mesh))
+        """(trained) -> sums of gradients before the first batch of a step, in float32."""
+        self.add: Callable[..., tuple[Tree, Array, Array]] = jax.jit(
+            partial(_add, forward, loss, mesh), donate_argnums=(2,)
+        )
         """(trained, frozen, sums of gradients so far, batch) -> (sums, total, losses [B, N])."""
-        self.total: Callable[[Params, Params, Arrays], Array] = jax.jit(partial(_total, forward, PLAIN))
-        """(trained, frozen, batch) -> weighted sum of plain cross-entropy."""
-        self.objective: Callable[[Params, Params, Arrays], Array] = jax.jit(partial(_total, forward, loss))
-        """(trained, frozen, batch) -> weighted sum of what is minimised."""
-        self.whole: Callable[..., tuple[Tree, Array]] = jax.jit(partial(_whole, forward, loss), donate_argnums=(2,))
+        self.total: Callable[..., tuple[Array, Array]] = jax.jit(partial(_total, forward, PLAIN))
+        """(trained, frozen, batch) -> weighted sum of plain cross-entropy, and its summands [B, N]."""
+        self.objective: Callable[..., tuple[Array, Array]] = jax.jit(partial(_total, forward, loss))
+        """The same of what is minimised."""
+        self.whole: Callable[..., tuple[Tree, Array]] = jax.jit(
+            partial(_whole, forward, loss, mesh), donate_argnums=(2,)
+        )
         """As `add`, from the logits of every position."""
         self.logits: Callable[..., Array] = jax.jit(partial(_logits, forward))
         """(trained, frozen, ids, positions, segments) -> logits [B, T, V]."""
 
 
-def nothing(weights: Mapping[str, Array]) -> Tree:
-    """Sums of gradients before the first batch of a step, in float32."""
-    return _zeros(dict(weights))
-
-
-@jax.jit
-def _zeros(weights: Tree) -> Tree:
-    return {name: jnp.zeros_like(weight, dtype=jnp.float32) for name, weight in weights.items()}
+def _zeros(mesh: Mesh, weights: Tree) -> Tree:
+    return mesh.pinned({name: jnp.zeros_like(weight, dtype=jnp.float32) for name, weight in weights.items()})
 
 
 def _both(trained: Params, frozen: Params) -> dict[str, Array]:
@@ -51,27 +52,27 @@ def _both(trained: Params, frozen: Params) -> dict[str, Array]:
 
 
 def _add(
-    forward: Forward, loss: TokenLoss, trained: Tree, frozen: Tree, sums: Tree, batch: Arrays
+    forward: Forward, loss: TokenLoss, mesh: Mesh, trained: Tree, frozen: Tree, sums: Tree, batch: Arrays
 ) -> tuple[Tree, Array, Array]:
     def measured(weights: Tree) -> tuple[Array, Array]:
         return term(forward, loss, _both(weights, frozen), batch, forward.head in weights)
 
     (total, losses), gradients = jax.value_and_grad(measured, has_aux=True)(trained)
-    return {name: sums[name] + gradients[name] for name in sums}, total, losses
+    return mesh.pinned({name: sums[name] + gradients[name] for name in sums}), total, losses
 
 
-def _total(forward: Forward, loss: TokenLoss, trained: Tree, frozen: Tree, batch: Arrays) -> Array:
-    return term(forward, loss, _both(trained, frozen), batch)[0]
+def _total(forward: Forward, loss: TokenLoss, trained: Tree, frozen: Tree, batch: Arrays) -> tuple[Array, Array]:
+    return term(forward, loss, _both(trained, frozen), batch)
 
 
 def _whole(
-    forward: Forward, loss: TokenLoss, trained: Tree, frozen: Tree, sums: Tree, batch: Arrays
+    forward: Forward, loss: TokenLoss, mesh: Mesh, trained: Tree, frozen: Tree, sums: Tree, batch: Arrays
 ) -> tuple[Tree, Array]:
     def measured(weights: Tree) -> Array:
         return term_of_whole(forward, loss, _both(weights, frozen), batch)
 
     total, gradients = jax.value_and_grad(measured)(trained)
-    return {name: sums[name] + gradients[name] for name in sums}, total
+    return mesh.pinned({name: sums[name] + gradients[name] for name in sums}), total
 
 
 def _logits(forward: Forward, trained: Tree, frozen: Tree, ids: Array, positions: Array, segments: Array) -> Array:
