@@ -38,10 +38,13 @@ def named(columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def dictionaries(rows: Any) -> Iterable[Mapping[str, Any]]:
-    """The rows of a DataFrame as dictionaries; all else gives them by itself."""
-    if type(rows).__module__.partition(".")[0] == "pandas":
+    """The rows of a DataFrame or an Arrow table as dictionaries; all else gives them by itself."""
+    package = type(rows).__module__.partition(".")[0]
+    if package == "pandas":
         return rows.to_dict("records")
-    return rows
+    if package == "polars":
+        return rows.iter_rows(named=True)
+    return rows.to_pylist() if package == "pyarrow" else rows
 
 
 def batches(rows: Iterable[Mapping[str, Any]], most: int = ROWS_AT_ONCE) -> Iterator[dict[str, list[Any]]]:

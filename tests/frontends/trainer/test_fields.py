@@ -296,6 +296,8 @@ def test_the_configuration_of_transformers_is_taken():
     recipe = SFTTrainer(model="tiny", args=theirs, train_dataset=ROWS).recipe
     assert (recipe.output, recipe.optimizer.lr, recipe.training.steps) == ("there", 1e-4, 3)
     assert SFTTrainer(model="a/tiny", train_dataset=ROWS).recipe.output == "tiny-SFT", "as TRL names it"
+    with pytest.raises(RecipeError, match=r"model: found an SFTConfig\. Write SFTTrainer"):
+        SFTTrainer(SFTConfig(), None, "tiny")
     with pytest.raises(RecipeError, match="arguments: found a int"):
         SFTTrainer(model="tiny", args=3, train_dataset=ROWS)
 
@@ -368,6 +370,28 @@ def test_the_help_page_has_every_field():
 )
 def test_loading_refuses_what_it_cannot_do(options: dict[str, Any], line: str):
     assert line in said(ed.AutoEasyDeLModelForCausalLM.from_pretrained, pretrained_model_name_or_path="tiny", **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "bf16", "torch", "numpy"])
+def test_formats_of_numbers_are_taken_as_each_library_has_them(dtype: str):
+    import numpy
+    import torch
+
+    given: Any = {"torch": torch.bfloat16, "numpy": numpy.dtype("float32")}.get(dtype, dtype)
+    model = ed.AutoEasyDeLModelForCausalLM.from_pretrained("tiny", dtype=given, param_dtype=numpy.float32)
+    assert model.settings["model.dtype"] == ("float32" if dtype == "numpy" else "bfloat16")
+    assert model.settings["model.save_dtype"] == "float32"
+
+
+@pytest.mark.skipif("parallelism.data_parallel_shard_degree" not in all_settings(), reason="no such setting here")
+def test_a_mesh_is_spelled_as_in_easydel(monkeypatch: pytest.MonkeyPatch):
+    load = ed.AutoEasyDeLModelForCausalLM.from_pretrained
+    shard = "parallelism.data_parallel_shard_degree"
+    assert load("tiny").settings == {}, "one process: there is nothing to divide"
+    assert load("tiny", sharding_axis_dims=(1, 2, 1, 1, 1)).settings == {shard: 2}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert load("tiny").settings == {shard: -1}, "as in EasyDeL all that is left"
+    assert load("tiny", auto_shard_model=False).settings == {}
 
 
 def test_what_a_model_is_loaded_with_is_not_said_again():

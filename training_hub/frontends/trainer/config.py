@@ -31,6 +31,9 @@ ELSEWHERE = {
 }
 """Names that EasyDeL, TRL or transformers had at some time, or that other front ends have, for fields."""
 
+OF_THE_DEVICE = ("use_cpu", "bf16", "fp16")
+"""Fields of transformers without which its configuration cannot be made on some devices."""
+
 
 class SFTConfig:
     """What a supervised fine-tuning run does, in the names of EasyDeL, of TRL, or of both.
@@ -125,11 +128,13 @@ def config_from(arguments: Any) -> SFTConfig:
             f"arguments: found a {type(arguments).__name__}; allowed: SFTConfig(...), that of TRL or EasyDeL, or "
             "TrainingArguments of transformers."
         )
-    plain = type(arguments)(**({"output_dir": "."} if "output_dir" in fields else {}))
+    copied = {name: getattr(arguments, name) for name in OF_THE_DEVICE if name in fields}
+    plain = type(arguments)(**({"output_dir": "."} if "output_dir" in fields else {}), **copied)
+    usual = {name: fields[name].default if name in copied else getattr(plain, name) for name in fields}
     changed = {
         name: getattr(arguments, name)
         for name, field in fields.items()
-        if field.init and name in (*KNOWN, *REFUSED) and getattr(arguments, name) != getattr(plain, name)
+        if field.init and name in (*KNOWN, *REFUSED) and getattr(arguments, name) != usual[name]
     }
     return SFTConfig(**{name: _plain(value) for name, value in changed.items()})
 

@@ -5,8 +5,10 @@ A field whose meaning depends on others has no function here; `together.py` read
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -185,6 +187,16 @@ def _engine(value: Any) -> Settings:
 
 def _frozen(value: Any) -> Settings:
     return [("freezing.weights", [value] if isinstance(value, str) else value)]
+
+
+def _on_cpu(value: Any) -> Settings:
+    has_gpu = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(Path("/dev").glob("nvidia[0-9]*"))
+    if not isinstance(value, bool) or (value and has_gpu):
+        raise RecipeError(
+            f"use_cpu: found {shown(value)}; the device is the one that is found. To keep torch off a GPU, set the "
+            "environment variable CUDA_VISIBLE_DEVICES to nothing, and leave use_cpu out."
+        )
+    return []
 
 
 def _transformers_optimizer(value: Any) -> Settings:
@@ -375,6 +387,8 @@ FIELDS: tuple[Field, ...] = (
     Field("push_to_hub", "hub.push", of=TRL, default=False),
     Field("hub_model_id", "hub.repo_id", of=TRL),
     Field("hub_private_repo", "hub.private", of=TRL),
+    Field("use_cpu", "", _on_cpu, kind=bool, of=TRL, default=False,
+          doc="Taken where no GPU is to be seen; the device is the one that is found."),
     Field("do_train", "", flag("do_train", []), kind=bool, of=TRL, default=True,
           doc="Accepted either way, as in TRL, where scripts read it: train() trains."),
     # Ours

@@ -179,10 +179,12 @@ def _mesh(loading: _Loading, dims: Sequence[int], names: Sequence[str], is_shard
             f"what is left. Write sharding_axis_dims={(1, -1, 1, 1, 1)}"
         )
         return
-    asked = {name: length for name, length in zip(names, dims, strict=True) if length not in (1, -1)}
-    if asked and not is_sharded:
+    is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1"
+    said_of_one = (1,) if is_one_of_several and AXES["fsdp"] in all_settings() else (1, -1)
+    asked = {name: length for name, length in zip(names, dims, strict=True) if length not in said_of_one}
+    if any(length > 1 for length in asked.values()) and not is_sharded:
         yield "auto_shard_model: False, but sharding_axis_dims asks for axes. Leave one out."
-    for name, length in asked.items():
+    for name, length in asked.items() if is_sharded else ():
         if AXES[name] in all_settings():
             loading.give(AXES[name], length, "sharding_axis_dims")
         else:

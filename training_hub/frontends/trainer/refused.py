@@ -138,8 +138,6 @@ _OF_TRL: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("ignore_data_skip restore_callback_states_from_checkpoint", _NEWEST, OFF),
     ("full_determinism", "the same seed gives the same numbers anyway. Leave it out.", (None, False, True)),
     ("data_seed", "there is one seed. Write seed.", OFF),
-    ("use_cpu", "the device is the one that is found; to keep torch off a GPU, set CUDA_VISIBLE_DEVICES to nothing. "
-     "Leave it out.", OFF),
     ("accelerator_config parallelism_config", _PARALLEL, OFF),
     ("dataloader_drop_last", "no row is dropped. Leave it out.", OFF),
     ("dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",

@@ -86,6 +86,8 @@ class SFTTrainer:
         if tokenizer is not None and processing_class is not None:
             raise RecipeError("tokenizer and processing_class: two names of one thing. Keep one.")
         given = args if arguments is None else arguments
+        if isinstance(model, SFTConfig):
+            raise RecipeError("model: found an SFTConfig. Write SFTTrainer(arguments=CONFIG, model=MODEL, ...)")
         self.args = SFTConfig(output_dir=own_folder(model)) if given is None else config_from(given)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.processing_class = processing_class if tokenizer is None else tokenizer
@@ -190,6 +192,8 @@ class SFTTrainer:
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Write model and tokenizer into a folder, by default that of the run: after training the final ones."""
+        if os.environ.get("RANK", "0") != "0":  # of several processes the first writes
+            return
         folder = Path(self.recipe.output if output_dir is None else output_dir)
         path = None if self._trained is None else self._trained.result.model_path
         if path is not None:
