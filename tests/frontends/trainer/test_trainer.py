@@ -308,6 +308,41 @@ def test_a_configuration_of_peft_trains_an_adapter(tiny_model_folder: Path):
         )
 
 
+# What scripts call
+
+
+def test_what_scripts_of_transformers_call_is_there(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]):
+    reports: list[StepReport] = []
+    args = SFTConfig("out", max_steps=2, logging_steps=1, overrides={**QUICK, "monitoring.console": "plain"})
+    trainer = SFTTrainer(str(tiny_model_folder), args, train_dataset=PAIRS)
+    trainer.add_callback(reports.append)
+    metrics = trainer.train().metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    assert trainer.is_world_process_zero() and len(reports) == 2
+    assert f"train metrics: train_loss {metrics['train_loss']:.6g}" in capsys.readouterr().out
+    assert json.loads(Path("out/train_results.json").read_text())["train_loss"] == metrics["train_loss"]
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"]] == [1, 2]
+    assert state["global_step"] == state["max_steps"] == 2
+
+
+def test_a_method_that_would_never_be_called_is_refused():
+    with pytest.raises(RecipeError, match="Mine: compute_loss, log of another trainer would never be called here"):
+
+        class Mine(SFTTrainer):
+            def compute_loss(self, *args: Any) -> None: ...
+
+            def log(self, *args: Any) -> None: ...
+
+    class Other(SFTTrainer):
+        def report(self) -> str:
+            return self.recipe.output
+
+    assert Other("m", SFTConfig("here"), train_dataset=PAIRS).report() == "here"
+
+
 # Callbacks
 
 
