@@ -23,7 +23,12 @@ from training_hub.recipe import Recipe
 from training_hub.recipe.translate import shown
 
 if TYPE_CHECKING:
+    from training_hub.backends import Examiner
     from training_hub.types import TrainResult
+
+
+EXAMINER = "torch"
+"""The engine that measures a model by itself where the one that trained it does not."""
 
 
 class TrainOutput(NamedTuple):
@@ -281,17 +286,11 @@ class SFTTrainer:
 
     def _scores(self, rows: Any) -> dict[str, float]:
         """Scores of the model as it now is on rows."""
-        from training_hub.algorithms import engine_of
-        from training_hub.backends import Examiner, Given, find_backend
+        from training_hub.backends import Given
         from training_hub.frontends.trainer.rows import rows_of
         from training_hub.recipe.saved import with_saved
 
         found = rows_of(rows, self._handed.rows, "eval_dataset")
-        engine = find_backend(engine_of(self.recipe))
-        if not isinstance(engine, Examiner):
-            raise BackendError(
-                f"backend {engine.name!r} evaluates no models by themselves; eval_dataset of a run it does."
-            )
         path = None if self._trained is None else self._trained.result.model_path
         own = {"validation": None, "validation_fraction": 0.0, "deduplicate": False, "max_rows": None}
         data = self.recipe.data.model_copy(update={**own, "path": found.settings.get("data.path")})
@@ -306,7 +305,17 @@ class SFTTrainer:
             live["model"] = self._handed.live["model"]
         own_metrics = () if self._things.compute_metrics is None else (self._things.compute_metrics,)
         given = Given(rows=found.live, metrics=own_metrics, **live)
+        engine = _examiner(self.recipe)
         return engine.examine(recipe, given, open_console(recipe.monitoring.console), own_metrics).scores
+
+
+def _examiner(recipe: Recipe) -> Examiner:
+    """The engine that measures the recipe's model: its own, or else one that reads what that one saves."""
+    from training_hub.algorithms import engine_of
+    from training_hub.backends import Examiner, find_backend
+
+    engines = (find_backend(name) for name in (engine_of(recipe), EXAMINER))
+    return next(engine for engine in engines if isinstance(engine, Examiner))
 
 
 def _not_here(**given: Any) -> list[str]:
