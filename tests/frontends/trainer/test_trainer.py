@@ -241,6 +241,16 @@ def test_a_model_in_memory_is_trained_in_place_and_measured(tiny_model_folder: P
     saved = load_file("elsewhere/model.safetensors")
     assert torch.equal(saved["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
     assert AutoTokenizer.from_pretrained("elsewhere").eos_token == "<|im_end|>"
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    again = SFTTrainer(
+        arguments=page(learning_rate=1e-3), model=other, train_dataset=PAIRS, eval_dataset=PAIRS,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+    )  # fmt: skip
+    assert again.train().result.status == "already finished"
+    found = again.model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(found, model.model.layers[0].mlp.up_proj.weight), (
+        "what that run came to, not what was handed over"
+    )
 
 
 def test_a_model_by_name_is_one_before_and_after(tiny_model_folder: Path):
@@ -265,6 +275,18 @@ def test_a_model_by_name_is_one_before_and_after(tiny_model_folder: Path):
     assert again.train(resume_from_checkpoint=False).result.status == "finished"
     with pytest.raises(RecipeError, match="resume_from_checkpoint: found 'out/checkpoint-1'"):
         again.train(resume_from_checkpoint="out/checkpoint-1")
+
+
+def test_weights_under_an_adapter_may_be_quantised():
+    transformers = pytest.importorskip("transformers")
+    four, eight = (transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}) for bits in (4, 8))
+    peft = pytest.importorskip("peft")
+    adapter = {"peft_config": peft.LoraConfig(r=4), "train_dataset": PAIRS, "args": SFTConfig("o")}
+    assert SFTTrainer("m", quantization_config=four, **adapter).recipe.model.quantization == "int4"
+    handle = AutoEasyDeLModelForCausalLM.from_pretrained("m", quantization_config=eight)
+    assert SFTTrainer(handle, **adapter).recipe.model.quantization == "int8"
+    with pytest.raises(RecipeError, match="int4 numbers cannot move by a gradient"):
+        SFTTrainer("m", SFTConfig("o"), train_dataset=PAIRS, quantization_config=four)
 
 
 def test_compute_metrics_is_asked_about_texts(tiny_model_folder: Path):

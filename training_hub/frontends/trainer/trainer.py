@@ -144,6 +144,7 @@ class SFTTrainer:
         self._callbacks = list(callbacks or ())
         self._output: TrainOutput | None = None
         self._trained: TrainedModel | None = None
+        self._is_trained_in_place = False
 
     @property
     def arguments(self) -> SFTConfig:
@@ -159,10 +160,7 @@ class SFTTrainer:
     def model(self) -> Any:
         """The model: as it was handed over, and once it is trained what came out, loaded when it is first used."""
         if self._trained is not None:
-            is_in_place = (
-                self._handed.live.get("model") is not None and self._trained.result.status != "already finished"
-            )
-            return self._handed.live["model"] if is_in_place else self._trained.model
+            return self._handed.live["model"] if self._is_trained_in_place else self._trained.model
         given = self._things.model
         if isinstance(given, str | os.PathLike):
             return ModelHandle(os.fspath(given), {}, {}).model
@@ -195,6 +193,8 @@ class SFTTrainer:
             console.say(f"recipe: {note}")
         shown_to_callbacks = {"model": self._handed.live.get("model"), "processing_class": self.processing_class}
         watchers = watchers_of(self._callbacks, self.args, recipe.monitoring.log_interval, **shown_to_callbacks)
+        if "model" in self._handed.live:  # of a run that is over already nothing is heard, and the model stays as it is
+            watchers.append(self._note_step)
         metrics = () if self._things.compute_metrics is None else (self._things.compute_metrics,)
         result = run(recipe, Given(**self._handed.live, watchers=tuple(watchers), metrics=metrics))
         self._trained = TrainedModel(result)
@@ -271,6 +271,9 @@ class SFTTrainer:
         if name is None:
             raise RecipeError("push_to_hub: needs repo_id, or hub_model_id in SFTConfig: OWNER/NAME.")
         return self._trained.push_to_hub(name, private=private)
+
+    def _note_step(self, report: Any) -> None:
+        self._is_trained_in_place = True
 
     def _resuming(self, checkpoint: Any) -> Recipe:
         """The recipe, beginning anew where that is asked for."""
