@@ -1,7 +1,7 @@
 """EasyDeL's page "Supervised Fine-Tuning (SFT) Trainer": each of its snippets, here, on a CPU, on the torch engine.
 
 Names and values are the page's; models and data are tiny ones in folders, and the import lines name this package:
-`import easydel as ed` is `import training_hub as ed`, and jnp's number formats are torch's, which are taken alike.
+`import easydel as ed` is `import training_hub as ed`. Where there is no JAX, jnp's formats of numbers are torch's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch as jnp
 import yaml
 from datasets import load_dataset
 from transformers import AutoTokenizer
@@ -23,6 +22,11 @@ from transformers import AutoTokenizer
 import training_hub as ed
 from tests.conftest import CONVERSATIONS
 from training_hub.trainers import SFTConfig
+
+if find_spec("jax"):
+    from jax import numpy as jnp
+else:
+    import torch as jnp  # whose formats of numbers have the same names
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_WANDB = find_spec("wandb") is not None

@@ -293,7 +293,11 @@ _TABLE = (
         doc="The rows are tokenised already: input_ids and labels.",
         kind=bool,
     ),
-    Keyword("validation_data_path", "data.validation", doc="Validation rows: what data_path takes; each of a list is a set with a loss of its own."),
+    Keyword(
+        "validation_data_path",
+        "data.validation",
+        doc="Validation rows: what data_path takes; each of a list is a set with a loss of its own.",
+    ),
     Keyword("validation_split", "data.validation_fraction"),
     Keyword("validation_frequency", "evaluation.interval"),
     Keyword("validate_at_epoch", "evaluation.at_epoch"),

@@ -241,6 +241,16 @@ def test_a_model_in_memory_is_trained_in_place_and_measured(tiny_model_folder: P
     saved = load_file("elsewhere/model.safetensors")
     assert torch.equal(saved["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
     assert AutoTokenizer.from_pretrained("elsewhere").eos_token == "<|im_end|>"
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    again = SFTTrainer(
+        arguments=page(learning_rate=1e-3), model=other, train_dataset=PAIRS, eval_dataset=PAIRS,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+    )  # fmt: skip
+    assert again.train().result.status == "already finished"
+    found = again.model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(found, model.model.layers[0].mlp.up_proj.weight), (
+        "what that run came to, not what was handed over"
+    )
 
 
 def test_a_model_by_name_is_one_before_and_after(tiny_model_folder: Path):
@@ -265,6 +275,18 @@ def test_a_model_by_name_is_one_before_and_after(tiny_model_folder: Path):
     assert again.train(resume_from_checkpoint=False).result.status == "finished"
     with pytest.raises(RecipeError, match="resume_from_checkpoint: found 'out/checkpoint-1'"):
         again.train(resume_from_checkpoint="out/checkpoint-1")
+
+
+def test_weights_under_an_adapter_may_be_quantised():
+    transformers = pytest.importorskip("transformers")
+    four, eight = (transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}) for bits in (4, 8))
+    peft = pytest.importorskip("peft")
+    adapter = {"peft_config": peft.LoraConfig(r=4), "train_dataset": PAIRS, "args": SFTConfig("o")}
+    assert SFTTrainer("m", quantization_config=four, **adapter).recipe.model.quantization == "int4"
+    handle = AutoEasyDeLModelForCausalLM.from_pretrained("m", quantization_config=eight)
+    assert SFTTrainer(handle, **adapter).recipe.model.quantization == "int8"
+    with pytest.raises(RecipeError, match="int4 numbers cannot move by a gradient"):
+        SFTTrainer("m", SFTConfig("o"), train_dataset=PAIRS, quantization_config=four)
 
 
 def test_compute_metrics_is_asked_about_texts(tiny_model_folder: Path):
@@ -306,6 +328,41 @@ def test_a_configuration_of_peft_trains_an_adapter(tiny_model_folder: Path):
         SFTTrainer(
             model="m", args=SFTConfig("o"), train_dataset=PAIRS, peft_config=peft.LoraConfig(task_type="SEQ_CLS")
         )
+
+
+# What scripts call
+
+
+def test_what_scripts_of_transformers_call_is_there(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]):
+    reports: list[StepReport] = []
+    args = SFTConfig("out", max_steps=2, logging_steps=1, overrides={**QUICK, "monitoring.console": "plain"})
+    trainer = SFTTrainer(str(tiny_model_folder), args, train_dataset=PAIRS)
+    trainer.add_callback(reports.append)
+    metrics = trainer.train().metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    assert trainer.is_world_process_zero() and len(reports) == 2
+    assert f"train metrics: train_loss {metrics['train_loss']:.6g}" in capsys.readouterr().out
+    assert json.loads(Path("out/train_results.json").read_text())["train_loss"] == metrics["train_loss"]
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"]] == [1, 2]
+    assert state["global_step"] == state["max_steps"] == 2
+
+
+def test_a_method_that_would_never_be_called_is_refused():
+    with pytest.raises(RecipeError, match="Mine: compute_loss, log of another trainer would never be called here"):
+
+        class Mine(SFTTrainer):
+            def compute_loss(self, *args: Any) -> None: ...
+
+            def log(self, *args: Any) -> None: ...
+
+    class Other(SFTTrainer):
+        def report(self) -> str:
+            return self.recipe.output
+
+    assert Other("m", SFTConfig("here"), train_dataset=PAIRS).report() == "here"
 
 
 # Callbacks

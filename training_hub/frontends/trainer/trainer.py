@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training_hub.errors import BackendError, RecipeError
+from training_hub.folders import write_json
 from training_hub.frontends.autotrain.run import TrainedModel
+from training_hub.frontends.trainer.callbacks import problems_of as callback_problems
 from training_hub.frontends.trainer.callbacks import set_name, watchers_of
 from training_hub.frontends.trainer.config import SFTConfig, config_from
 from training_hub.frontends.trainer.fields import EASYDEL, TRL
 from training_hub.frontends.trainer.handed import Things, handed, own_folder
 from training_hub.frontends.trainer.loading import ModelHandle
+from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
 from training_hub.recipe.translate import shown
 
 if TYPE_CHECKING:
+    from training_hub.backends import Examiner
     from training_hub.types import TrainResult
+
+
+EXAMINER = "torch"
+"""The engine that measures a model by itself where the one that trained it does not."""
 
 
 class TrainOutput(NamedTuple):
@@ -42,6 +50,15 @@ class State:
     max_steps: int = 0
 
 
+HOOKS = tuple(
+    "compute_loss training_step prediction_step evaluation_loop prediction_loop get_batch_samples log "
+    "get_train_dataloader get_eval_dataloader create_optimizer create_scheduler create_optimizer_and_scheduler "
+    "optimizer_step _prepare_dataset _save_checkpoint _inner_training_loop configure_dataloaders configure_functions "
+    "create_collect_function on_step_start on_step_end".split()
+)
+"""Methods of other trainers by which a class derived from them changes how it trains, and which are not called here."""
+
+
 class SFTTrainer:
     """Supervised fine-tuning of a model on rows, in the names of EasyDeL and of TRL.
 
@@ -59,6 +76,17 @@ class SFTTrainer:
 
     Everything that is wrong is told here, in one RecipeError, before a weight is read.
     """
+
+    def __init_subclass__(cls, **options: Any):
+        """Raises RecipeError for a method that would never be called."""
+        super().__init_subclass__(**options)
+        found = [name for name in HOOKS if name in cls.__dict__]
+        if found:
+            raise RecipeError(
+                f"{cls.__name__}: {', '.join(found)} of another trainer would never be called here. Losses, "
+                "optimizers, schedules and sampling are fields of SFTConfig; what is to happen at each step is a "
+                "callback."
+            )
 
     def __init__(
         self,
@@ -113,8 +141,10 @@ class SFTTrainer:
         )
         self._handed = handed(self._things, problems)
         self.recipe = self._handed.recipe()
+        self._callbacks = list(callbacks or ())
         self._output: TrainOutput | None = None
         self._trained: TrainedModel | None = None
+        self._is_trained_in_place = False
 
     @property
     def arguments(self) -> SFTConfig:
@@ -130,10 +160,7 @@ class SFTTrainer:
     def model(self) -> Any:
         """The model: as it was handed over, and once it is trained what came out, loaded when it is first used."""
         if self._trained is not None:
-            is_in_place = (
-                self._handed.live.get("model") is not None and self._trained.result.status != "already finished"
-            )
-            return self._handed.live["model"] if is_in_place else self._trained.model
+            return self._handed.live["model"] if self._is_trained_in_place else self._trained.model
         given = self._things.model
         if isinstance(given, str | os.PathLike):
             return ModelHandle(os.fspath(given), {}, {}).model
@@ -148,7 +175,8 @@ class SFTTrainer:
         last = history[-1] if history else {}
         every = self.recipe.monitoring.log_interval
         logged = [one for row in history for one in _logged(row, row["step"] % every == 0 or row is last)]
-        return State(logged, int(last.get("step", 0)), float(last.get("epoch", 0.0)), int(last.get("total_steps", 0)))
+        total = int(self._output.result.plan.get("total_steps", 0))
+        return State(logged, int(last.get("step", 0)), float(last.get("epoch", 0.0)), total)
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> TrainOutput:
         """Train. A run of the same settings that was stopped in the same folder goes on; a finished one stays as it is.
@@ -158,14 +186,15 @@ class SFTTrainer:
         """
         from training_hub.backends import Given
         from training_hub.launch import run
-        from training_hub.monitoring.console import open_console
 
         recipe = self._resuming(resume_from_checkpoint)
         console = open_console(recipe.monitoring.console)
         for note in self._handed.notes:
             console.say(f"recipe: {note}")
         shown_to_callbacks = {"model": self._handed.live.get("model"), "processing_class": self.processing_class}
-        watchers = watchers_of(self._things.callbacks, self.args, recipe.monitoring.log_interval, **shown_to_callbacks)
+        watchers = watchers_of(self._callbacks, self.args, recipe.monitoring.log_interval, **shown_to_callbacks)
+        if "model" in self._handed.live:  # of a run that is over already nothing is heard, and the model stays as it is
+            watchers.append(self._note_step)
         metrics = () if self._things.compute_metrics is None else (self._things.compute_metrics,)
         result = run(recipe, Given(**self._handed.live, watchers=tuple(watchers), metrics=metrics))
         self._trained = TrainedModel(result)
@@ -192,7 +221,7 @@ class SFTTrainer:
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Write model and tokenizer into a folder, by default that of the run: after training the final ones."""
-        if os.environ.get("RANK", "0") != "0":  # of several processes the first writes
+        if not self.is_world_process_zero():
             return
         folder = Path(self.recipe.output if output_dir is None else output_dir)
         path = None if self._trained is None else self._trained.result.model_path
@@ -207,6 +236,33 @@ class SFTTrainer:
         """The same as save_model."""
         self.save_model(save_directory)
 
+    def add_callback(self, callback: Any) -> None:
+        """Let another callback hear of the next call of train()."""
+        problems = list(callback_problems([callback]))
+        if problems:
+            raise RecipeError(problems)
+        self._callbacks.append(callback)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the first process of the run."""
+        return os.environ.get("RANK", "0") == "0"
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Say metrics, one on each line."""
+        console = open_console(self.recipe.monitoring.console if self.is_world_process_zero() else "off")
+        for name, value in sorted(metrics.items()):
+            console.say(f"{split} metrics: {name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Write metrics into SPLIT_results.json of the run folder."""
+        if self.is_world_process_zero():
+            write_json(Path(self.recipe.output) / f"{split}_results.json", dict(metrics))
+
+    def save_state(self) -> None:
+        """Write `state` into trainer_state.json of the run folder."""
+        if self.is_world_process_zero():
+            write_json(Path(self.recipe.output) / "trainer_state.json", asdict(self.state))
+
     def push_to_hub(self, repo_id: str | None = None, *, private: bool = True) -> str:
         """Send the final model to the hub; its address there. Raises BackendError where there is none yet."""
         name = repo_id or self.args.hub_model_id
@@ -215,6 +271,9 @@ class SFTTrainer:
         if name is None:
             raise RecipeError("push_to_hub: needs repo_id, or hub_model_id in SFTConfig: OWNER/NAME.")
         return self._trained.push_to_hub(name, private=private)
+
+    def _note_step(self, report: Any) -> None:
+        self._is_trained_in_place = True
 
     def _resuming(self, checkpoint: Any) -> Recipe:
         """The recipe, beginning anew where that is asked for."""
@@ -230,18 +289,11 @@ class SFTTrainer:
 
     def _scores(self, rows: Any) -> dict[str, float]:
         """Scores of the model as it now is on rows."""
-        from training_hub.algorithms import engine_of
-        from training_hub.backends import Examiner, Given, find_backend
+        from training_hub.backends import Given
         from training_hub.frontends.trainer.rows import rows_of
-        from training_hub.monitoring.console import open_console
         from training_hub.recipe.saved import with_saved
 
         found = rows_of(rows, self._handed.rows, "eval_dataset")
-        engine = find_backend(engine_of(self.recipe))
-        if not isinstance(engine, Examiner):
-            raise BackendError(
-                f"backend {engine.name!r} evaluates no models by themselves; eval_dataset of a run it does."
-            )
         path = None if self._trained is None else self._trained.result.model_path
         own = {"validation": None, "validation_fraction": 0.0, "deduplicate": False, "max_rows": None}
         data = self.recipe.data.model_copy(update={**own, "path": found.settings.get("data.path")})
@@ -256,7 +308,17 @@ class SFTTrainer:
             live["model"] = self._handed.live["model"]
         own_metrics = () if self._things.compute_metrics is None else (self._things.compute_metrics,)
         given = Given(rows=found.live, metrics=own_metrics, **live)
+        engine = _examiner(self.recipe)
         return engine.examine(recipe, given, open_console(recipe.monitoring.console), own_metrics).scores
+
+
+def _examiner(recipe: Recipe) -> Examiner:
+    """The engine that measures the recipe's model: its own, or else one that reads what that one saves."""
+    from training_hub.algorithms import engine_of
+    from training_hub.backends import Examiner, find_backend
+
+    engines = (find_backend(name) for name in (engine_of(recipe), EXAMINER))
+    return next(engine for engine in engines if isinstance(engine, Examiner))
 
 
 def _not_here(**given: Any) -> list[str]:
