@@ -68,11 +68,12 @@ from training_hub.backends.torch_engine.scoring import examine, score
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.backends.torch_engine.together import refuse_other_data, same_start
 from training_hub.backends.torch_engine.voice import Voice, open_voice
 from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed, packs_validation
-from training_hub.errors import DataError, RecipeError, TrainingError
+from training_hub.errors import RecipeError, TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.evaluation.judging import objections as metric_objections
 from training_hub.evaluation.predictions import Sitting
@@ -343,28 +344,6 @@ def assemble(
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
     return run
-
-
-def refuse_other_data(group: Group, materials: Materials) -> None:
-    """Raise DataError where the processes of a run do not train on the same tokens."""
-    prints = group.gather([materials.prepared.train.fingerprint, materials.tokenizer.fingerprint])
-    other = next((rank for rank, one in enumerate(prints) if one != prints[0]), None)
-    if other is not None:
-        raise DataError(
-            f"data.path: rank {other} has read other data, or has another tokenizer, than rank 0: {prints[other]}, not "
-            f"{prints[0]}. Give every node the same files."
-        )
-
-
-def same_start(run: Run) -> None:
-    """Let all processes begin from the weights of rank 0: new ones may be drawn, or found by another library."""
-    if run.group.world_size == 1 or run.layout.is_divided:
-        return
-    run.group.spread(run.model.state_dict().values())
-    masters = run.updater.masters
-    state = masters.saved()
-    run.group.spread(state.values())
-    masters.load(state)
 
 
 def first_lengths(materials: Materials) -> list[int]:
