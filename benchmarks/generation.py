@@ -1,6 +1,6 @@
 """How fast answers are made: our batches against transformers' generate one row at a time, and in padded batches.
 
-    python benchmarks/generation.py                    # about three minutes on two cores
+    python benchmarks/generation.py                    # about three minutes of one core; --write keeps the table
     python benchmarks/generation.py --tiny             # whether it runs
 
 Three ways make the same answers of one random Llama, in turn, in one process: `ours` sorts rows by length and fills

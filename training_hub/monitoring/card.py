@@ -184,6 +184,14 @@ def _use(recipe: Recipe) -> Iterator[str]:
     yield "## Use\n"
     if _is_adapter(recipe):
         yield "An adapter: transformers loads its base and puts it in where `peft` is installed.\n"
+    rounding = recipe.qat
+    if rounding.weight_dtype is not None:
+        what = "Its base" if _is_adapter(recipe) else "It"
+        inputs = f", inputs as {rounding.activation_dtype}" if rounding.activation_dtype else ""
+        yield (
+            f"{what} is to be quantised by torchao: weights of linear layers, head aside, as {rounding.weight_dtype} "
+            f"in groups of {rounding.group_size}{inputs}. The metrics are those of a model that rounds so.\n"
+        )
     yield (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -130,6 +130,7 @@ def test_the_quantised_export_has_the_loss_that_the_run_measured(rounded, chat_f
     served = AutoModelForCausalLM.from_pretrained(rounded.model_path, quantization_config=config, device_map="cpu")
     measured = rounded.metrics["validation_loss"]
     assert mean_loss(served, wanted) == pytest.approx(measured, rel=SAME)
+    assert "as int4 in groups of 32, inputs as int8" in (rounded.model_path / "README.md").read_text()
     assert mean_loss(plain, wanted) != pytest.approx(measured, rel=10 * SAME), "nothing was rounded"
 
 

@@ -58,6 +58,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(base: dict[str, Any]):
         ({"sweep_params": {"lr": [1e-5, -1.0]}}, "found -1.0"),
         ({"sweep_params": {"project_name": ["a"]}}, "is the same in all trials"),
         ({"sweep_backend": "grid"}, "a grid needs a list of values"),
+        ({"sweep_backend": "ray"}, "found 'ray'; allowed: one of optuna, random, grid"),
         ({"sweep_n_trials": 0}, "found 0; allowed: a whole number of at least 1"),
         ({"use_sweep": False}, "sweep_n_trials: 3 would change nothing without use_sweep"),
     ],

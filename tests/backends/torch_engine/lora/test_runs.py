@@ -257,6 +257,17 @@ def test_rows_of_a_tied_table_train_in_both_of_its_places(kept, tiny_model_folde
     assert moved == sorted({7, *ids}) if "trainable_tokens" in kept else len(moved) > 100
 
 
+def test_rows_of_a_table_that_is_not_the_head_train_in_one_place(tiny_model_folder, chat_file, tmp_path):
+    result = train(tiny_model_folder, chat_file, tmp_path / "run", lora={"trainable_tokens": ["<|im_end|>"]})
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    before = [base.get_input_embeddings().weight.clone(), base.get_output_embeddings().weight.clone()]
+    merged = peft.PeftModel.from_pretrained(base, result.model_path).merge_and_unload()
+    inside, outside = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    end = base.config.eos_token_id
+    assert (inside != before[0]).any(1).nonzero()[:, 0].tolist() == [end]
+    assert torch.equal(outside, before[1])
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tuner": ({"tuner": "lorra"}, r"lora\.tuner: found 'lorra'; known: lora, .* Write lora\.tuner: lora"),
     "refused tuner": ({"tuner": "xlora"}, "xlora cannot be trained here: it mixes adapters"),
