@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.distributed.crew import free_port
 from tests.invariants.run import recipe, train
 from training_hub.recipe.load import dump
 
@@ -42,3 +44,34 @@ def test_more_processes_than_it_started_are_refused(tiny_model_folder, chat_file
     assert ended.returncode != 0
     assert "4 processes on 1 nodes are asked for" in ended.stderr and "WORLD_SIZE is 1" in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+# The calls of the pages of training_hub, without a word of processes: torchrun says it.
+OF_SFT = {"num_epochs": 1, "effective_batch_size": 16, "learning_rate": 1e-5, "max_seq_len": 256}
+OF_OSFT = {**OF_SFT, "unfreeze_rank_ratio": 0.3, "max_tokens_per_gpu": 2048}
+
+
+@pytest.mark.parametrize(("function", "settings"), [("sft", OF_SFT), ("osft", OF_OSFT)])
+def test_a_program_that_it_starts_on_two_nodes_is_one_run(
+    function: str, settings: dict[str, Any], tiny_model_folder, chat_file, tmp_path
+):
+    """Two of its agents, each with a process of the program, meet as they do on two machines."""
+    paths = {
+        "model_path": str(tiny_model_folder),
+        "data_path": str(chat_file),
+        "ckpt_output_dir": str(tmp_path / "run"),
+    }
+    program = tmp_path / "program.py"
+    call = f"result = {function}(**{ {**paths, **settings}!r})\nprint(result.status, result.plan['processes'])\n"
+    program.write_text(f"from training_hub import {function}\n\n{call}")
+    place = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *place]
+    nodes = [
+        subprocess.Popen([*launcher, f"--node-rank={rank}", str(program)], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        said, _ = node.communicate(timeout=300)
+        assert node.returncode == 0 and said.splitlines()[-1] == "finished 2"
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]

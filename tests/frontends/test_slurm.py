@@ -51,6 +51,15 @@ def test_processes_are_what_the_recipe_says_else_one_for_each_gpu(paths, capsys)
     assert "Write --procs-per-node 4" in capsys.readouterr().err
 
 
+def test_a_layout_is_judged_by_the_processes_that_the_job_will_have(paths, capsys):
+    model, data, output = paths.values()
+    run = ["slurm", "submit", f"--model={model}", f"--data={data}", f"--output={output}", "--dry-run"]
+    job = [*run, "--nodes=2", "--procs-per-node=4"]
+    assert "srun --nodes=2 " in printed(capsys, *job, "--parallelism.data_parallel_shard_degree=8")
+    assert main([*job, "--parallelism.data_parallel_shard_degree=3"]) == 2
+    assert "data_parallel_shard_degree 3 must divide the number of processes, which is 8" in capsys.readouterr().err
+
+
 def test_the_algorithm_of_the_recipe_is_the_one_that_is_sent(paths):
     sent = submit_to_slurm("osft", **paths, **OSFT, dry_run=True)
     assert "-m training_hub osft --config" in sent.text

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from training_hub.backends import Given
+from training_hub.backends import HEARS_TWICE, Given
+from training_hub.backends.shared import signals
+from training_hub.backends.shared.signals import StopRequest
 from training_hub.errors import Interrupted
 from training_hub.launch import run
 from training_hub.launch.stopping import Stop, stoppable
@@ -196,3 +198,28 @@ def test_signals_that_come_while_an_interruption_is_on_its_way_out_do_not_break_
             signal.raise_signal(signal.SIGINT)
             passed.append("cleaned up")
     assert passed == ["cleaned up"]
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_that_a_scheduler_and_the_supervisor_send_is_one(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm signals all processes of a task; the supervisor, one of them, passes it on to the others."""
+    monkeypatch.setenv(HEARS_TWICE, "1")
+    heard: list[int] = []
+    before = signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert (stop.number, heard) == (number, [])
+        monkeypatch.setattr(signals, "ECHO_SECONDS", 0.0)
+        with StopRequest():
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert heard == [number], "one that comes later acts as it would without us"
+        monkeypatch.delenv(HEARS_TWICE)
+        with StopRequest():
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert heard == [number] * 2
+    finally:
+        signal.signal(number, before)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -58,10 +58,13 @@ def run(recipe: Recipe, given: Given | None = None) -> TrainResult:
         raise interruption(stop.number, RunFolder(Path(recipe.output)).newest_checkpoint()) from error
 
 
-def willing_engine(recipe: Recipe) -> Backend:
-    """The engine that runs the recipe. Raises RecipeError listing every objection, before anything is loaded."""
+def willing_engine(recipe: Recipe, problems: Sequence[str] = ()) -> Backend:
+    """The engine that runs the recipe. Raises RecipeError listing every objection, before anything is loaded.
+
+    problems: what was found before, told with them.
+    """
     engine = find_backend(engine_of(recipe))
-    objections = [*watcher_objections(recipe), *engine.objections(recipe)]
+    objections = [*problems, *watcher_objections(recipe), *engine.objections(recipe)]
     objections += [] if objections else hub.objections(recipe)  # which asks the network, so last
     if objections:
         raise RecipeError(objections)
@@ -69,11 +72,9 @@ def willing_engine(recipe: Recipe) -> Backend:
 
 
 def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
-    engine = willing_engine(recipe)
+    layout = _layout(recipe)
     folder = RunFolder(Path(recipe.output))
-    layout = Layout()
-    if isinstance(engine, Several):
-        layout = layout_of(recipe, os.environ, engine.num_devices)
+    engine = find_backend(engine_of(recipe))
     is_first = layout.rank == 0 and layout.node_rank == 0
     console = open_console(recipe.monitoring.console if is_first else "off")
     for line in cautions(recipe):
@@ -87,6 +88,24 @@ def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
     # The first process keeps the folder; the others come to the same conclusions, and leave no trace.
     earlier = None if recipe.checkpoint.resume == "restart" else settle(folder, recipe)
     return earlier or work(recipe, given)
+
+
+def _layout(recipe: Recipe) -> Layout:
+    """The processes of the run, on which its engine agrees. Raises RecipeError listing every objection."""
+    engine, layout, problems = find_backend(engine_of(recipe)), Layout(), []
+    if isinstance(engine, Several):
+        try:
+            layout = layout_of(recipe, os.environ, engine.num_devices)
+        except RecipeError as error:
+            problems = error.problems
+    willing_engine(recipe if layout.is_rank or problems else laid_out(recipe, layout), problems)
+    return layout
+
+
+def laid_out(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe with the processes that the environment, which may have had the last word, gives it."""
+    processes = recipe.processes.model_copy(update={"procs": layout.procs, "nodes": layout.nodes})
+    return recipe.model_copy(update={"processes": processes})
 
 
 def _in_processes(layout: Layout, recipe: Recipe, given: Given) -> TrainResult:

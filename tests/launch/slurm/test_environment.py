@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from training_hub.errors import RecipeError
+from training_hub.launch import laid_out
 from training_hub.launch.layout import Layout, layout_of
 from training_hub.launch.slurm.environment import first_host
 from training_hub.recipe import Recipe
@@ -28,6 +29,12 @@ def layout(environment: dict[str, str], **processes: Any) -> Layout:
 
 def test_a_task_on_each_node_is_a_node_of_the_run():
     assert layout(STEP, procs=4) == Layout(4, 2, 1, "slurm-41.0", "gpu07", 20410)
+
+
+def test_the_engine_is_asked_about_as_many_processes_as_there_are():
+    recipe = Recipe.model_validate({"output": "o", "model": {"path": "m"}, "processes": {"procs": 4}})
+    asked = laid_out(recipe, layout_of(recipe, STEP, lambda: 8))
+    assert (asked.processes.procs, asked.processes.nodes) == (4, 2)
 
 
 def test_two_jobs_and_two_steps_meet_at_ports_of_their_own():

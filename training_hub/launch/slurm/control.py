@@ -14,14 +14,13 @@ from training_hub.errors import LaunchError, RecipeError
 from training_hub.folders import write_json, write_text
 from training_hub.launch import settle, willing_engine
 from training_hub.launch.endings import log_of
-from training_hub.launch.resources import sent_recipe
+from training_hub.launch.resources import Resources, sent_recipe
 from training_hub.launch.slurm import client
 from training_hub.launch.slurm.job import Job, refuse_wrong
 from training_hub.launch.slurm.script import batch_script, is_apptainer
 from training_hub.launch.slurm.words import sentences
 from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
-from training_hub.recipe.sections import Processes
 from training_hub.types import Console
 
 LOOK_SECONDS = 0.5
@@ -56,7 +55,7 @@ def submit(recipe: Recipe, job: Job, *, is_dry: bool = False, console: Console |
     in its queue already.
     """
     refuse_wrong(job)
-    judge(recipe, console)
+    judge(recipe, job.resources, console)
     folder = RunFolder(Path(recipe.output).expanduser().resolve())
     place = folder.path / "slurm"
     text = batch_script(recipe, job, place, Path.cwd())
@@ -78,13 +77,19 @@ def submit(recipe: Recipe, job: Job, *, is_dry: bool = False, console: Console |
     return replace(submission, job=number)
 
 
-def judge(recipe: Recipe, console: Console | None) -> None:
+def judge(recipe: Recipe, resources: Resources, console: Console | None) -> None:
     """Raise what a run of the recipe would raise before it loads a weight; with a console, after reading all rows.
 
     What depends on the devices of a node is left to the node: this one may have none, or others.
     """
-    training = recipe.training.model_copy(update={"fp8": False})
-    here = recipe.model_copy(update={"processes": Processes(), "training": training})
+    local = resources.procs if isinstance(resources.procs, int) else max(1, resources.gpus_per_node)
+    without = {
+        "training": recipe.training.model_copy(update={"fp8": False}),
+        "parallelism": recipe.parallelism.model_copy(update={"enable_cpu_offload": False}),
+        # As many processes in all, and none that takes a device here.
+        "processes": recipe.processes.model_copy(update={"procs": 1, "nodes": local * resources.nodes}),
+    }
+    here = recipe.model_copy(update=without)
     engine = willing_engine(here)
     open_sources(recipe.data)
     if console is not None:
