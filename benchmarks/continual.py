@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--rates-for", nargs="+", action="append", default=[], metavar=("METHOD", "RATE"))
     parser.add_argument("--goal", type=float, default=None, help="the new-task score to compare at, in nats below 0")
+    parser.add_argument("--at", nargs=2, action="append", metavar=("METHOD", "RATE"), help="report these; no search")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of 16 rows for each task")
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--set", dest="common", action="append", default=[], help="METHOD:PATH=JSON, for one method")
@@ -84,9 +85,12 @@ def main() -> None:
         tuple(arguments.seeds),
         SCORE[arguments.base],
     )
-    rates, goal, grid = matched_rates(study, arguments)
+    if arguments.at:
+        rates, goal, grid = {name: float(rate) for name, rate in arguments.at}, None, {}
+    else:
+        rates, goal, grid = matched_rates(study, arguments)
     chosen = tuple(at_rate(method_of(name, arguments), rate) for name, rate in rates.items())
-    where = "matched" if arguments.goal is None else f"matched{goal:+g}"
+    where = "at" if arguments.at else "matched" if arguments.goal is None else f"matched{goal:+g}"
     result = continual(replace(study, methods=chosen, recipe=inside(study.recipe, where)))
     write_files(result)
     page = "\n".join(report(arguments, result, rates, goal, grid))
@@ -186,14 +190,15 @@ def report(
     arguments: argparse.Namespace,
     result: ContinualResult,
     rates: dict[str, float],
-    goal: float,
+    goal: float | None,
     grid: Grid,
 ) -> Iterator[str]:
     """The page: the comparison at the same new-task score, and what each learning rate gave."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     tasks = ", ".join(result.tasks)
+    told_goal = "" if goal is None else f"; goal {goal:.3f} nats"
     yield f"## {arguments.base}: {tasks}\n"
-    yield f"Seeds {arguments.seeds}, {arguments.steps} steps of 16 rows for each task; goal {goal:.3f} nats. "
+    yield f"Seeds {arguments.seeds}, {arguments.steps} steps of 16 rows for each task{told_goal}. "
     yield f"{platform.machine()}, Python {platform.python_version()}, {packages}.\n"
     names = [*MEASURES, "general text"]
     is_answered = result.score == "exact_match"
@@ -210,7 +215,8 @@ def report(
         yield f"| {method} | {rates[method]:g} | " + " | ".join(cells) + " |"
     for method in (name for name in grid if name not in rates):
         yield f"\n{method} does not reach the goal, and is not compared."
-    yield f"\nNew-task score at each learning rate with seed {SELECTING_SEED}, backward transfer in brackets:\n"
+    if grid:
+        yield f"\nNew-task score at each learning rate with seed {SELECTING_SEED}, backward transfer in brackets:\n"
     for method, points in grid.items():
         yield f"- {method}: {told_points(points)}"
 
