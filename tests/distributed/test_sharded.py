@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.crew import Crew
 from tests.distributed.test_equal_numbers import SGD, STEPS, apart, same_steps, uneven_file, weights  # noqa: F401
 from tests.invariants.run import train
 from tests.invariants.test_families import folder_of
+from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.folders import damage
 
 CLOSE = 1e-5
@@ -70,6 +72,33 @@ def test_two_processes_with_half_a_model_each_find_the_numbers_of_one(
     same_steps(alone, together)
     name = "adapter_model" if case == "lora" else "model"
     assert apart(weights(alone.model_path, name), weights(together[0]["model_path"], name)) <= CLOSE
+
+
+def test_bfloat16_keeps_float32_slices_and_the_best_step_is_gathered(
+    two,
+    tiny_model_folder,
+    uneven_file,  # noqa: F811
+    tmp_path,
+):
+    """8 bits of mantissa, and sums in another order: losses agree to 2 %, final weights to what a step moves."""
+    settings = settings_of({"model": {"dtype": "bfloat16", "save_dtype": "float32"}})
+    settings |= {
+        "optimizer": {"name": "AdamWScheduleFree", "lr": 1e-3},
+        "lr_scheduler": {"name": "constant"},
+        "checkpoint": {"keep_best": True, "interval": 1},
+        "training": SMALL_PACKS,
+    }
+    together = two.train(tiny_model_folder, uneven_file, tmp_path / "together", **settings)
+    alone = train(tiny_model_folder, uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
+    for each in together:
+        assert each.get("status") == "finished", each
+        for row, wanted in zip(each["history"], alone.history, strict=True):
+            for key in ("loss", "grad_norm", "validation_loss"):
+                assert row[key] == pytest.approx(wanted[key], rel=0.02)
+    assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= 4e-3
+    saved = opened(sorted((tmp_path / "together/checkpoints/step-4").glob("model-rank*")))
+    with saved as files:
+        assert files.read("model.norm.weight").dtype == torch.float32
 
 
 HYBRID = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}

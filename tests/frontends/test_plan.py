@@ -130,6 +130,27 @@ def test_the_plan_says_what_several_processes_do(without_weights: Path, chat_fil
     assert "processes 4, each with the whole model and about 2.0 of the 8 samples of a step" in capsys.readouterr().out
 
 
+def test_the_plan_says_what_a_process_holds_of_a_divided_model(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--model.dtype", "float32"]
+    words += ["--processes.procs", "4"]
+    whole = planned(capsys, *words)
+    slices = planned(capsys, *words, "--parallelism.data_parallel_shard_degree=-1")
+    pairs = planned(capsys, *words, "--parallelism.data_parallel_shard_degree", "2")
+    assert (whole["slices"], slices["slices"], pairs["slices"]) == (1, 4, 2)
+    for name in ("weights", "optimizer"):
+        assert slices["memory_gib"][name] == pytest.approx(whole["memory_gib"][name] / 4)
+        assert pairs["memory_gib"][name] == pytest.approx(whole["memory_gib"][name] / 2)
+    assert 0 < slices["memory_gib"]["gathered"] <= whole["memory_gib"]["weights"], "two layers are the whole model"
+    assert slices["memory_gib"]["gradients"] < whole["memory_gib"]["gradients"]
+    never = planned(
+        capsys, *words, "--parallelism.data_parallel_shard_degree=-1", "--parallelism.fsdp_reshard_after_forward=never"
+    )
+    assert never["memory_gib"]["gathered"] == pytest.approx(whole["memory_gib"]["weights"])
+    assert never["exchanged_gib_per_step"] <= slices["exchanged_gib_per_step"]
+    assert main(["plan", *words, "--parallelism.data_parallel_shard_degree=-1"]) == 0
+    assert "processes 4, each with 1/4 of the model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -25,6 +25,7 @@ from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_la
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.fused.swap import swap
+from training_hub.backends.torch_engine.layouts.share import Share, Sizes, divided_parts
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
@@ -53,6 +54,9 @@ GAPS = {"cpu": 0.155}
 """What an allocator loses between blocks, as a share of those that come and go in a step. Measured with glibc 2.36
 (benchmarks/memory.py); a GPU's allocator counts what tensors take."""
 
+EVERYTHING = Share()
+
+ALWAYS = ("libraries", "weights", "masters", "gathered", "optimizer", "gaps", "teacher")
 COMING_AND_GOING = ("gradients", "activations", "logits")
 
 Estimate = dict[str, Any]
@@ -69,13 +73,14 @@ def estimate(
     holdings: Holdings = NOTHING,
     checkpointing: str = NONE,
     teacher: TeacherLoad | None = None,
+    share: Share = EVERYTHING,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
     holdings: what the adaptation holds beside the model; it is counted among weights, gradients and optimizer.
     accumulates: steps have several packs, so that the gradients of the first are there in the forward pass of the next.
     checkpointing: how layers forget what they made; one layer's activations are there again in its backward pass.
-    teacher: what a second model takes beside.
+    teacher: what a second model takes beside. share: what this process has of a model that is divided.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
@@ -98,6 +103,8 @@ def estimate(
         "activations": None,
         "logits": logit_bytes(model, dtype, device, int((largest.weights != 0).sum()), on_kernels=on_kernels),
     }
+    if share.slices > 1:
+        parts = divided_parts(parts, Sizes.of(model), share, dtype, optimizer_bytes([own], optimizer, exact))
     if teacher is not None:
         parts["teacher"] = teacher.beside
     note = ""
@@ -124,7 +131,7 @@ def estimate(
 def most_at_once(parts: Estimate, *, accumulates: bool, passing: int = 0) -> float:
     """Bytes at the fullest moment of a step, from bytes by part; passing: of a teacher while it is asked, before the
     forward pass."""
-    always = sum(parts.get(name, 0) for name in ("libraries", "weights", "masters", "optimizer", "gaps", "teacher"))
+    always = sum(parts.get(name, 0) for name in ALWAYS)
     before = parts["gradients"] if accumulates else 0
     after_forward = (parts["activations"] or 0) + parts["logits"] + before
     return always + max(after_forward, parts["gradients"], before + passing)

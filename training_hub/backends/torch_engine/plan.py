@@ -5,6 +5,7 @@ A run writes it as plan.json; `plan` makes the same one without weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,9 @@ from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
 from training_hub.backends.torch_engine.freezing import Thaw
+from training_hub.backends.torch_engine.layouts.share import Share, Sizes, exchanged_bytes
 from training_hub.backends.torch_engine.materials import Materials, load_materials
-from training_hub.backends.torch_engine.memory import Estimate, estimate
+from training_hub.backends.torch_engine.memory import EVERYTHING, Estimate, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype, read_blank_model
 from training_hub.backends.torch_engine.quantization import num_numbers, quantiser
 from training_hub.backends.torch_engine.teacher.load import TeacherLoad, teacher_load
@@ -90,14 +92,17 @@ def describe(
     trained = sum(p.numel() for p in moved) + holdings.trained
     ahead = forecast(feed)
     beside = load_beside(recipe, materials, feed, device)
-    checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside)
+    share, sizes = Share.of(recipe, world_size), Sizes.of(model)
+    moving = sizes if share.slices > 1 else replace(sizes, trained=trained)  # between replicas only what moves passes
+    packs_of_one = ahead["packs_per_step"] / world_size
+    checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
         "algorithm": recipe.algorithm,
         "engine": "torch",
         "device": device.type,
         "processes": world_size,
-        # What each process sends in a ring, where every float32 gradient passes twice.
-        "exchanged_gib_per_step": 2 * (world_size - 1) / world_size * 4 * trained / 2**30,
+        "slices": share.slices,
+        "exchanged_gib_per_step": exchanged_bytes(moving, share, dtype, packs_of_one) / 2**30,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": {"name": recipe.model.quantization, **quantiser(recipe.model.quantization)},
         "save_dtype": str(save_dtype).removeprefix("torch."),
@@ -146,6 +151,7 @@ def memory_of(
     holdings: Holdings,
     free: float | None,
     teacher: TeacherLoad | None = None,
+    share: Share = EVERYTHING,
 ) -> tuple[str, Estimate]:
     """How activations are checkpointed, and the memory that a step then takes.
 
@@ -157,7 +163,7 @@ def memory_of(
     for how in ways:
         memory = estimate(
             model, recipe.optimizer, dtype, device, largest,
-            accumulates=accumulates, holdings=holdings, checkpointing=how, teacher=teacher,
+            accumulates=accumulates, holdings=holdings, checkpointing=how, teacher=teacher, share=share,
         )  # fmt: skip
         if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
             break

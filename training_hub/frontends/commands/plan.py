@@ -17,6 +17,7 @@ MEMORY = (
     ("libraries", "Python and libraries"),
     ("weights", "weights"),
     ("masters", "float32 masters of the weights"),
+    ("gathered", "weights that are gathered at once"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer state"),
     ("activations", "activations of the largest pack"),
@@ -90,8 +91,9 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     if (count := plan["processes"]) > 1:
         samples, sent = plan["samples_per_step"], plan["exchanged_gib_per_step"]
+        part = "the whole model" if plan["slices"] == 1 else f"1/{plan['slices']} of the model"
         yield (
-            f"processes {count}, each with the whole model and about {samples / count:.1f} of the {samples:,} samples "
+            f"processes {count}, each with {part} and about {samples / count:.1f} of the {samples:,} samples "
             f"of a step; each sends {sent:.2g} GiB a step"
         )
     trained = _share(plan["trained_tokens"], plan["tokens"])
