@@ -111,7 +111,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         objective="cross_entropy",
         adaptation="osft",
         required=("model.path", "output"),
-        contracts=(MINI_TRAINER, TORCH),
+        contracts=(MINI_TRAINER, TORCH, JAX),
     ),
     "lora_sft": Algorithm(
         name="lora_sft",

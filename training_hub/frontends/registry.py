@@ -102,6 +102,13 @@ class TorchOSFTBackend(ContractBackend):
     contract = "torch"
 
 
+class JaxOSFTBackend(ContractBackend):
+    """OSFT with the recipe's own defaults, run by our engine on JAX."""
+
+    algorithm = "osft"
+    contract = "jax"
+
+
 class TorchLoRASFTBackend(ContractBackend):
     """LoRA with the recipe's own defaults, run by our engine."""
 
@@ -157,7 +164,9 @@ class OSFTAlgorithm(ContractAlgorithm):
     """Orthogonal subspace fine-tuning: the largest singular directions of each weight are protected."""
 
     function = "osft"
-    backends = MappingProxyType({"mini-trainer": MiniTrainerOSFTBackend, "torch": TorchOSFTBackend})
+    backends = MappingProxyType(
+        {"mini-trainer": MiniTrainerOSFTBackend, "torch": TorchOSFTBackend, "jax": JaxOSFTBackend}
+    )
 
 
 class LoRASFTAlgorithm(ContractAlgorithm):

@@ -11,7 +11,7 @@ from training_hub.backends.jax_engine.checkpoints import Checkpoints
 from training_hub.backends.jax_engine.materials import Materials
 from training_hub.backends.shared.checkpoint_folders import RECIPE, WEIGHTS, facts_of, newest_valid
 from training_hub.backends.shared.disk import BESIDE_TENSORS, free_bytes, room_for, saves_ahead
-from training_hub.backends.shared.sameness import Shapes, changed_facts, changed_shapes, model_facts
+from training_hub.backends.shared.sameness import Shapes, changed_facts, changed_shapes, model_facts, other_engine
 from training_hub.data.feed import Feed
 from training_hub.errors import CheckpointError, DiskError
 from training_hub.recipe import Recipe
@@ -50,6 +50,7 @@ def refuse_another_run(recipe: Recipe, materials: Materials, trained: Shapes, fo
     """Raise CheckpointError where this checkpoint was not written by this run."""
     changed = [
         *differences(load_file(folder / RECIPE), recipe),
+        *other_engine(facts_of(folder), recipe, "jax"),
         *changed_facts(facts_of(folder), numbers_of(materials)),
         *changed_shapes(_shapes(folder), trained),
     ]

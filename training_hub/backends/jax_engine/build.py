@@ -17,7 +17,7 @@ from training_hub.backends.jax_engine.forward import FORGET, Forward
 from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.objective import TokenLoss
 from training_hub.backends.jax_engine.shapes import Shape
-from training_hub.backends.jax_engine.step import Steps
+from training_hub.backends.jax_engine.step import Merge, Steps
 from training_hub.backends.shared.host_memory import free_host_gib
 from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
@@ -72,6 +72,7 @@ def build_steps(
     machine: Machine,
     attention: Attention,
     scale: float,
+    merge: Merge,
     mesh: Mesh,
     largest: Arrays,
     weights: Any,
@@ -79,14 +80,14 @@ def build_steps(
 ) -> Steps:
     """The compiled functions of the run; auto forgets as little of each layer as the free memory allows.
 
-    largest: the largest batch; weights: what trains and what stays.
+    scale, merge: of the adaptation. largest: the largest batch; weights: what trains and what stays.
     """
     build = Build(shape, attention.attend, jnp.dtype(machine.dtype), scale, mesh.gathered)
     loss, wanted = TokenLoss.of(recipe.loss), recipe.training.activation_checkpointing
     ways = (wanted,) if wanted != "auto" else tuple(FORGET)
     free = _free_bytes(machine) if len(ways) > 1 else None
     for how in ways:
-        steps = Steps(Forward(build, how, machine.is_scanned), loss, mesh)
+        steps = Steps(Forward(build, how, machine.is_scanned), loss, mesh, merge)
         needed = None if free is None else _temporary_bytes(steps, largest, *weights)
         if needed is None or free is None or needed <= USABLE * free:
             break

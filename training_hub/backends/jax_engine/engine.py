@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.jax_engine.refusals import missing_packages, refusals
-from training_hub.backends.jax_engine.shapes import config_problems, read_config
+from training_hub.backends.jax_engine.shapes import config_problems, read_config, shape_of
 from training_hub.backends.shared.model_folder import folder_problems, hub_problem
 from training_hub.errors import BackendError, RecipeError
 from training_hub.recipe import Recipe
@@ -47,4 +49,16 @@ def _model_problems(recipe: Recipe) -> list[str]:
     if not found and not Path(chosen.path).expanduser().exists():
         problem = hub_problem(chosen.path, chosen.revision)
         found = [problem] if problem else []
-    return found or config_problems(read_config(chosen), chosen.path)
+    if found:
+        return found
+    config = read_config(chosen)
+    return config_problems(config, chosen.path) or _of_experts(recipe, config)
+
+
+def _of_experts(recipe: Recipe, config: Any) -> list[str]:
+    """OSFT of experts cuts fused weights, which this engine does not have."""
+    if find_algorithm(recipe.algorithm).adaptation != "osft" or not shape_of(config).experts:
+        return []
+    return [
+        f"algorithm: osft; backend jax does not protect experts, which {recipe.model.path} has. Use backend: torch."
+    ]

@@ -46,7 +46,7 @@ def finish(run: Run, beside: Beside, folder: RunFolder) -> str | None:
         take_weights(run, run.checkpoints.load(best)[0])
     name = saved_format(run, beside)
     trained = sum(weight.size for weight in run.trained.values())
-    whole = sum(weight.size for key, weight in run.frozen.items() if key not in run.trained) + trained
+    whole = files.count(run.steps.forward.build.shape)
     difference = write_model(run, beside, folder.final, card_of(run, folder, name, whole, trained))
     run.console.say(
         f"final: {folder.final} ({name}), loaded again and equal; logits differ from training by at most "

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from training_hub.backends.jax_engine.adaptations import Adaptation
 from training_hub.backends.jax_engine.batches import Arrays, Sizes, side_by_side
 from training_hub.backends.jax_engine.by_source import BySource
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
+from training_hub.backends.jax_engine.full import Adaptation
 from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.optim import Updater
 from training_hub.backends.jax_engine.step import Steps
@@ -197,7 +197,7 @@ def side_by_sides(run: Run, packs: Sequence[Pack]) -> Iterator[tuple[Sequence[Pa
 def update(run: Run, gradients: Tree, norm: Array, trained_weight: float, rate: float) -> None:
     """Move the weights by the sums of gradients of a step, whose mean has this norm."""
     run.trained, run.state = run.updater.step(
-        run.trained, run.state, gradients, norm, jnp.float32(trained_weight), jnp.float32(rate)
+        run.trained, run.state, gradients, run.frozen, norm, jnp.float32(trained_weight), jnp.float32(rate)
     )
     jax.block_until_ready(run.trained)
 

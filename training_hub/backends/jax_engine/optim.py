@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,19 @@ RULES: Mapping[str, Rule] = {
 """Where weight decay stands: beside the gradient (Adam, SGD, RMSprop), or beside the step (AdamW, Lion)."""
 
 
+class Around(Protocol):
+    """What an adaptation does around the update rule; frozen: the weights that stay."""
+
+    def before(self, weights: Tree, gradients: Tree, frozen: Tree, rate: Array) -> tuple[Tree, Tree]: ...
+
+    def after(self, weights: Tree, frozen: Tree) -> Tree: ...
+
+
 class Updater:
     """The update rule of a recipe, as compiled functions of weights, state and gradients.
 
     undecayed: names of weights that do not decay, whatever their shape. pin: puts what belongs to a weight, within a
-    program, where the weight lies.
+    program, where the weight lies. around: what an adaptation does to weights and gradients around the rule.
     """
 
     def __init__(
@@ -76,8 +84,9 @@ class Updater:
         max_norm: float,
         undecayed: frozenset[str] = frozenset(),
         pin: Callable[[str, Array], Array] = lambda name, value: value,
+        around: Around | None = None,
     ):
-        self._pin = pin
+        self._pin, self._around = pin, around
         self._kind = RULES[settings.name]
         self._rule = optax.chain(*self._kind.parts(settings, _decay(settings, undecayed)))
         self._limit = max_norm if max_norm > 0 else float("inf")
@@ -85,16 +94,22 @@ class Updater:
         self.norm: Callable[[Tree, float], Array] = jax.jit(_norm)
         self.step: Callable[..., tuple[Tree, Any]] = jax.jit(self._step, donate_argnums=(0, 1))
 
-    def _step(self, weights: Tree, state: Any, gradients: Tree, norm: Array, weight: Array, rate: Array) -> Any:
+    def _step(
+        self, weights: Tree, state: Any, gradients: Tree, frozen: Tree, norm: Array, weight: Array, rate: Array
+    ) -> Any:
         """Weights and state after a step.
 
         gradients: sums over the tokens of the step, whose trained weight is `weight`; norm: that of their mean.
         """
         factor = jnp.minimum(1.0, self._limit / (norm + CLIP_EPS)) / weight
         scaled = {name: gradient * factor for name, gradient in gradients.items()}
+        if self._around is not None:
+            weights, scaled = self._around.before(weights, scaled, frozen, rate)
         updates, state = self._rule.update(scaled, state, weights)
-        moved = {name: self._pin(name, value - rate * updates[name]) for name, value in weights.items()}
-        return moved, self._pinned(state)
+        moved = {name: value - rate * updates[name] for name, value in weights.items()}
+        if self._around is not None:
+            moved = self._around.after(moved, frozen)
+        return {name: self._pin(name, value) for name, value in moved.items()}, self._pinned(state)
 
     def _pinned(self, state: Any) -> Any:
         def pinned(path: Any, value: Array) -> Array:

@@ -156,7 +156,9 @@ def _moved(run: Run, gradients: Tree) -> Proof:
     copies = {key: jax.device_put(np.array(before[key]), before[key].sharding) for key in chosen}
     slopes = {key: gradients[key] for key in chosen}
     norm = updater.norm(slopes, 1.0)
-    after, _ = updater.step(copies, updater.begin(before), slopes, norm, jnp.float32(1), jnp.float32(SMALL_RATE))
+    after, _ = updater.step(
+        copies, updater.begin(before), slopes, run.frozen, norm, jnp.float32(1), jnp.float32(SMALL_RATE)
+    )
     moved = {key: np.asarray(after[key]) != np.asarray(before[key]) for key in chosen}
     changed = sum(int((moved[key] & has_gradient[key]).sum()) for key in chosen)
     share = changed / max(1, sum(int(each.sum()) for each in has_gradient.values()))

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from training_hub.algorithms import find_algorithm
-from training_hub.backends.jax_engine import lora
+from training_hub.backends.jax_engine import lora, osft
 from training_hub.recipe import Recipe
 from training_hub.recipe.findings import value_at
 
@@ -21,7 +21,7 @@ DIVIDING = ("data_parallel_replicate_degree", "data_parallel_shard_degree", "ten
 OPTIMIZERS = ("AdamW", "Adam", "SGD", "RMSprop", "Lion")
 """Update rules that are torch's own here, step for step; a test compares each."""
 
-ADAPTATIONS = ("full", "lora")
+ADAPTATIONS = ("full", "lora", "osft")
 """Adaptations of the table of algorithms that are here."""
 
 TORCH = "or write backend: torch, which does it."
@@ -76,6 +76,8 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         yield f"algorithm: found {recipe.algorithm}; backend jax does not have it. Write algorithm: sft, {TORCH}"
     elif adaptation == "lora":
         yield from lora.problems(recipe)
+    elif adaptation == "osft":
+        yield from osft.problems(recipe)
 
 
 def _parallelism(recipe: Recipe) -> Iterator[str]:

@@ -10,7 +10,6 @@ from typing import Any
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.jax_engine import weights as files
-from training_hub.backends.jax_engine.adaptations import Adaptation, Full
 from training_hub.backends.jax_engine.attention import Attention
 from training_hub.backends.jax_engine.batches import Sizes, side_by_side
 from training_hub.backends.jax_engine.beforehand import numbers_of, starting_step
@@ -25,14 +24,18 @@ from training_hub.backends.jax_engine.build import (
 from training_hub.backends.jax_engine.by_source import BySource
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
 from training_hub.backends.jax_engine.export import Beside, finish, saved_format
+from training_hub.backends.jax_engine.full import Adaptation, Full
 from training_hub.backends.jax_engine.loop import Run, dry_step, evaluate, nonfinite, resume
 from training_hub.backends.jax_engine.loop import train as train_steps
 from training_hub.backends.jax_engine.lora import LowRank
 from training_hub.backends.jax_engine.materials import Materials, load_materials
 from training_hub.backends.jax_engine.mesh import mesh_of
 from training_hub.backends.jax_engine.optim import Updater
+from training_hub.backends.jax_engine.osft import Spaces
 from training_hub.backends.jax_engine.plan import describe, summary
 from training_hub.backends.jax_engine.proofs import Subject, prove
+from training_hub.backends.jax_engine.spaces import Projection, merged
+from training_hub.backends.jax_engine.step import Merge
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
 from training_hub.backends.shared.packs import settings_of
 from training_hub.backends.shared.proofs import refuse
@@ -79,7 +82,7 @@ def train(recipe: Recipe, given: Given) -> TrainResult:
     store = materials.prepared.train
     preferred = PREFERRED_TOKENS[machine.platform]
     feed = Feed(store, settings_of(recipe, int(store.lengths.max()), preferred, recipe.data.packing))
-    adaptation = adaptation_of(recipe, materials, machine)
+    adaptation = adaptation_of(recipe, materials, machine, console)
     step = starting_step(recipe, materials, adaptation.shapes(), feed, console)
     console.say(f"model: loading {recipe.model.path} as {machine.dtype} on {machine.platform}")
     session = assemble(recipe, given, materials, machine, feed, adaptation, console, folder)
@@ -109,10 +112,13 @@ def train(recipe: Recipe, given: Given) -> TrainResult:
     )
 
 
-def adaptation_of(recipe: Recipe, materials: Materials, machine: Machine) -> Adaptation:
+def adaptation_of(recipe: Recipe, materials: Materials, machine: Machine, console: Console) -> Adaptation:
     """What may move, by the table of algorithms."""
-    if find_algorithm(recipe.algorithm).adaptation == "lora":
+    name = find_algorithm(recipe.algorithm).adaptation
+    if name == "lora":
         return LowRank(recipe, materials.shape, machine.dtype)
+    if name == "osft":
+        return Spaces(recipe, materials.shape, materials.source, console)
     return Full(materials.shape, materials.source)
 
 
@@ -137,9 +143,11 @@ def assemble(
     attention = attention_of(materials.shape, machine, materials.longest)
     sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
     largest = mesh.spread(side_by_side([feed.largest_pack()], sizes, mesh.rows))
-    weights = (trained, frozen)
-    steps = build_steps(recipe, materials.shape, machine, attention, adaptation.scale, mesh, largest, weights, console)
-    updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed, mesh.pin)
+    weights, scale = (trained, frozen), adaptation.scale
+    merge: Merge = merged if isinstance(adaptation, Spaces) else dict
+    around = Projection(adaptation.protects, *adaptation.decay) if isinstance(adaptation, Spaces) else None
+    steps = build_steps(recipe, materials.shape, machine, attention, scale, merge, mesh, largest, weights, console)
+    updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed, mesh.pin, around)
     run = Run(
         recipe=recipe,
         steps=steps,
@@ -174,7 +182,7 @@ def assemble(
 def plan_of(session: Session) -> dict[str, Any]:
     """The plan of the run, as plain JSON."""
     run = session.run
-    parameters = sum(weight.size for weight in {**run.frozen, **run.trained}.values())
+    parameters = files.count(session.materials.shape)
     how, dtype = run.steps.forward.forget, saved_format(run, session.beside)
     layout = run.mesh.layout
     return describe(

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,11 @@ def size_of(leaf: Leaf, key: str, shape: Shape) -> tuple[int, ...]:
         "": shape.experts if len(leaf.axes) == 2 else shape.width,
     }
     return tuple(sizes[axis] for axis in leaf.axes)
+
+
+def count(shape: Shape) -> int:
+    """The numbers of the model's weights."""
+    return sum(prod(size_of(leaf, key, shape)) for key, leaf in leaves(shape))
 
 
 def _unused(names: list[str], shape: Shape) -> Iterator[str]:

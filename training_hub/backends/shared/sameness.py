@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from training_hub.recipe import Recipe
+
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
 """Keys of a model's config that may change without changing what it computes."""
 
@@ -40,3 +42,12 @@ def changed_shapes(before: Shapes, now: Shapes) -> list[str]:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
+
+
+def other_engine(facts: dict[str, Any], recipe: Recipe, engine: str) -> list[str]:
+    """Why the checkpoint that noted `facts` cannot be gone on with by this engine: each keeps OSFT's factors in its own
+    way. Of other runs either reads what the other wrote."""
+    wrote = facts.get("engine", "torch")
+    if recipe.algorithm != "osft" or wrote == engine:
+        return []
+    return [f"backend: was {wrote}, now {engine}; a run of osft goes on in the engine that began it"]

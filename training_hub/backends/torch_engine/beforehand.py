@@ -13,7 +13,7 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends.shared.disk import free_bytes, saves_ahead
-from training_hub.backends.shared.sameness import changed_facts, changed_shapes, model_facts
+from training_hub.backends.shared.sameness import changed_facts, changed_shapes, model_facts, other_engine
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
@@ -82,6 +82,7 @@ def refuse_another_run(run: Outline, checkpoints: Checkpoints, step: int) -> Non
     saved = {name: shape for name, shape in checkpoints.shapes(step).items() if name in shapes}
     changed = [
         *differences(load_file(folder / "recipe.yaml"), run.recipe),
+        *other_engine(checkpoints.facts(step), run.recipe, "torch"),
         *changed_facts(checkpoints.facts(step), run.facts),
         *changed_shapes(saved, trained),
     ]

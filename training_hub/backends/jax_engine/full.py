@@ -1,4 +1,4 @@
-"""What may move: adaptations of the jax engine."""
+"""What may move: the shape of an adaptation, and the one under which every weight moves."""
 
 from __future__ import annotations
 
