@@ -100,6 +100,9 @@ def test_what_lies_on_this_machine_alone_is_refused(tmp_path: Path):
     for send in (lambda: trainjob(asked), lambda: task_yaml(asked, Task(Resources(), volumes=DISK))):
         with pytest.raises(RecipeError, match=r"data\.path: .*chat\.jsonl' lies on this machine alone"):
             send()
+    asked = recipe(data={"path": "/work/chat.jsonl", "validation": ["/work/a.jsonl", str(tmp_path / "chat.jsonl")]})
+    with pytest.raises(RecipeError, match=r"data\.validation: .*chat\.jsonl' lies on this machine alone"):
+        trainjob(asked)
 
 
 def task(asked: Recipe | None = None, **settings: Any) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Cluster:
     def stop(self) -> None:
         with suppress(subprocess.CalledProcessError):
             self.ask("scancel", f"--user={getpass.getuser()}")
-            self.until(lambda: not self.ask("squeue", "--noheader"), "jobs to end", 40)
+            self.until(lambda: not self.ask("squeue", "--noheader"), "jobs to end", 60)
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons:

@@ -64,10 +64,10 @@ def step_of(folder: Path) -> int:
 
 
 def at_step(cluster: Cluster, step: int) -> None:
-    cluster.until(lambda: step_of(Path("my run's")) >= step, f"step {step}", 90)
+    cluster.until(lambda: step_of(Path("my run's")) >= step, f"step {step}", 300)
 
 
-def over(cluster: Cluster, job: str, seconds: float = 150) -> str:
+def over(cluster: Cluster, job: str, seconds: float = 600) -> str:
     """Wait for the end of the job; the state that it ended in."""
     states: list[str] = []
 
@@ -100,9 +100,9 @@ def test_two_nodes_find_the_losses_of_one_and_the_log_can_be_followed(cluster, w
     reader.start()
     assert over(cluster, job) == "COMPLETED"
     same_steps(Path("my run's"), unbroken)
-    reader.join(30)
+    reader.join(60)
     assert not reader.is_alive(), "the log ends with the job"
-    assert "finished: model in my run's/final" in "".join(said)
+    assert "".join(said).count("finished: model in my run's/final") == 1, "one node speaks"
     text = "\n".join(status("my run's"))
     assert f"job {job} ended" in text and f"step {len(unbroken):,} of {len(unbroken):,}" in text
     assert "the run finished: model in" in text and status(job) == status("my run's"), "by folder and by number"
@@ -125,7 +125,7 @@ def test_a_preempted_run_saves_is_requeued_and_goes_on_to_the_same_losses(cluste
     urgent = cluster.ask(
         "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 3"
     )
-    cluster.until(lambda: client.state_of(job).state == "PENDING", "the run to give way", 60)  # type: ignore[union-attr]
+    cluster.until(lambda: client.state_of(job).state == "PENDING", "the run to give way", 120)  # type: ignore[union-attr]
     stopped_at = step_of(Path("my run's"))
     assert 20 <= stopped_at < len(unbroken)
     result = json.loads(Path("my run's/result.json").read_text())
@@ -146,7 +146,9 @@ def test_the_signal_before_a_time_limit_does_the_same(cluster, words, unbroken):
     job = submit(words)
     at_step(cluster, 20)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
-    cluster.until(lambda: "goes on when Slurm starts" in Path(f"my run's/slurm/job-{job}.log").read_text(), "a requeue")
+    cluster.until(
+        lambda: "goes on when Slurm starts" in Path(f"my run's/slurm/job-{job}.log").read_text(), "a requeue", 120
+    )
     assert over(cluster, job) == "COMPLETED"
     same_steps(Path("my run's"), unbroken)
 

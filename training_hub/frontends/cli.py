@@ -141,11 +141,12 @@ def _is_forge_file(words: list[str]) -> bool:
 
 
 def _train(recipe: Recipe) -> int:
-    from training_hub.launch import run
+    from training_hub.launch import is_first, run
 
     result = run(recipe)
     where = f"model in {result.model_path}" if result.model_path else f"run in {result.output_dir}"
-    print(f"{result.status}: {where}")
+    if is_first(recipe):
+        print(f"{result.status}: {where}")
     return 0
 
 

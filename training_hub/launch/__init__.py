@@ -75,15 +75,14 @@ def _start(recipe: Recipe, given: Given, stop: Stop) -> TrainResult:
     layout = _layout(recipe)
     folder = RunFolder(Path(recipe.output))
     engine = find_backend(engine_of(recipe))
-    is_first = layout.rank == 0 and layout.node_rank == 0
-    console = open_console(recipe.monitoring.console if is_first else "off")
+    console = open_console(recipe.monitoring.console if layout.is_first else "off")
     for line in cautions(recipe):
         console.say(f"recipe: {line}")
     work = engine.train
     if layout.world_size > 1 and not layout.is_rank:
         refuse_live(given, layout)
         work = partial(_in_processes, layout)
-    if is_first:
+    if layout.is_first:
         return _run(recipe, given, work, folder, console, stop)
     # The first process keeps the folder; the others come to the same conclusions, and leave no trace.
     earlier = None if recipe.checkpoint.resume == "restart" else settle(folder, recipe)
@@ -100,6 +99,12 @@ def _layout(recipe: Recipe) -> Layout:
             problems = error.problems
     willing_engine(recipe if layout.is_rank or problems else laid_out(recipe, layout), problems)
     return layout
+
+
+def is_first(recipe: Recipe) -> bool:
+    """Whether this process is the one that speaks for the run, of all that were started on all nodes."""
+    engine = find_backend(engine_of(recipe))
+    return not isinstance(engine, Several) or layout_of(recipe, os.environ, engine.num_devices).is_first
 
 
 def laid_out(recipe: Recipe, layout: Layout) -> Recipe:

@@ -52,6 +52,11 @@ class Layout:
         return self.procs * self.nodes
 
     @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that keeps the run folder, and speaks."""
+        return self.rank == 0 and self.node_rank == 0
+
+    @property
     def is_on_loopback(self) -> bool:
         """Whether all of them are on this machine, where nobody else need hear them."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
