@@ -175,6 +175,7 @@ def test_the_whole_structure_is_a_run_for_quick_testing(structure: dict[str, Any
         }
 
 
+@pytest.mark.slow
 def test_several_processes_share_out_a_step(structure: dict[str, Any]):
     """The page's "Single Node (8 GPUs)" with two processes, whose losses are those of one with all samples."""
     losses = []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from training_hub.frontends.cli import main
+from training_hub.recipe.names import all_settings
 from training_hub.scaling.choose import ROOM
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,10 @@ def test_it_says_what_to_take_with_the_settings_and_why(capsys: pytest.CaptureFi
     assert "70.6 B parameters" in said
     assert "64 x h100 of 79.6 GiB, 8 in a host" in said
     assert "parallelism.data_parallel_shard_degree=" in said
+    named = [word.partition("=")[0] for word in said.split() if word.startswith("parallelism.") and "=" in word]
+    assert named
+    missing = [name for name in named if name not in all_settings()]
+    assert ("this version cannot train so yet" in said) == bool(missing)
     assert "DDP does not fit: 1,197 GiB at least, 64 are planned" in said
     assert sum(line.startswith("* ") for line in said.splitlines()) == 1
 

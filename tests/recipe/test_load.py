@@ -140,7 +140,7 @@ FREE = [
     and path not in {"processes.node_rank", "processes.master_port"}
     and (not path.startswith("evaluation.") or path.endswith(("interval", "at_epoch", "at_start", ".watch")))
     and path not in {"evaluation.watch_interval", "hub.push"}
-    and not path.startswith("distillation.")
+    and not path.startswith(("distillation.", "parallelism."))
 ]
 
 

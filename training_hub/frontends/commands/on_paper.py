@@ -10,7 +10,7 @@ from typing import Any
 
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
-from training_hub.recipe.names import nearest
+from training_hub.recipe.names import all_settings, nearest
 from training_hub.scaling.choose import (
     DEVICES,
     GIB,
@@ -155,17 +155,23 @@ def lines(found: Comparison) -> Iterator[str]:
             f"{chosen.layout.checkpointing}; {chosen.memory_gib:,.1f} GiB, about {chosen.seconds:,.3g} s a step"
         )
         yield f"          {settings(chosen.layout)}"
+        missing = [path for path in paths(chosen.layout) if path not in all_settings()]
+        if missing:
+            yield f"          (this version cannot train so yet: it has no {', '.join(missing)})"
         for number, why in enumerate(reasons(chosen, plain(found))):
             yield f"{'why' if number == 0 else '':10}{why}"
     yield ""
     yield from table(found)
 
 
+def paths(layout: Layout) -> dict[str, int]:
+    """The degrees of a layout that are not 1, by the paths of the recipe's settings."""
+    return {f"parallelism.{FIELDS[name]}": getattr(layout, name) for name in FIELDS if getattr(layout, name) > 1}
+
+
 def settings(layout: Layout) -> str:
     """The layout as settings of a recipe, behind any command."""
-    given = [
-        f"parallelism.{field}={getattr(layout, name)}" for name, field in FIELDS.items() if getattr(layout, name) > 1
-    ]
+    given = [f"{path}={degree}" for path, degree in paths(layout).items()]
     return " ".join([*given, f"training.activation_checkpointing={layout.checkpointing}"])
 
 

@@ -242,7 +242,7 @@ PLACE: Mapping[str, Key] = MappingProxyType(
         ),
         "metrics.log_freq": Key(
             1,
-            "Steps between log lines.",
+            "Steps between log lines; torchforge says each, torchtitan every tenth.",
             COUNT,
             path="monitoring.log_interval",
         ),
