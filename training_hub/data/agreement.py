@@ -41,11 +41,19 @@ class Agreement:
     reason: str = ""
 
 
-def agreement(data: Data, store: TokenStore, tokenizer: ChatTokenizer, num_rows: int, rows: Any = None) -> Agreement:
+def agreement(
+    data: Data,
+    store: TokenStore,
+    tokenizer: ChatTokenizer,
+    num_rows: int,
+    rows: Any = None,
+    longest: int | None = None,
+) -> Agreement:
     """Compare the trained tokens of the first `num_rows` rows of `store` with what the rows say.
 
-    `rows` are the live rows the store was made from, if it was. Rows that were cut or split are passed over, and so is
-    white space: SentencePiece has no token for a leading space of its own.
+    `rows` are the live rows the store was made from, if it was. `longest`: the tokens at which rows were cut, where
+    they were. Rows that were cut or split are passed over, and so is white space: SentencePiece has no token for a
+    leading space of its own.
     """
     if data.pretraining:
         return Agreement(reason="pretraining trains every token of its blocks")
@@ -56,7 +64,7 @@ def agreement(data: Data, store: TokenStore, tokenizer: ChatTokenizer, num_rows:
     problems: list[str] = []
     for row in islice(_rows_again(data, rows), num_rows * TAKEN_AGAIN):
         of_row = samples.get(str(row.origin), [])
-        found = _disagreement(row, of_row, data, tokenizer) if of_row else None
+        found = _disagreement(row, of_row, data, tokenizer, longest) if of_row else None
         if found is None:
             continue
         compared += 1
@@ -114,20 +122,24 @@ def _parsed(source: Source, settings: FormatSettings) -> Iterator[Row]:
                 continue
 
 
-def _disagreement(row: Row, samples: Sequence[Sample], data: Data, tokenizer: ChatTokenizer) -> str | None:
+def _disagreement(
+    row: Row, samples: Sequence[Sample], data: Data, tokenizer: ChatTokenizer, longest: int | None
+) -> str | None:
     """What is wrong with the row's samples, "" where they agree with it, None where they cannot be compared."""
+    is_cut = data.overlong == "truncate" and (longest is None or len(samples[0]) >= longest)
+    is_whole = len(samples) == 1 and data.overlong != "split" and not is_cut
     trained = [_trained_texts(sample, tokenizer) for sample in samples]
     if isinstance(row, Conversation):
         messages = _trained_messages(row, data)
         if data.turns == "unroll" and len(samples) == len(messages):
             pairs = list(zip(trained, ([each] for each in messages), strict=True))
-        elif len(samples) == 1 and data.overlong in ("error", "drop"):
+        elif is_whole:
             pairs = [(trained[0], messages)]
         else:
             return None
         found = (_of_messages(texts, expected, row, tokenizer) for texts, expected in pairs)
         return next((line for line in found if line), "")
-    if isinstance(row, Text) and len(samples) == 1 and data.overlong in ("error", "drop"):
+    if isinstance(row, Text) and is_whole:
         return _of_text(row, samples[0], tokenizer)
     return None
 

@@ -90,6 +90,16 @@ def test_a_mask_that_is_shifted_by_three_tokens_is_found(
     assert failed(proofs.prove(broken)) == ["trained text is what the rows say"]
 
 
+def test_rows_that_were_not_cut_are_compared_where_others_may_have_been(subject: proofs.Subject):
+    run = subject.run
+    tokenizer = engines.load_materials(run.recipe, Given(), SilentConsole()).tokenizer
+    cuts = run.recipe.data.model_copy(update={"overlong": "truncate"})
+    longest = int(run.feed.store.lengths.max())
+    for limit, rows in ((None, 0), (longest + 1, 32), (int(run.feed.store.lengths.min()), 0)):
+        found = agreement(cuts, run.feed.store, tokenizer, 32, longest=limit)
+        assert (found.rows, found.problems) == (rows, ())
+
+
 def test_a_trained_user_turn_is_found(subject: proofs.Subject):
     everything = with_samples(subject, lambda one: Sample(np.array(one.ids), np.ones(len(one), np.float32), one.origin))
     tokenizer = engines.load_materials(everything.run.recipe, Given(), SilentConsole()).tokenizer

@@ -149,7 +149,7 @@ def test_a_formatting_function_may_make_several_rows_of_one(tiny_model_folder: P
     def both(row: dict[str, str]) -> list[str]:
         return [row["instruction"].upper(), row["response"].upper()]
 
-    config = page(overrides={"training.preflight": True, "data.overlong": "error"})
+    config = page(overrides={"training.preflight": True})
     assert result_of(run(str(tiny_model_folder), PAIRS, config, formatting_func=both)).plan["samples"] == 16
     proofs = json.loads(Path("EasyDeL-Checkpoints/SFTTrainer/preflight.json").read_text())["proofs"]
     told = next(one for one in proofs if "trained text" in json.dumps(one))

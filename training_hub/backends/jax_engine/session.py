@@ -221,7 +221,9 @@ def begin_safely(session: Session) -> list[Proof]:
         run=run,
         dtype=session.machine.dtype,
         attention=session.attention.proof,
-        agreement=lambda: agreement(run.recipe.data, run.feed.store, tokenizer, ROWS_COMPARED, rows),
+        agreement=lambda: agreement(
+            run.recipe.data, run.feed.store, tokenizer, ROWS_COMPARED, rows, run.recipe.training.max_seq_len
+        ),
         beside=session.beside,
         ending_ids=tuple(tokenizer.special_ids.values()),
         source=materials.source,

@@ -404,7 +404,12 @@ def preflight(
         dtype=next(run.model.parameters()).dtype,
         save_dtype=saved_dtype(run, loaded),
         agreement=lambda: agreement(
-            run.recipe.data, run.feed.store, materials.tokenizer, ROWS_COMPARED[thorough], given.rows
+            run.recipe.data,
+            run.feed.store,
+            materials.tokenizer,
+            ROWS_COMPARED[thorough],
+            given.rows,
+            run.recipe.training.max_seq_len,
         ),
         stop_ids=stop_ids(materials),
         ending_ids=tuple(materials.tokenizer.special_ids.values()),

@@ -18,7 +18,6 @@ from training_hub.frontends.trainer.config import SFTConfig, config_from
 from training_hub.frontends.trainer.fields import EASYDEL, TRL
 from training_hub.frontends.trainer.handed import Things, handed, own_folder
 from training_hub.frontends.trainer.loading import ModelHandle
-from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
 from training_hub.recipe.translate import shown
 
@@ -186,6 +185,7 @@ class SFTTrainer:
         """
         from training_hub.backends import Given
         from training_hub.launch import run
+        from training_hub.monitoring.console import open_console
 
         recipe = self._resuming(resume_from_checkpoint)
         console = open_console(recipe.monitoring.console)
@@ -249,6 +249,8 @@ class SFTTrainer:
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Say metrics, one on each line."""
+        from training_hub.monitoring.console import open_console  # which loads numpy
+
         console = open_console(self.recipe.monitoring.console if self.is_world_process_zero() else "off")
         for name, value in sorted(metrics.items()):
             console.say(f"{split} metrics: {name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
@@ -291,6 +293,7 @@ class SFTTrainer:
         """Scores of the model as it now is on rows."""
         from training_hub.backends import Given
         from training_hub.frontends.trainer.rows import rows_of
+        from training_hub.monitoring.console import open_console
         from training_hub.recipe.saved import with_saved
 
         found = rows_of(rows, self._handed.rows, "eval_dataset")
