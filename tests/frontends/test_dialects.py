@@ -213,7 +213,7 @@ def test_everything_wrong_is_said_at_once_in_the_callers_words():
 
 def test_an_unknown_backend_names_the_known_ones():
     with pytest.raises(
-        RecipeError, match=r"backend: found 'toch'; known: instructlab-training, torch\. Write backend: torch"
+        RecipeError, match=r"backend: found 'toch'; known: instructlab-training, torch, jax\. Write backend: torch"
     ):
         recipe_from(
             layer_of({"backend": "toch", "model.path": "m", "output": "o", "data.path": "d"}),

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Workers(Generic[Task, Result]):
         self._tasks: list[Any] = [context.Queue() for _ in range(count)]
         self._results: list[Connection] = []
         self._processes: list[Any] = []
-        with _quiet_tokenizers():
+        with _quiet_tokenizers(), _quiet_jax():
             for tasks in self._tasks:
                 receiving, sending = context.Pipe(duplex=False)
                 process = context.Process(target=_serve, args=(work, tasks, sending, os.getpid()), daemon=True)
@@ -144,3 +145,11 @@ def _quiet_tokenizers() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+@contextmanager
+def _quiet_jax() -> Iterator[None]:
+    """Fork without the warning that JAX, wherever it was imported, gives of every fork: a worker never calls it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        yield

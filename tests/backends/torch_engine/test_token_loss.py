@@ -45,7 +45,7 @@ def test_gradients_formed_in_forward_are_the_derivatives(loss: TokenLoss, cap: f
     targets, weights = torch.randint(0, 11, (7,)), torch.rand(7, dtype=torch.float64)
 
     def through_head(*given: Tensor) -> Tensor:
-        return _HeadLoss.apply(*given, TokenCriterion(loss, targets, weights), 0.7, cap, 3, True)[0]
+        return _HeadLoss.apply(*given, None, None, TokenCriterion(loss, targets, weights), 0.7, cap, 3, True)[0]
 
     def through_autograd(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         logits = 0.7 * (hidden @ weight.T + bias)
