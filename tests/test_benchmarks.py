@@ -128,3 +128,16 @@ def test_two_processes_and_one_are_timed_on_the_same_run(tmp_path: Path):
     assert "| 2 processes x 1 thread |" in page and "Two processes over one: " in page
     # float32 sums in another order.
     assert float(page.rpartition("at most ")[2].rstrip(".\n")) < 1e-5
+
+
+@pytest.mark.slow
+def test_both_engines_train_the_same_in_the_comparison_of_engines(tmp_path: Path):
+    if find_spec("jax") is None:
+        pytest.skip("jax is not installed")
+    small = ("--size", "tiny", "--rounds", "1", "--steps", "4", "--batch", "4", "--dtype", "float32", "--threads", "1")
+    out = run("second_engine.py", *small, "--output", str(tmp_path / "engines.jsonl"))
+    ours, theirs = lines(tmp_path / "engines.jsonl")
+    assert (ours["engine"], theirs["engine"]) == ("torch", "jax")
+    assert ours["tokens"] == theirs["tokens"] > 0
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
+    assert "| jax | float32 |" in out

@@ -25,7 +25,7 @@ Degree = Annotated[int, BeforeValidator(_a_degree)]
 
 class Parallelism(Section):
     """How model and samples are divided over the processes. The degrees multiply to the number of processes; the names
-    are torchtitan's."""
+    are torchtitan's. With backend: jax read devices of the one process for processes."""
 
     data_parallel_replicate_degree: Degree = -1
     """Groups of processes that each hold the whole model, and take a share of each step's samples. -1: the rest, that

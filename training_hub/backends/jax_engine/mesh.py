@@ -82,24 +82,18 @@ class Mesh:
 def mesh_of(asked: Parallelism, shape: Shape) -> Mesh:
     """The mesh of this process's devices. Raises RecipeError where the degrees do not multiply to their number."""
     count = jax.local_device_count()
-    tensor = tensor_degree(asked)
-    if count % tensor:
+    try:
+        degrees = degrees_of(asked, count)
+    except RecipeError as error:
         raise RecipeError(
-            f"parallelism.tensor_parallel_degree: {tensor} does not divide the {count} devices that JAX has here. "
-            "Write a divisor of it."
-        )
-    degrees = degrees_of(asked.model_copy(update={"tensor_parallel_degree": 1}), count // tensor)
+            f"{error} With backend: jax it is the devices of the one process that count: {count}."
+        ) from error
     grid = jax.make_mesh(
-        (degrees.dp_replicate, degrees.dp_shard, tensor),
+        (degrees.dp_replicate, degrees.dp_shard, degrees.tp),
         (REPLICAS, SHARDS, TENSOR),
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )
     return Mesh(grid, specs_of(shape, {str(name): int(size) for name, size in grid.shape.items()}))
-
-
-def tensor_degree(asked: Parallelism) -> int:
-    """Over how many devices heads and inner widths are split."""
-    return int(getattr(asked, "tensor_parallel_degree", 1))
 
 
 def specs_of(shape: Shape, sizes: Mapping[str, int]) -> dict[str, PartitionSpec]:
