@@ -22,9 +22,11 @@ from training_hub.backends.torch_engine.blank import fill, wanted_shapes
 from training_hub.backends.torch_engine.dividing import load_blank
 from training_hub.backends.torch_engine.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.layouts import Layout
+from training_hub.backends.torch_engine.layouts.fully_sharded import shard
 from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
 from training_hub.backends.torch_engine.model import LoadedModel
 from training_hub.backends.torch_engine.tensor_files import opened
+from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Degrees, Parallelism
 
 CPU = torch.device("cpu")
@@ -91,6 +93,13 @@ def test_slices_may_stay_in_the_memory_of_the_cpu(folder, four):
     found, _ = divided(folder, four, torch.float32, offload=True)
     logits = found.model(input_ids=torch.arange(5)[None], use_cache=False).logits
     assert logits.shape[:2] == (1, 5)
+
+
+def test_experts_of_which_processes_could_use_others_are_refused(four):
+    model = torch.nn.Module()
+    model.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    with pytest.raises(RecipeError, match="experts of Module is a list of modules, of which"):
+        shard(model, four, Parallelism(data_parallel_shard_degree=SIZE), torch.float32)
 
 
 def test_files_that_name_weights_otherwise_are_read_whole(tiny_model_folder, tmp_path):

@@ -9,16 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 NAME = "training_hub_as_forward"
 """Attribute of a divided model: what runs work, whose result is a tensor or a tuple of tensors, as its forward pass."""
 
-Work = Callable[[], Any]
+DEVICE = "training_hub_device"
+"""Attribute of a divided model: where it computes, which may not be where its slices lie."""
 
 
 def as_forward(model: Any, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What `work` gives, a tuple of tensors, with the weights of `model` at hand."""
     run = getattr(model, NAME, None)
     found: tuple[Tensor, ...] = work() if run is None else run(work)
+    return found
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model computes."""
+    found: torch.device = getattr(model, DEVICE, None) or next(model.parameters()).device
     return found

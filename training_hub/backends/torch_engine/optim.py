@@ -198,7 +198,9 @@ class Updater:
     def _clip_pieces(self) -> Tensor:
         """The same where weights are divided."""
         masters = self.masters
-        self.layout.sum_gradients(masters.weights, masters.divided)
+        # Those of an adaptation are made from gradients of parameters, which backward has added up.
+        own = {name: weight for name, weight in masters.weights.items() if name not in masters.added}
+        self.layout.sum_gradients(own, masters.divided)
         pieces = [(w.grad, masters.divided.get(n)) for n, w in masters.weights.items() if w.grad is not None]
         norm = norm_of(pieces, self.layout.device)
         if self.max_norm > 0 and pieces:

@@ -94,7 +94,7 @@ def describe(
     beside = load_beside(recipe, materials, feed, device)
     share, sizes = Share.of(recipe, world_size), Sizes.of(model)
     moving = sizes if share.slices > 1 else replace(sizes, trained=trained)  # between replicas only what moves passes
-    packs_of_one = ahead["packs_per_step"] / world_size
+    packs_of_one = ahead["packs_per_step"] / share.of_data
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
         "algorithm": recipe.algorithm,

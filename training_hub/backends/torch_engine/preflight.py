@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training_hub.backends.torch_engine.as_forward import device_of
 from training_hub.backends.torch_engine.tensors import PackTensors, Term, to_device
 from training_hub.types import Console, Pack
 
@@ -54,7 +55,7 @@ def packed_equals_alone(model: PreTrainedModel, objective: Objective, vocab_size
     documents apart, 0.05 to 0.2 where state leaks; such a model must be run with one document per pack.
     """
     documents = _random_documents(vocab_size)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model):
         alone = [float(objective(model, to_device(_pack([each], trained=0), device)).total) for each in documents]
         try:
@@ -86,7 +87,7 @@ def logits_of_one(model: PreTrainedModel) -> Tensor:
     """The model's logits for one random document of 24 tokens, in float32."""
     ids = torch.from_numpy(_random_documents(model.config.get_text_config().vocab_size, (24,))[0])[None]
     with evaluating(model):
-        return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.float()
+        return model(input_ids=ids.to(device_of(model)), use_cache=False).logits.float()
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:

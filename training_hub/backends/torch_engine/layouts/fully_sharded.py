@@ -22,8 +22,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from training_hub.backends.torch_engine.as_forward import NAME
+from training_hub.backends.torch_engine.as_forward import DEVICE, NAME
 from training_hub.backends.torch_engine.checkpointing import layers_of
+from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Parallelism
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def shard(
 
     What trains is kept in float32, in slices, and gathered as `dtype`: the slices are the optimizer's masters. Tied
     weights, embeddings, the last norm and the head are one group, which is gathered once in a pass. apart: weights that
-    are divided already and stay as they are.
+    are divided already and stay as they are. Raises RecipeError where processes could use different weights in a pass.
     """
+    _refuse_listed_experts(model)
     _widen(model, dtype, apart)
     names = tuple(name for name in DIMENSIONS if name in (mesh.mesh_dim_names or ()))
     is_low = dtype in LOW_PRECISION
@@ -68,6 +70,17 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     setattr(model, NAME, MethodType(_run, model))
     register_fsdp_forward_method(model, NAME)
+    is_gpu = mesh.device_type == "cuda"
+    setattr(model, DEVICE, torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu"))
+
+
+def _refuse_listed_experts(model: nn.Module) -> None:
+    lists = [name for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and name.endswith("experts")]
+    if lists:
+        raise RecipeError(
+            f"parallelism.data_parallel_shard_degree: {lists[0]} of {type(model).__name__} is a list of modules, of "
+            "which each process may use others in a pass; their gradients would be added up to the wrong ones. Write 1."
+        )
 
 
 def _widen(model: nn.Module, dtype: torch.dtype, apart: frozenset[nn.Parameter]) -> None:

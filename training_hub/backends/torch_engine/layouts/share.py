@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """In how many slices weights lie, over how many replicas; whether they stay gathered during a step, and whether
-    slices lie beside the device's memory."""
+    """In how many slices weights lie, over how many replicas; among how many the samples of a step are dealt out;
+    whether weights stay gathered during a step, and whether slices lie beside the device's memory."""
 
     slices: int = 1
     replicas: int = 1
+    of_data: int = 1
     stays_whole: bool = False
     is_offloaded: bool = False
 
@@ -30,7 +31,8 @@ class Share:
         """What the recipe asks for."""
         degrees, asked = degrees_of(recipe.parallelism, world_size), recipe.parallelism
         stays_whole = asked.fsdp_reshard_after_forward == "never"
-        return Share(degrees.dp_shard, degrees.dp_replicate, stays_whole, asked.enable_cpu_offload)
+        of_data = world_size // degrees.sharers
+        return Share(degrees.dp_shard, degrees.dp_replicate, of_data, stays_whole, asked.enable_cpu_offload)
 
 
 @dataclass(frozen=True)

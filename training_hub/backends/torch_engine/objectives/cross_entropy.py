@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from training_hub.backends.torch_engine.as_forward import as_forward
+from training_hub.backends.torch_engine.as_forward import as_forward, device_of
 from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows, is_ours, no_mask
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
@@ -129,7 +129,7 @@ def _logits_of_head(model: PreTrainedModel, pack: PackTensors) -> tuple[Tensor, 
 
 def _tiny_pack(model: PreTrainedModel) -> PackTensors:
     """Twelve tokens spread over the vocabulary, one document, all trained but the first."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     vocabulary = model.config.get_text_config().vocab_size
     options: dict[str, Any] = {"device": device}
     weights = torch.ones(1, 12, **options)
