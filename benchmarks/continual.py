@@ -298,7 +298,9 @@ def task_of(folder: Path, name: str, rows: dict[str, list[Any]]) -> Task:
 
 def write(path: Path, rows: Sequence[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # another process may be reading it
+        path.write_text(text, encoding="utf-8")
     return path
 
 
