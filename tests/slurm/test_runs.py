@@ -181,6 +181,7 @@ def test_a_waiting_job_says_why_and_is_cancelled_at_once(cluster, words, capsys)
     assert main(["slurm", "cancel", job]) == 0
     assert over(cluster, job) == "CANCELLED"
     cluster.ask("scancel", blocker)
+    cluster.until(lambda: not cluster.ask("squeue", "--noheader"), "an empty queue", 120)
 
 
 def test_a_run_that_fails_says_why(cluster, words):
