@@ -309,7 +309,7 @@ def assemble(
     if layout.is_divided:
         loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
-    layout.refuse_other_numbers(model, plain)
+    layout.refuse_other_numbers(model, plain, dtype)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
     asked = (recipe.data.packing, packs_validation(recipe.data))
@@ -401,7 +401,7 @@ def preflight(
     began = time.perf_counter()
     subject = Subject(
         run=run,
-        dtype=next(run.model.parameters()).dtype,
+        dtype=choose_dtype(run.recipe.model.dtype, run.device),  # slices are kept in another than is computed in
         save_dtype=saved_dtype(run, loaded),
         agreement=lambda: agreement(
             run.recipe.data,

@@ -159,11 +159,12 @@ class Layout:
         if self.degrees.cp > 1:
             spread_tokens(model)
 
-    def refuse_other_numbers(self, model: PreTrainedModel, objective: Callable[..., Any]) -> None:
-        """Raise RecipeError where a pack on several processes has another loss than the same pack in one."""
+    def refuse_other_numbers(self, model: PreTrainedModel, objective: Callable[..., Any], dtype: torch.dtype) -> None:
+        """Raise RecipeError where a pack on several processes has another loss than the same pack in one, beyond what
+        computing in `dtype` makes of it."""
         if self.mesh is None or self.degrees.cp == 1:
             return
-        refuse_other_numbers(model, objective, self.mesh["cp"], self.device)
+        refuse_other_numbers(model, objective, self.mesh["cp"], self.device, dtype)
 
     def tensors(self, pack: Pack) -> PackTensors:
         """What this process has to compute of a pack, on its device."""

@@ -132,8 +132,13 @@ def share_of(one: Pack, mesh: DeviceMesh, device: torch.device | str) -> PartTen
 
 
 @torch.no_grad()
-def refuse_other_numbers(model: Any, objective: Any, mesh: DeviceMesh, device: torch.device) -> None:
-    """Raise RecipeError where a small pack on the ranks of the mesh has another loss than the same pack on one."""
+def refuse_other_numbers(
+    model: Any, objective: Any, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise RecipeError where a small pack on the ranks of the mesh has another loss than the same pack on one.
+
+    dtype: what the model computes in.
+    """
     vocabulary, random = model.config.get_text_config().vocab_size, np.random.default_rng(0)
     weights = [np.append(np.float32(0), np.ones(length - 1, np.float32)) for length in LENGTHS_COMPARED]
     ids = [random.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS_COMPARED]
@@ -144,7 +149,7 @@ def refuse_other_numbers(model: Any, objective: Any, mesh: DeviceMesh, device: t
         together = objective(model, share_of(one, mesh, device)).total
     dist.all_reduce(together, group=mesh.get_group())
     difference = relative_difference(together, alone)
-    limit = SAME_LOSS.get(model.dtype, ROUGH)
+    limit = SAME_LOSS.get(dtype, ROUGH)
     if not difference <= limit:
         raise RecipeError(
             f"{DEGREE}: {type(model).__name__} finds another loss where a pack lies on {mesh.size()} processes (off by "
