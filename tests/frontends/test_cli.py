@@ -44,6 +44,7 @@ NEED_OTHERS = (
     "hub.push",
     "hub.private",
     "osft.importance",
+    "parallelism.disable_loss_parallel",
     "parallelism.enable_cpu_offload",
 )
 

@@ -97,7 +97,8 @@ def _layout(recipe: Recipe) -> Layout:
             layout = layout_of(recipe, os.environ, engine.num_devices)
         except RecipeError as error:
             problems = error.problems
-    willing_engine(recipe if layout.is_rank or problems else laid_out(recipe, layout), problems)
+    is_laid_out = isinstance(engine, Several) and not (layout.is_rank or problems)
+    willing_engine(laid_out(recipe, layout) if is_laid_out else recipe, problems)
     return layout
 
 

@@ -77,7 +77,7 @@ def test_weights_are_divided_where_their_sides_divide_evenly(tmp_path):
 
 
 def test_degrees_that_do_not_multiply_to_the_devices_are_refused(tiny_model_folder, chat_file, tmp_path):
-    with pytest.raises(RecipeError, match=r"data_parallel_replicate_degree 3 must .*devices of the one process"):
+    with pytest.raises(RecipeError, match=r"data_parallel_replicate_degree 3 x .* must .*devices of the one process"):
         train(
             tiny_model_folder, chat_file, tmp_path / "run", backend="jax",
             parallelism={"data_parallel_replicate_degree": 3},

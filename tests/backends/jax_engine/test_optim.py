@@ -41,7 +41,7 @@ def test_ten_steps_are_those_of_torch(name):
         gradients = {key: jnp.asarray(one) for key, one in slopes.items()}
         norm = updater.norm(gradients, 4.0)
         assert float(norm) == pytest.approx(float(wanted), rel=1e-6)
-        ours, state = updater.step(ours, state, gradients, norm, jnp.float32(4), jnp.float32(settings.lr / step))
+        ours, state = updater.step(ours, state, gradients, {}, norm, jnp.float32(4), jnp.float32(settings.lr / step))
     for key, weight in theirs.items():
         assert np.abs(np.asarray(ours[key]) - weight.detach().numpy()).max() <= 1e-6
     saved, kept = updater.named(state, 10), torch_updater.state()
