@@ -1,8 +1,10 @@
-"""Two and three processes that wait for runs, for all modules of this folder."""
+"""Processes that wait for runs, and uneven rows for them, for all modules of this folder."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,21 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     crew = Crew(4, tmp_path_factory.mktemp("crew") / "four.log")
     yield crew
     crew.close()
+
+
+@pytest.fixture(scope="package")
+def uneven_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of very different lengths, trained shares and weights, some of them trained in one word of hundreds."""
+    rows = [
+        {
+            "weight": 1 + number % 5,
+            "messages": [
+                {"role": "user", "content": "Say it. " * (1 if number % 3 else 12)},
+                {"role": "assistant", "content": "It. " * (1 + number * number % 17)},
+            ],
+        }
+        for number in range(40)
+    ]
+    path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -27,24 +27,6 @@ SGD = {"name": "SGD", "lr": 0.1}
 STEPS = {"global_batch_size": 8, "max_seq_len": 256, "steps": 4, "preflight": False}
 
 
-@pytest.fixture(scope="module")
-def uneven_file(tmp_path_factory) -> Path:
-    """Rows of very different lengths, trained shares and weights, some of them trained in one word of hundreds."""
-    rows = [
-        {
-            "weight": 1 + number % 5,
-            "messages": [
-                {"role": "user", "content": "Say it. " * (1 if number % 3 else 12)},
-                {"role": "assistant", "content": "It. " * (1 + number * number % 17)},
-            ],
-        }
-        for number in range(40)
-    ]
-    path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def weights(folder: str | Path, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / f"{name}.safetensors")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.crew import Crew
-from tests.distributed.test_equal_numbers import SGD, STEPS, apart, same_steps, uneven_file, weights  # noqa: F401
+from tests.distributed.test_equal_numbers import SGD, STEPS, apart, same_steps, weights
 from tests.invariants.run import train
 from tests.invariants.test_families import folder_of
 from training_hub.backends.torch_engine.tensor_files import opened

@@ -28,24 +28,6 @@ SMALL_PACKS = {**STEPS, "max_tokens_per_gpu": 256}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    """Rows of very different lengths, trained shares and weights."""
-    made = [
-        {
-            "weight": 1 + number % 5,
-            "messages": [
-                {"role": "user", "content": "Say it. " * (1 if number % 3 else 12)},
-                {"role": "assistant", "content": "It. " * (1 + number * number % 17)},
-            ],
-        }
-        for number in range(40)
-    ]
-    path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return path
-
-
-@pytest.fixture(scope="module")
 def folders(tiny_model_folder, tmp_path_factory) -> Any:
     """A folder for each family of tiny models, made once."""
     root, made = tmp_path_factory.mktemp("families"), {}
@@ -120,12 +102,12 @@ SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES]
 
 
 @pytest.mark.parametrize("case", [*CASES, *SLOW])
-def test_two_processes_find_the_numbers_of_one(case, two, folders, rows, tmp_path):
+def test_two_processes_find_the_numbers_of_one(case, two, folders, uneven_file, tmp_path):
     family, parallelism, sections = {**CASES, **MORE_CASES}[case]
     settings = {"training": STEPS, "optimizer": SGD, "evaluation": {"interval": 2}, **sections}
     settings["data"] = {"validation_fraction": 0.2, **settings.get("data", {})}
-    alone = train(folders(family), rows, tmp_path / "alone", **settings)
-    together = two.train(folders(family), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    alone = train(folders(family), uneven_file, tmp_path / "alone", **settings)
+    together = two.train(folders(family), uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
     same_steps(alone, together)
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
 
@@ -144,11 +126,11 @@ PRODUCTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PRODUCTS)
-def test_four_processes_find_them_by_two_ways_at_once(case, four, folders, rows, tmp_path):
+def test_four_processes_find_them_by_two_ways_at_once(case, four, folders, uneven_file, tmp_path):
     family, parallelism = PRODUCTS[case]
     settings = {"training": STEPS, "optimizer": SGD}
-    alone = train(folders(family), rows, tmp_path / "alone", **settings)
-    together = four.train(folders(family), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    alone = train(folders(family), uneven_file, tmp_path / "alone", **settings)
+    together = four.train(folders(family), uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
     same_steps(alone, together)
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
 
@@ -156,28 +138,28 @@ def test_four_processes_find_them_by_two_ways_at_once(case, four, folders, rows,
 @pytest.mark.parametrize(
     "parallelism", [TENSOR, pytest.param(CONTEXT, marks=pytest.mark.slow)], ids=["heads", "tokens"]
 )
-def test_an_adapter_learns_the_same_beside_a_split_model(parallelism, two, folders, rows, tmp_path):
+def test_an_adapter_learns_the_same_beside_a_split_model(parallelism, two, folders, uneven_file, tmp_path):
     settings = {"training": STEPS, "optimizer": SGD, "algorithm": "lora_sft", "lora": {"r": 4, "dropout": 0.0}}
-    alone = train(folders("llama"), rows, tmp_path / "alone", **settings)
-    together = two.train(folders("llama"), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    alone = train(folders("llama"), uneven_file, tmp_path / "alone", **settings)
+    together = two.train(folders("llama"), uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
     same_steps(alone, together)
     found = weights(together[0]["model_path"], "adapter_model")
     assert apart(weights(alone.model_path, "adapter_model"), found) <= CLOSE
 
 
-def test_a_run_goes_on_however_the_model_is_split(two, folders, rows, tmp_path):
+def test_a_run_goes_on_however_the_model_is_split(two, folders, uneven_file, tmp_path):
     model = folders("llama")
     settings = {
         "training": {"global_batch_size": 4, "epochs": 1, "preflight": False},
         "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
         "checkpoint": {"interval": 1},
     }
-    unbroken = train(model, rows, tmp_path / "unbroken", **settings)
+    unbroken = train(model, uneven_file, tmp_path / "unbroken", **settings)
     output = tmp_path / "run"
 
     def go_on(parallelism: dict[str, int], step: int) -> None:
         order = {"signalled": 1, "step": step}
-        ended = two.train(model, rows, output, order, parallelism=parallelism, **settings)
+        ended = two.train(model, uneven_file, output, order, parallelism=parallelism, **settings)
         assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
 
     go_on(TENSOR, 2)
@@ -186,32 +168,32 @@ def test_a_run_goes_on_however_the_model_is_split(two, folders, rows, tmp_path):
         raise KeyError("the plug was pulled")
 
     with pytest.raises(TrainingError, match="the plug was pulled"):
-        run(recipe(model, rows, output, **settings), Given(watchers=[stop]))
+        run(recipe(model, uneven_file, output, **settings), Given(watchers=[stop]))
     go_on(CONTEXT, 5)
-    resumed = two.train(model, rows, output, parallelism=TENSOR, **settings)
+    resumed = two.train(model, uneven_file, output, parallelism=TENSOR, **settings)
     same_steps(unbroken, resumed)
     assert apart(weights(unbroken.model_path), weights(resumed[0]["model_path"])) <= CLOSE
 
 
-def test_a_teacher_is_asked_beside_a_split_student(two, folders, rows, tmp_path):
+def test_a_teacher_is_asked_beside_a_split_student(two, folders, uneven_file, tmp_path):
     settings = {
         "training": STEPS,
         "optimizer": SGD,
         "distillation": {"teacher": str(folders("qwen3")), "alpha": 0.5},
     }
-    alone = train(folders("llama"), rows, tmp_path / "alone", **settings)
+    alone = train(folders("llama"), uneven_file, tmp_path / "alone", **settings)
     parallelism = {**TENSOR, "disable_loss_parallel": True}
-    together = two.train(folders("llama"), rows, tmp_path / "together", parallelism=parallelism, **settings)
+    together = two.train(folders("llama"), uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
     same_steps(alone, together)
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallelism", [TENSOR, CONTEXT, EXPERTS], ids=["heads", "tokens", "experts"])
-def test_a_small_rate_moves_bfloat16_weights(parallelism, two, folders, rows, tmp_path):
+def test_a_small_rate_moves_bfloat16_weights(parallelism, two, folders, uneven_file, tmp_path):
     model = folders("qwen3-moe")
     settings = {"model": {"dtype": "bfloat16"}, "training": {**STEPS, "preflight": True}, "optimizer": {"lr": 1e-6}}
-    together = two.train(model, rows, tmp_path / "together", parallelism=parallelism, **settings)
+    together = two.train(model, uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
     assert together[0].get("status") == "finished", together[0]
     before, after = weights(model), weights(together[0]["model_path"])
     # Adam moves each weight by about the rate; bfloat16 by itself would round that to nothing.
@@ -221,14 +203,14 @@ def test_a_small_rate_moves_bfloat16_weights(parallelism, two, folders, rows, tm
 
 
 @pytest.mark.slow
-def test_the_loss_of_each_source_is_told_where_packs_lie_on_two_processes(two, folders, rows, tmp_path):
-    lines, files = rows.read_text().splitlines(keepends=True), []
+def test_the_loss_of_each_source_is_told_where_packs_lie_on_two_processes(two, folders, uneven_file, tmp_path):
+    lines, files = uneven_file.read_text().splitlines(keepends=True), []
     for name, part in (("short.jsonl", lines[:10]), ("long.jsonl", lines[10:])):
         files.append(tmp_path / name)
         files[-1].write_text("".join(part))
     settings = {"training": STEPS, "optimizer": SGD, "data": {"path": [str(file) for file in files]}}
-    alone = train(folders("llama"), rows, tmp_path / "alone", **settings)
-    together = two.train(folders("llama"), rows, tmp_path / "together", parallelism=CONTEXT, **settings)
+    alone = train(folders("llama"), uneven_file, tmp_path / "alone", **settings)
+    together = two.train(folders("llama"), uneven_file, tmp_path / "together", parallelism=CONTEXT, **settings)
     same_steps(alone, together)
     for row, wanted in zip(together[0]["history"], alone.history, strict=True):
         for key in ("source_loss/short.jsonl", "source_loss/long.jsonl"):

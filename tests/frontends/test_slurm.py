@@ -92,7 +92,7 @@ def test_a_job_needs_a_whole_recipe_and_its_other_commands_need_none(capsys):
 
 
 def test_the_yaml_for_others_is_printed(capsys):
-    run = ["--model=org/model", "--data=/work/chat.jsonl", "--output=/work/run", "--volume=claim:/work"]
+    run = ["--model=org/model", "--data=/mnt/runs/chat.jsonl", "--output=/mnt/runs/run", "--volume=claim:/mnt/runs"]
     assert "kind: TrainJob" in printed(capsys, "kubeflow", *run, "--image=reg/hub:1", "--gpus-per-node=8")
     assert "num_nodes: 2" in printed(capsys, "skypilot", *run, "--nodes=2")
     assert main(["kubeflow", *run]) == 2

@@ -22,12 +22,12 @@ from training_hub.recipe import Recipe
 from training_hub.recipe.load import load
 
 TEMPLATE = "{% for m in messages %}\n  {{ m.content }} # 'x'\n{% endfor %}\n"
-DISK = (Volume("claim", "/work"),)
+DISK = (Volume("claim", "/mnt/runs"),)
 NODES = Resources(2, 8, gpus_per_node=8, cpus_per_node=32, memory="200Gi", container="reg/hub:1")
 
 
 def recipe(**sections: Any) -> Recipe:
-    base = {"output": "/work/run", "model": {"path": "org/model"}, "data": {"path": "/work/chat.jsonl"}}
+    base = {"output": "/mnt/runs/run", "model": {"path": "org/model"}, "data": {"path": "/mnt/runs/chat.jsonl"}}
     return Recipe.model_validate({**base, **sections})
 
 
@@ -60,14 +60,14 @@ def test_each_pod_sees_the_recipe_and_the_volumes():
     assert (node["name"], pod["containers"][0]["name"]) == ("node", "node")
     volumes = {one["name"]: one for one in pod["volumes"]}
     mounts = {one["mountPath"]: volumes[one["name"]] for one in pod["containers"][0]["volumeMounts"]}
-    assert mounts["/work"]["persistentVolumeClaim"] == {"claimName": "claim"}
+    assert mounts["/mnt/runs"]["persistentVolumeClaim"] == {"claimName": "claim"}
     assert mounts["/etc/training-hub"]["configMap"] == {"name": config["metadata"]["name"]}
     command = job["spec"]["trainer"]["command"]
     assert command == ["python3", "-m", "training_hub", "sft", "--config", "/etc/training-hub/recipe.yaml"]
 
 
 def test_the_recipe_in_the_config_map_leaves_the_processes_to_what_the_runtime_says():
-    asked = recipe(data={"path": "/work/chat.jsonl", "chat_template": TEMPLATE}, processes={"procs": 4, "nodes": 1})
+    asked = recipe(data={"path": "/mnt/runs/chat.jsonl", "chat_template": TEMPLATE}, processes={"procs": 4, "nodes": 1})
     config, _ = trainjob(asked)
     sent = load(config["data"]["recipe.yaml"])
     assert sent.model_dump(exclude={"processes"}) == asked.model_dump(exclude={"processes"})
@@ -84,7 +84,7 @@ def test_the_recipe_in_the_config_map_leaves_the_processes_to_what_the_runtime_s
         ({"name": "My_Job"}, "--name: found 'My_Job'"),
         ({"resources": Resources(2, 8)}, "--image: not given"),
         ({"resources": Resources(2, "gpu", container="i")}, "--procs-per-node: found gpu"),
-        ({"volumes": ()}, "'/work/run' lies on no volume, so"),
+        ({"volumes": ()}, "'/mnt/runs/run' lies on no volume, so"),
         ({"volumes": (Volume("claim", "/wor"),)}, "lies on no volume (/wor)"),
     ],
 )
@@ -100,7 +100,9 @@ def test_what_lies_on_this_machine_alone_is_refused(tmp_path: Path):
     for send in (lambda: trainjob(asked), lambda: task_yaml(asked, Task(Resources(), volumes=DISK))):
         with pytest.raises(RecipeError, match=r"data\.path: .*chat\.jsonl' lies on this machine alone"):
             send()
-    asked = recipe(data={"path": "/work/chat.jsonl", "validation": ["/work/a.jsonl", str(tmp_path / "chat.jsonl")]})
+    asked = recipe(
+        data={"path": "/mnt/runs/chat.jsonl", "validation": ["/mnt/runs/a.jsonl", str(tmp_path / "chat.jsonl")]}
+    )
     with pytest.raises(RecipeError, match=r"data\.validation: .*chat\.jsonl' lies on this machine alone"):
         trainjob(asked)
 
@@ -124,18 +126,18 @@ def test_a_task_has_the_documented_fields():
         "image_id": "docker:reg/hub:1",
         "job_recovery": {"strategy": "EAGER_NEXT_REGION"},
     }
-    assert found["volumes"] == {"/work": "claim"}
+    assert found["volumes"] == {"/mnt/runs": "claim"}
     assert found["secrets"] == {"HF_TOKEN": ""}, "named, and asked for when it is launched"
 
 
 def test_a_bucket_is_mounted_so_that_files_can_be_appended_to():
-    found = task(resources=Resources(), accelerators=None, volumes=(Volume("s3://mine/x", "/work"),))
-    assert found["file_mounts"] == {"/work": {"source": "s3://mine/x", "mode": "MOUNT_CACHED"}}
+    found = task(resources=Resources(), accelerators=None, volumes=(Volume("s3://mine/x", "/mnt/runs"),))
+    assert found["file_mounts"] == {"/mnt/runs": {"source": "s3://mine/x", "mode": "MOUNT_CACHED"}}
 
 
 def test_what_the_task_runs_gives_each_node_the_recipe_and_its_place(tmp_path: Path):
     """The lines before the run itself, by a real shell: the file they write, and what they tell the run."""
-    asked = recipe(data={"path": "/work/chat.jsonl", "chat_template": TEMPLATE})
+    asked = recipe(data={"path": "/mnt/runs/chat.jsonl", "chat_template": TEMPLATE})
     *before, last = task(asked)["run"].rstrip("\n").split("\n")
     assert last == 'python -m training_hub sft --config "$HOME/training-hub-recipe.yaml"'
     program = "\n".join([*before, 'echo "$PET_NODE_RANK $PET_RDZV_ENDPOINT"'])
@@ -153,7 +155,7 @@ def test_what_the_task_runs_gives_each_node_the_recipe_and_its_place(tmp_path: P
     [
         ({"accelerators": None}, "--accelerators: not given for 8 GPUs"),
         ({"resources": Resources()}, "--gpus-per-node: not given for H100"),
-        ({"volumes": (Volume("s3://mine", "/work"),)}, "lies in the bucket s3://mine"),
+        ({"volumes": (Volume("s3://mine", "/mnt/runs"),)}, "lies in the bucket s3://mine"),
         ({"volumes": ()}, "lies on no volume"),
     ],
 )
@@ -164,8 +166,8 @@ def test_what_skypilot_could_not_do_with_is_refused(settings: dict[str, Any], sa
 
 
 def test_a_volume_is_written_with_its_folder():
-    assert volume_of("claim:/work") == Volume("claim", "/work")
-    assert volume_of("s3://mine/x:/work") == Volume("s3://mine/x", "/work")
-    for text in ("claim", ":/work", "claim:work", "s3://mine/x"):
+    assert volume_of("claim:/mnt/runs") == Volume("claim", "/mnt/runs")
+    assert volume_of("s3://mine/x:/mnt/runs") == Volume("s3://mine/x", "/mnt/runs")
+    for text in ("claim", ":/mnt/runs", "claim:runs", "s3://mine/x"):
         with pytest.raises(RecipeError, match="allowed: SOURCE:/PATH"):
             volume_of(text)
