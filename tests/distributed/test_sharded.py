@@ -59,7 +59,7 @@ def test_two_processes_with_half_a_model_each_find_the_numbers_of_one(
     case,
     two,
     tiny_model_folder,
-    uneven_file,  # noqa: F811
+    uneven_file,
     tmp_path,
 ):
     family, sections = CASES[case]
@@ -77,7 +77,7 @@ def test_two_processes_with_half_a_model_each_find_the_numbers_of_one(
 def test_bfloat16_keeps_float32_slices_and_the_best_step_is_gathered(
     two,
     tiny_model_folder,
-    uneven_file,  # noqa: F811
+    uneven_file,
     tmp_path,
 ):
     """8 bits of mantissa, and sums in another order: losses agree to 2 %, final weights to what a step moves."""
@@ -111,7 +111,7 @@ def test_four_processes_find_them_too(
     family,
     four,
     tiny_model_folder,
-    uneven_file,  # noqa: F811
+    uneven_file,
     tmp_path,
 ):
     model = folder_of(family, tiny_model_folder, tmp_path / "model")
@@ -126,7 +126,7 @@ def test_a_run_goes_on_in_other_numbers_of_processes_and_other_layouts(
     two,
     four,
     tiny_model_folder,
-    uneven_file,  # noqa: F811
+    uneven_file,
     tmp_path,
 ):
     settings = {
@@ -159,7 +159,7 @@ def test_a_run_goes_on_in_other_numbers_of_processes_and_other_layouts(
 def test_what_osft_protects_goes_on_whole_from_divided_weights(
     two,
     tiny_model_folder,
-    uneven_file,  # noqa: F811
+    uneven_file,
     tmp_path,
 ):
     settings = {
