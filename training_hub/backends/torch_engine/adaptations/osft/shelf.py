@@ -17,7 +17,7 @@ from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
 from training_hub.folders import damage, remove, tidy, write_whole
 
 FILE = "split.safetensors"
-VERSION = 2
+VERSION = 3
 """Goes up whenever `decompose.split` gives something else for the same weight."""
 
 
