@@ -206,7 +206,7 @@ class Work:
     def _too_long(self, sample: Sample) -> str:
         return (
             f"{sample.origin}: {len(sample):,} tokens, more than training.max_seq_len {self.longest:,}. Raise it, or "
-            "say what to do with such rows: data.overlong: drop, truncate or split."
+            "write data.overlong: drop, truncate or split."
         )
 
 
