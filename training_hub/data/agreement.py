@@ -88,15 +88,7 @@ def _samples_by_row(store: TokenStore, count: int) -> dict[str, list[Sample]]:
 
 def _rows_again(data: Data, rows: Any) -> Iterator[Row]:
     sources = open_sources(data) if rows is None else [replace(open_object(rows, split=data.split), format=data.format)]
-    settings = FormatSettings(
-        columns=data.columns,
-        roles=data.roles,
-        unmask=data.unmask,
-        end_token=data.end_token,
-        start_token=data.start_token,
-        pretraining=data.pretraining,
-        template_arguments=data.template_arguments,
-    )
+    settings = FormatSettings.of(data)
     streams = [_parsed(source, settings) for source in sources]
     while streams:  # in turn, so that each source is looked at
         for stream in list(streams):

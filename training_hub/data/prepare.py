@@ -134,15 +134,7 @@ class Kitchen:
     def work(self, sources: Sequence[Source]) -> Work:
         """What makes samples of the rows of these sources. Raises DataError for settings that do not fit them."""
         data = self.recipe.data
-        settings = FormatSettings(
-            columns=data.columns,
-            roles=data.roles,
-            unmask=data.unmask,
-            end_token=data.end_token,
-            start_token=data.start_token,
-            pretraining=data.pretraining,
-            template_arguments=data.template_arguments,
-        )
+        settings = FormatSettings.of(data)
         problems = [line for source in sources for line in check_settings(source.format, settings)]
         if problems:
             raise DataError(list(dict.fromkeys(problems)))

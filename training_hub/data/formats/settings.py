@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from training_hub.errors import DataError
+from training_hub.recipe.sections import Data
 from training_hub.types import Origin, Row
 
 # Names that data.columns may map: of the row, and of the messages in it.
@@ -37,6 +38,11 @@ class FormatSettings:
     start_token: bool = True
     pretraining: bool = False
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(data: Data) -> FormatSettings:
+        """Those of a recipe."""
+        return FormatSettings(**{one.name: getattr(data, one.name) for one in fields(FormatSettings)})
 
 
 @dataclass(frozen=True)
