@@ -123,7 +123,8 @@ def _split_matrix(matrix: Tensor, kept: int, before: Split | None, dtype: torch.
     overlap_left = matrix.new_zeros(0, 0, dtype=torch.float64)
     if is_square:
         overlap_left = _rounding(left, u) if u_high is None else _gram(u_high.T.double() @ left.double())
-    overlap_right = _gram(v_high @ right.double().T)
+    # All of it is what rounding added to `v`, of which dtype holds enough.
+    overlap_right = _gram(v_high.to(dtype) @ (right.double() - v).to(dtype).T).double()
     if before is not None:  # the rounding of the earlier cut is still there
         overlap_right += _turned(before.overlap_right, before.right.double() @ v.T)
         if is_square:
