@@ -101,6 +101,31 @@ def test_bfloat16_keeps_float32_slices_and_the_best_step_is_gathered(
         assert files.read("model.norm.weight").dtype == torch.float32
 
 
+STILL = {"optimizer": {"lr": 1e-30}, "model": {"dtype": "bfloat16"}, "training": {**STEPS, "steps": 2}}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"freezing": {"blocks": 1, "embeddings": True}},
+        {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False, "others": "freeze"}},
+    ],
+    ids=["read in slices, in part frozen", "read whole, osft"],
+)
+def test_what_does_not_move_is_what_the_files_hold_though_bfloat16_is_computed(
+    sections,
+    two,
+    tiny_model_folder,
+    uneven_file,
+    tmp_path,
+):
+    settings = {"parallelism": SHARDED, **STILL, **sections}
+    together = two.train(tiny_model_folder, uneven_file, tmp_path / "together", **settings)
+    assert together[0].get("status") == "finished", together
+    final, base = weights(together[0]["model_path"]), weights(tiny_model_folder)
+    assert final.keys() == base.keys() and all(torch.equal(final[name], one) for name, one in base.items())
+
+
 HYBRID = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}
 
 

@@ -60,14 +60,15 @@ class Model(Section):
 
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Number format of forward and backward. auto: bfloat16 where the hardware multiplies it fast, else float32.
-    With bfloat16 the optimizer keeps float32 master weights."""
+    With bfloat16 the optimizer keeps float32 master weights, which begin from the numbers of the model's files."""
 
     attention: Literal["auto", "documents", "varlen"] = "auto"
     """How attention keeps packed samples apart. documents: one call per sample (any device). varlen: torch's
     variable-length kernel (CUDA). auto: the fastest that passes a check against the plain model."""
 
     save_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Number format of the final model. auto: the format the model came in; an adapter's numbers in float32."""
+    """Number format of the final model. auto: the format the model came in, of most weights where they differ; those
+    that have not moved keep their own, and an adapter's numbers are in float32."""
 
     quantization: Literal["none", "int8", "int4"] = "none"
     """Number format of the frozen weights beside which adapters train. int8: by torchao, a scale for each row. int4:

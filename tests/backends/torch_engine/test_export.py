@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from training_hub.backends.torch_engine import export as export_module
 from training_hub.backends.torch_engine.adaptations.full import Full
-from training_hub.backends.torch_engine.export import export
+from training_hub.backends.torch_engine.base_weights import Written
+from training_hub.backends.torch_engine.export import export, is_rounding
 from training_hub.errors import TrainingError
 
 
@@ -34,7 +35,7 @@ def write(made, folder, tokenizer_folder, dtype=torch.float32, weights=None, sto
     adaptation.attach(made)
     chosen = weights or dict(made.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    return export(made, adaptation.export(chosen, dtype), dtype, folder, tokenizer, template, stop_ids)
+    return export(made, adaptation.export(chosen, Written(dtype)), dtype, folder, tokenizer, template, stop_ids)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -74,3 +75,31 @@ def test_a_folder_that_does_not_hold_the_model_never_gets_the_name(tiny_model_fo
         made.save_pretrained(aside)
         with pytest.raises(TrainingError, match=r"model\.norm\.weight is not what was written"):
             export_module.verify(aside, made, wrong, torch.float32)
+
+
+def test_a_folder_that_does_not_hold_what_is_in_memory_never_gets_it_either(tiny_model_folder, tmp_path):
+    """Formats of 16 bits tell numbers apart by half a unit in the last place, 2^-8 of them in bfloat16; no more is
+    forgiven."""
+    made = model(dtype=torch.bfloat16)
+    exact = {name: one.float() for name, one in made.named_parameters()}
+    rounded = {name: one * (1 + 2**-9) for name, one in exact.items()}
+    write(made, tmp_path / "final", tiny_model_folder, weights=rounded)
+    other = {**rounded, "model.layers.1.mlp.up_proj.weight": exact["model.layers.1.mlp.up_proj.weight"] * (1 + 2**-7)}
+    with pytest.raises(TrainingError, match=r"1\.mlp\.up_proj\.weight is not the rounding of what was trained"):
+        write(made, tmp_path / "wrong", tiny_model_folder, weights=other)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(("computed", "saved"), [(torch.float32, torch.float32), (torch.float32, torch.float64)])
+def test_wide_formats_are_equal_to_the_last_bit(computed, saved):
+    one = torch.tensor([1.0, 1e-40], dtype=computed)
+    assert is_rounding(one, one.to(saved))
+    assert not is_rounding(one, torch.nextafter(one, torch.tensor(2.0, dtype=computed)).to(saved))
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_rounding_makes_of_any_number_is_told_from_another(saved):
+    exact = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).exp2_().mul_(1e-2)
+    held, written = exact.bfloat16(), exact.to(saved)
+    assert is_rounding(held, written)
+    assert not is_rounding(held, written * (1 + 2**-6))

@@ -68,7 +68,7 @@ class Full:
         return weights, {}
 
     def tensors(self, trained: Weights, frozen: Weights, formats: Mapping[str, str]) -> Weights:
-        return files.named(trained, formats, self._shape)
+        return files.as_they_came(files.named(trained, formats, self._shape), self._shape, self._source)
 
     def write(self, tensors: Weights, folder: Path, dtype: str | None) -> None:
         files.save(tensors, folder)

@@ -1,7 +1,8 @@
 """Weights from safetensors and back, byte for byte: under the files' names, each in the format it came in.
 
 In memory every weight is a float32 master, which holds 16-bit numbers exactly; so what no step has moved is saved as
-it was read. A head that shares the table of embeddings is neither read twice nor saved.
+it was read (float64, which it does not hold, is read again for that). A head that shares the table of embeddings is
+neither read twice nor saved.
 """
 
 from __future__ import annotations
@@ -79,6 +80,23 @@ def named(weights: Mapping[str, np.ndarray], formats: Mapping[str, str], shape: 
         each = np.asarray(weights[key]).astype(number_format(formats[key]))
         parts = list(each) if leaf.is_of_experts else [each]
         found |= dict(zip(tensors(key, leaf, shape), map(np.ascontiguousarray, parts), strict=True))
+    return found
+
+
+def as_they_came(written: Mapping[str, np.ndarray], shape: Shape, folder: Path) -> dict[str, np.ndarray]:
+    """`written` with the numbers of the model in `folder` where these are float64 and no step has moved them: the
+    masters are their rounding."""
+    found = dict(written)
+    wide = [name for name, tensor in written.items() if tensor.dtype == np.float64]
+    if not wide:
+        return found
+    where = _places(folder)
+    prefix = _missing_prefix(where, shape)
+    with _Files(where) as files:
+        for name in wide:
+            came = files.read(name.removeprefix(prefix))
+            if came.dtype == np.float64 and np.array_equal(came.astype(np.float32), written[name].astype(np.float32)):
+                found[name] = came
     return found
 
 

@@ -83,10 +83,11 @@ def loading_report(model: nn.Module, files: ExpertFiles) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, files: ExpertFiles, dtype: torch.dtype, device: torch.device, is_offloaded: bool) -> None:
-    """Give a divided model on the meta device its weights: this process's pieces, read from the files as `dtype`.
+def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloaded: bool) -> None:
+    """Give a divided model on the meta device its weights: this process's pieces, in the format that each has there.
 
-    Its buffers come to `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
+    What trains may be wider there than what is computed in: it begins from the files' own numbers. Buffers come to
+    `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
     """
     buffers = dict(model.named_buffers())
     same = _names_by_weight(model)
@@ -104,7 +105,7 @@ def fill(model: nn.Module, files: ExpertFiles, dtype: torch.dtype, device: torch
     for name, parameter in names.items():
         if name in files.shapes and id(parameter) not in done:
             done.add(id(parameter))
-            local_of(parameter).copy_(files.read(name, cut_of(parameter)).to(dtype))
+            local_of(parameter).copy_(files.read(name, cut_of(parameter)))
 
 
 def _names_by_weight(model: nn.Module) -> list[list[str]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
 from training_hub.backends.torch_engine.attention import register_attention, varlen_problem
+from training_hub.backends.torch_engine.base_weights import BaseWeights, base_of
 from training_hub.backends.torch_engine.blank import (
     fill,
     loading_report,
@@ -90,7 +93,8 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
         return "its files call weights otherwise than it does"
     if dtype in TYPES and problem_on(device) is None:
         swap(model)
-    return LoadedModel(model, original, "", tuple(unexpected_notes(info["unexpected_keys"])), files)
+    unexpected = tuple(unexpected_notes(info["unexpected_keys"]))
+    return LoadedModel(model, original, "", unexpected, files, base_of(chosen, model))
 
 
 def divide(
@@ -113,6 +117,7 @@ def divide(
             [*model.state_dict().values(), *adaptation.weights().values(), *adaptation.saved().values()]
         )
         layout = layout.divide(model, dtype)
+        _begin_exactly(model, loaded.base, dtype)
         adaptation.divided()
         layout.spread(model)
         return loaded, layout
@@ -122,7 +127,7 @@ def divide(
     if recipe.model.attention == "varlen" and problem:
         raise BackendError(problem)
     with opened(loaded.files) as files:
-        fill(model, ExpertFiles(files, wanted), dtype, device, is_offloaded=recipe.parallelism.enable_cpu_offload)
+        fill(model, ExpertFiles(files, wanted), device, is_offloaded=recipe.parallelism.enable_cpu_offload)
         share = f"each process reads its own slices of the weights; here {files.numbers_read / numbers:.1%}"
     broken = nonfinite_tensors({name: local_of(weight) for name, weight in model.named_parameters()})
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
@@ -132,7 +137,18 @@ def divide(
     notes = [*loaded.notes, share, *tried, *attention_notes(attention, names), *model_notes(model)]
     notes += [line for line in (stay_on_kernels(model, dtype),) if line]
     layout.spread(model)
-    return LoadedModel(model, loaded.original_dtype, attention, tuple(notes)), layout
+    return replace(loaded, attention=attention, notes=tuple(notes), files=()), layout
+
+
+@torch.no_grad()
+def _begin_exactly(model: nn.Module, base: BaseWeights, dtype: torch.dtype) -> None:
+    """Give what trains, and has become wider than `dtype` by being divided, the numbers that it came with."""
+    with base.opened() as came:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dtype != dtype:
+                exact = came.finer(name, parameter, dtype)
+                if exact is not None:
+                    local_of(parameter).copy_(exact)
 
 
 def refuse_broken_model(recipe: Recipe, problems: Sequence[str]) -> None:

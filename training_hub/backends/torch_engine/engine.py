@@ -42,6 +42,7 @@ from training_hub.backends.torch_engine.model import (
     choose_dtype,
     folder_problems,
     load_model,
+    named,
 )
 from training_hub.backends.torch_engine.objectives import make_objective
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
@@ -305,6 +306,7 @@ def assemble(
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
     if isinstance(adaptation, Osft):
         adaptation.share_work(layout.group)
+        adaptation.begin_as_it_came(loaded.base)
     adaptation.begin(console)
     if layout.is_divided:
         loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
@@ -316,7 +318,9 @@ def assemble(
     may_pack = any(asked) and can_pack(model, plain, dtype, console)
     store = materials.prepared.train
     are_split, let_go = recipe.optimizer.state != "full", partial(layout.let_go, model)
-    masters = Masters(model.named_parameters(), adaptation, are_split=are_split, published=let_go)
+    masters = Masters(model.named_parameters(), adaptation, are_split=are_split, published=let_go, base=loaded.base)
+    if masters.rounded:
+        console.say(f"model: begins from rounded weights, since it has others than its files: {named(masters.rounded)}")
     run = Run(
         recipe=recipe,
         model=model,

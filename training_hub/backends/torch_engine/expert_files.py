@@ -24,9 +24,10 @@ OWNERS = ((".mlp", ".block_sparse_moe"),)
 
 
 class ExpertFiles:
-    """The tensors of some files under the names that the model has for them."""
+    """The tensors of some files under the names that the model has for them. prefix: what files may leave out before
+    these: GPT-2 as its makers saved it has no `transformer.`."""
 
-    def __init__(self, files: TensorFiles, wanted: Mapping[str, tuple[int, ...]]):
+    def __init__(self, files: TensorFiles, wanted: Mapping[str, tuple[int, ...]], prefix: str = ""):
         self._files = files
         self._plain: dict[str, str] = {}
         self._stacked: dict[str, list[list[str]]] = {}
@@ -35,7 +36,7 @@ class ExpertFiles:
                 self._plain[name] = name
             elif parts := self._parts(name, shape):
                 self._stacked[name] = parts
-            elif other := next((one for one in _otherwise(name) if one in files.shapes), None):
+            elif other := next((one for one in _otherwise(name, prefix) if one in files.shapes), None):
                 self._plain[name] = other
         used = {*self._plain.values(), *(part for parts in self._stacked.values() for own in parts for part in own)}
         stacked = {name: self._shape(parts) for name, parts in self._stacked.items()}
@@ -54,6 +55,11 @@ class ExpertFiles:
         chosen = self._stacked[name][cut.slices[0]]
         return torch.stack([torch.cat([self._files.read(part) for part in own])[cut.slices[1:]] for own in chosen])
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The number format of the tensor, of experts that of the first; None where it is none of torch's floats."""
+        first = self._stacked[name][0][0] if name in self._stacked else self._plain.get(name, name)
+        return self._files.dtype(first)
+
     def _parts(self, name: str, shape: tuple[int, ...]) -> list[list[str]]:
         """For each expert the names of its matrices; [] where the files do not hold them so."""
         found = STACKED.match(name)
@@ -71,6 +77,7 @@ class ExpertFiles:
         return len(parts), sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 
-def _otherwise(name: str) -> list[str]:
+def _otherwise(name: str, prefix: str = "") -> list[str]:
     """How files of other kinds would call what the model calls `name`."""
-    return [name.replace(ours, theirs) for ours, theirs in OWNERS if ours in name]
+    shorter = [name.removeprefix(prefix)] if prefix and name.startswith(prefix) else []
+    return shorter + [name.replace(ours, theirs) for ours, theirs in OWNERS if ours in name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
+from training_hub.backends.torch_engine.blank import weight_files
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.quiet import library_bars
+from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import DiskError, TrainingError
 from training_hub.folders import write_whole
@@ -94,6 +96,21 @@ def export(
         return verify(aside, model, tensors, dtype, files, said)
 
 
+def is_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in two formats: apart by what rounding to each of 16 bits makes, half a
+    unit in the last place, eps / 2 of a number or of the smallest normal one; equal where neither has 16 bits."""
+    if not one.is_floating_point() or one.shape != other.shape:
+        return one.shape == other.shape
+    low = [torch.finfo(kind) for kind in (one.dtype, other.dtype) if kind.itemsize == 2]
+    if not low:
+        coarse = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
+        return torch.equal(one.detach().cpu().to(coarse), other.to(coarse))
+    here, there = one.detach().cpu().float(), other.float()
+    share = sum(kind.eps / 2 for kind in low)
+    allowed = torch.maximum(here.abs(), there.abs()).clamp_min(max(kind.smallest_normal for kind in low)) * share
+    return bool(((here - there).abs() <= allowed).all())
+
+
 def refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
     """Raise TrainingError naming each tensor with NaN or infinite numbers."""
     problems = nonfinite_tensors(tensors)
@@ -110,11 +127,17 @@ def verify(
     files: ModelFiles | None = None,
     said: Tensor | None = None,
 ) -> float:
-    """Load `folder` and compare: tensors exactly, logits as the largest difference over a few tokens."""
+    """Load `folder` and compare: tensors exactly, with the weights in memory as far as both formats tell them apart,
+    and logits as the largest difference over a few tokens."""
     loaded, found, problems = (files or WholeModel()).load(model, dtype, folder)
     for name, tensor in found.items():
-        if name in tensors and not torch.equal(tensor, tensors[name]):
+        if name in tensors and not torch.equal(tensor, tensors[name].to(tensor.dtype)):
             problems.append(f"{name} is not what was written")
+    problems += [f"{name} is not what was written" for name in _other_bits(folder, tensors, dtype)]
+    if said is None:  # else the weights lie in several processes
+        here = dict(model.named_parameters())
+        other = [name for name in here.keys() & tensors.keys() if not is_rounding(here[name], tensors[name])]
+        problems += [f"{name} is not the rounding of what was trained" for name in sorted(other)]
     if problems:
         raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])
     here = probed_logits(model, next(model.parameters()).device) if said is None else said
@@ -126,6 +149,20 @@ def verify(
             "It is not written. Write a lower optimizer.lr, and training.on_nonfinite: stop to see the step."
         )
     return difference
+
+
+def _other_bits(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[str]:
+    """Names of tensors that were to be written in another format than `dtype`, in which the library has read them, and
+    that the folder holds otherwise."""
+    apart = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != dtype]
+    if not apart:
+        return
+    with opened(weight_files(folder)) as kept:
+        for name in apart:
+            if name in kept.shapes and (
+                kept.dtype(name) != tensors[name].dtype or not torch.equal(kept.read(name), tensors[name])
+            ):
+                yield name
 
 
 _CHECKED = ("missing_keys", "mismatched_keys")

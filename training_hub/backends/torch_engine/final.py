@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from training_hub.backends.shared.outcome import card_of, final_step
+from training_hub.backends.torch_engine.base_weights import BaseWeights, Settled, Written
 from training_hub.backends.torch_engine.export import WholeModel, export, probed_logits
 from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 from training_hub.backends.torch_engine.loop import Run
@@ -35,7 +37,7 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         return run.group.on_main(what, lambda: write() if take_chosen_step(run, console) else None)
     if not take_chosen_step(run, console):
         return None
-    held = gather_whole(run, saved_dtype(run, loaded))
+    held = gather_whole(run, _written(run, loaded), _readable(loaded.base, console))
     return run.group.on_main(what, lambda: write(held))
 
 
@@ -91,12 +93,17 @@ def write_model(
 
     held: its weights and what it says, where it is divided and this process cannot ask it.
     """
-    dtype = saved_dtype(run, loaded)
+    written = _written(run, loaded)
     with nullcontext() if held is not None else run.updater.averaged():
+        if held is None:
+            with _readable(loaded.base, run.console).opened() as came:
+                tensors = run.adaptation.export(run.updater.masters.all_exact(), written, came)
+        else:
+            tensors = run.adaptation.export(held.weights, written, Settled(held.unmoved))
         return export(
             run.model,
-            run.adaptation.export(run.updater.masters.all_exact() if held is None else held.weights, dtype),
-            dtype,
+            tensors,
+            written.dtype,
             folder,
             materials.tokenizer.hf,
             materials.template.source if materials.template else None,
@@ -106,6 +113,23 @@ def write_model(
             documents=documents,
             said=held.logits if held is not None else None,
         )
+
+
+def _written(run: Run, loaded: LoadedModel) -> Written:
+    return Written(saved_dtype(run, loaded), is_asked=run.recipe.model.save_dtype != "auto")
+
+
+def _readable(base: BaseWeights, console: Console) -> BaseWeights:
+    """The weights as they came, as far as they can still be read: a run may outlive the files that it began from."""
+    try:
+        with base.opened():
+            return base
+    except (OSError, SafetensorError) as error:
+        console.say(
+            f"final: the files of the model that the run began from cannot be read any more ({error}), so weights that "
+            "nothing has moved are written as they are in memory, in the format of training"
+        )
+        return replace(base, files=())
 
 
 def _files(run: Run) -> ModelFiles:
@@ -118,30 +142,36 @@ def _files(run: Run) -> ModelFiles:
 
 @dataclass(frozen=True)
 class Held:
-    """What is gathered of a divided model to be written: weights by parameter name, and logits of a few tokens."""
+    """What is gathered of a divided model to be written: weights by parameter name, those of them that nothing has
+    moved, and logits of a few tokens."""
 
     weights: dict[str, Tensor]
+    unmoved: frozenset[str]
     logits: Tensor
 
 
 @torch.no_grad()
-def gather_whole(run: Run, dtype: torch.dtype) -> Held:
+def gather_whole(run: Run, written: Written, base: BaseWeights) -> Held:
     """The model in the memory of process 0, weight by weight; the others keep none. All must call it.
 
-    dtype: that of a whole final model, to which weights are rounded as they come.
+    written: the format of a whole final model, to which weights are rounded as they come. base: what those are that
+    nothing has moved.
     """
-    masters, weights = run.updater.masters, {}
+    masters, weights, unmoved = run.updater.masters, {}, set()
     is_whole = run.adaptation.files is None
-    with run.updater.averaged():
+    with run.updater.averaged(), base.opened() as came:
         for name, parameter in run.model.named_parameters():
             if not (is_whole or parameter.requires_grad):
                 continue
             whole = whole_of(masters.weights.get(name, local_of(parameter)), parameter)
             if run.group.is_main:
-                weights[name] = whole.to(dtype if is_whole and whole.is_floating_point() else whole.dtype).cpu()
+                same = came.unmoved([name], whole, written) if is_whole else None
+                cast = whole.to(written.dtype if is_whole and whole.is_floating_point() else whole.dtype).cpu()
+                weights[name] = cast if same is None else same
+                unmoved |= set() if same is None else {name}
         logits = probed_logits(run.model, run.device)
         run.layout.let_go(run.model)
-    return Held(weights, logits)
+    return Held(weights, frozenset(unmoved), logits)
 
 
 def go_back(run: Run, step: int) -> None:

@@ -95,7 +95,7 @@ def estimate(
         "weights": sum(p.numel() for p in blank.parameters()) * dtype.itemsize
         - holdings.spared
         + (holdings.trained + holdings.fixed) * exact
-        + (holdings.copied * dtype.itemsize if is_low else 0),
+        + (holdings.copied * holdings.copied_bytes if is_low else 0),
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
         "gradients": (sum(p.numel() for p in trained) + (holdings.gradients if accumulates else holdings.complete))
         * exact,

@@ -20,6 +20,7 @@ from training_hub.backends import Given
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.model_folder import is_folder, stored_dtype
 from training_hub.backends.torch_engine.adaptations.lora import library
+from training_hub.backends.torch_engine.base_weights import OpenBase, Written, base_of
 from training_hub.backends.torch_engine.export import WholeModel
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.model import choose_device, folder_problems
@@ -30,6 +31,7 @@ from training_hub.errors import RecipeError, TrainingError
 from training_hub.folders import write_json, write_whole
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, origin_of
+from training_hub.recipe.sections import Model
 from training_hub.types import Console
 
 REPORT = "merge.json"
@@ -142,7 +144,11 @@ def merge(
     facts = {"adapter": str(adapter), "base": str(path), "quantization": origin["quantization"]}
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     with disk_errors_explained("the merged model", output, size), library_bars(), write_whole(output) as aside:
-        WholeModel(trust_remote_code).save(merged, _as(merged.state_dict(), dtype), dtype, aside)
+        written = Written(dtype, is_asked=save_dtype != "auto")
+        chosen = Model(path=str(path), revision=origin["revision"])
+        with base_of(chosen, merged).opened() as came:
+            tensors = _as(merged.state_dict(), written, came)
+        WholeModel(trust_remote_code).save(merged, tensors, dtype, aside)
         tokenizer.save_pretrained(aside)
         _take_generation_config(adapter, aside)
         del model, merged
@@ -251,11 +257,16 @@ def _logits(model: Any, ids: Sequence[Tensor]) -> list[Tensor]:
     return [model(input_ids=each.to(device), use_cache=False).logits[0].float().cpu() for each in ids]
 
 
-def _as(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors in this format; what is one tensor under two names stays one."""
+def _as(tensors: dict[str, Tensor], written: Written, came: OpenBase) -> dict[str, Tensor]:
+    """The tensors as they are to be written, those to which nothing was added as they came; what is one tensor under
+    two names stays one."""
     made: dict[int, Tensor] = {}
     for tensor in tensors.values():
-        made.setdefault(tensor.data_ptr(), tensor.to(dtype if tensor.is_floating_point() else tensor.dtype))
+        if tensor.data_ptr() not in made:
+            same = [other for other, one in tensors.items() if one.data_ptr() == tensor.data_ptr()]
+            unmoved = came.unmoved(same, tensor, written)
+            cast = tensor.to(written.dtype if tensor.is_floating_point() else tensor.dtype)
+            made[tensor.data_ptr()] = cast if unmoved is None else unmoved
     return {name: made[tensor.data_ptr()] for name, tensor in tensors.items()}
 
 

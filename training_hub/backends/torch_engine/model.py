@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from training_hub.backends.shared.materials import Limits, limits_of
 from training_hub.backends.shared.model_folder import folder_problems, is_folder, stored_dtype
@@ -19,6 +20,7 @@ from training_hub.backends.torch_engine.attention import (
     varlen_problem,
 )
 from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
+from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, base_of, is_finer, lost_names
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
 from training_hub.backends.torch_engine.preflight import (
@@ -47,7 +49,8 @@ class LoadedModel:
     """A model on its device. `original_dtype`: the number format it came in. `notes`: what a user should be told.
 
     attention: the name it attends by, of ours, or transformers' own where the architecture allows no other.
-    files: what the weights of a model without contents are to be read from, once it is divided.
+    files: what the weights of a model without contents are to be read from, once it is divided. base: the weights as
+    they came, which may be finer than those of `model`.
     """
 
     model: PreTrainedModel
@@ -55,6 +58,7 @@ class LoadedModel:
     attention: str
     notes: tuple[str, ...]
     files: tuple[Path, ...] = ()
+    base: BaseWeights = UNREAD
 
 
 def read_limits(chosen: Model) -> Limits:
@@ -130,13 +134,15 @@ def load_model(
     is_quantised = recipe.model.quantization != NONE
     if model is None:
         loaded, original, notes = read_whole(recipe.model, dtype, device)
+        base = UNREAD if is_quantised else finest_base(recipe.model, loaded, original)
     elif is_quantised:
         raise RecipeError(
             f"model.quantization: {recipe.model.quantization} is made while weights are read, and the model was handed "
             "over. Give its folder as model.path, or write model.quantization: none."
         )
     else:
-        loaded, original, notes = model, next(model.parameters()).dtype, _convert(model, dtype)
+        original, (notes, held) = next(model.parameters()).dtype, _convert(model, dtype)
+        loaded, base = model, base_of(recipe.model, model, held)
     loaded = loaded.eval() if is_quantised else loaded.to(device).eval()  # it was put there as it was quantised
     kind = next(loaded.parameters()).dtype
     names, tried = attention_names(recipe.model.attention, loaded, lengths, loaded.device, kind)
@@ -146,7 +152,7 @@ def load_model(
     if recipe.training.fp8:
         told_of.append(_in_eight_bits(loaded))
     found = tuple(told_of)
-    return LoadedModel(loaded, original, attention, found)
+    return LoadedModel(loaded, original, attention, found, base=base)
 
 
 def attention_names(
@@ -184,6 +190,18 @@ def read_whole(
         raise RecipeError(problems)
     multiply_dense(model)
     return model, original, unexpected_notes(info["unexpected_keys"])
+
+
+def finest_base(chosen: Model, model: PreTrainedModel, original: torch.dtype) -> BaseWeights:
+    """The weights of `model` as they came, by its own names. Those that transformers makes of others, when it reads the
+    files, are read by it once more, in the format they came in, and kept on the CPU."""
+    base = base_of(chosen, model)
+    lost = lost_names(base, model, original)
+    if not lost:
+        return base
+    whole, _, _ = read_whole(chosen, torch.promote_types(original, next(model.parameters()).dtype), torch.device("cpu"))
+    exact = dict(whole.named_parameters())
+    return replace(base, held={name: exact[name].detach() for name in lost})
 
 
 def read_config(chosen: Model) -> tuple[Any, torch.dtype]:
@@ -268,13 +286,17 @@ def named(names: list[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _convert(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """Parameters to `dtype`, in place; what was done. Buffers stay: rotary frequencies are wrong in 16 bits."""
-    before = next(model.parameters()).dtype
-    for parameter in model.parameters():
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> tuple[list[str], dict[str, Tensor]]:
+    """Parameters to `dtype`, in place: what was done, and what was rounded, as it was. Buffers stay: rotary frequencies
+    are wrong in 16 bits."""
+    before, held = next(model.parameters()).dtype, {}
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
+            if is_finer(parameter.dtype, dtype):
+                held[name] = parameter.data
             parameter.data = parameter.data.to(dtype)
-    return [] if before == dtype else [f"the given model was converted from {_name(before)} to {_name(dtype)}"]
+    done = [] if before == dtype else [f"the given model was converted from {_name(before)} to {_name(dtype)}"]
+    return done, held
 
 
 def attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> str:

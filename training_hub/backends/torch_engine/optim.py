@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.pieces import local_of, norm_of
@@ -37,7 +38,8 @@ class Masters:
     a float32 master. An adaptation may claim parameters, which it moves itself, and add weights of its own.
 
     Of a parameter that is divided over processes the optimizer moves this one's piece. published: called once weights
-    have changed, for whatever was made of them before.
+    have changed, for whatever was made of them before. base: the weights as they came, where masters begin that are
+    finer than their parameters; `rounded`: those that begin as the parameters, since the base says something else.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Masters:
         *,
         are_split: bool = False,
         published: Callable[[], None] = lambda: None,
+        base: BaseWeights = UNREAD,
     ):
         self._published = published
         self.adaptation = adaptation
@@ -57,26 +60,38 @@ class Masters:
         self._low: list[str] = []
         self._hooks: list[Any] = []
         self.divided: dict[str, DTensor] = {}
-        for name, parameter in self.parameters.items():
-            is_divided = isinstance(parameter, DTensor)
-            if isinstance(parameter, DTensor):
-                self.divided[name] = parameter
-            if parameter.dtype not in LOW_PRECISION:
-                self.weights[name] = local_of(parameter) if is_divided else parameter
-                continue
-            if are_split:
-                parameter.grad_dtype = torch.float32
-                self.weights[name] = parameter
-                self.extras[name] = torch.zeros_like(parameter, dtype=torch.int16)
-                hold_gradient(parameter, parameter)
-                continue
-            self.weights[name] = local_of(parameter.detach()).float()
-            self._low.append(name)
-            if not is_divided:
-                hold_gradient(parameter, self.weights[name])
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_grad_to(self.weights[name])))
+        with base.opened() as came:
+            for name, parameter in self.parameters.items():
+                self._take(name, parameter, came, are_split=are_split)
+            self.rounded = came.unlike
+        writes_beside = adaptation is not None and adaptation.files is not None  # and so nothing of the base
+        base.let_go(list(base.held) if writes_beside else self.parameters)
         self.added = adaptation.weights() if adaptation is not None else {}
         self.weights |= self.added
+
+    def _take(self, name: str, parameter: nn.Parameter, came: OpenBase, *, are_split: bool) -> None:
+        is_divided = isinstance(parameter, DTensor)
+        if isinstance(parameter, DTensor):
+            self.divided[name] = parameter
+        if parameter.dtype not in LOW_PRECISION:
+            self.weights[name] = local_of(parameter) if is_divided else parameter
+            return
+        master = local_of(parameter.detach()).float()
+        exact = came.finer(name, parameter)
+        if exact is not None:
+            master.copy_(exact)
+        if are_split:
+            parameter.grad_dtype = torch.float32
+            rounded, self.extras[name] = split(master)
+            parameter.data.copy_(rounded)
+            self.weights[name] = parameter
+            hold_gradient(parameter, parameter)
+            return
+        self.weights[name] = master
+        self._low.append(name)
+        if not is_divided:
+            hold_gradient(parameter, master)
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_grad_to(master)))
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -18,8 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training_hub.backends.shared.model_folder import STORED_AS
 from training_hub.backends.torch_engine.layouts.pieces import Cut, whole_cut
 from training_hub.errors import CheckpointError
+
+FLOATS = {name: getattr(torch, known) for name, known in STORED_AS.items()}
+"""Number formats as a safetensors file names them."""
 
 CUTS = "cuts"
 """Key of a file's metadata: JSON, by tensor the shape of the whole and where the piece starts in it."""
@@ -81,6 +85,11 @@ class TensorFiles:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each whole tensor."""
         return {name: held[0].cut.shape for name, held in self._held.items()}
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The number format of the tensor; None where it is none of FLOATS, or there is no such tensor."""
+        held = self._held.get(name)
+        return FLOATS.get(held[0].file.get_slice(name).get_dtype()) if held else None
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
         """The tensor, or the part of it that `cut` says, on the CPU. Raises CheckpointError where a part is missing."""

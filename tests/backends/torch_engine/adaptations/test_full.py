@@ -6,6 +6,7 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import tiny_model
 from training_hub.backends.torch_engine.adaptations.full import Full
+from training_hub.backends.torch_engine.base_weights import Written
 
 
 def test_every_weight_may_move_even_one_that_was_frozen() -> None:
@@ -19,7 +20,7 @@ def test_export_writes_what_the_optimizer_moves_under_every_name_of_a_tied_weigh
     model, adaptation = tiny_model("llama-tied", torch.bfloat16), Full()
     adaptation.attach(model)
     moved = {"model.embed_tokens.weight": torch.full((128, 32), 1 / 3)}
-    exported = adaptation.export(moved, torch.float32)
+    exported = adaptation.export(moved, Written(torch.float32))
     assert exported.keys() == model.state_dict().keys()
     assert (exported["lm_head.weight"] == torch.tensor(1 / 3)).all()
     assert exported["lm_head.weight"] is exported["model.embed_tokens.weight"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
+from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.freezing import freeze
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.recipe.freezing import Freezing
@@ -49,20 +49,26 @@ class Full(OfParameters):
     files: ModelFiles | None = None
     """How the final model is written and read again: as a whole one."""
 
-    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The state dict to write, on the CPU: `weights` (by parameter name, as the optimizer moves them) as `dtype`.
+    def export(
+        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
+    ) -> dict[str, Tensor]:
+        """The state dict to write, on the CPU: `weights` (by parameter name, as the optimizer moves them) as `written`.
 
         Tied weights stand under each of their names and share one tensor, which is how transformers recognises them;
-        what the optimizer does not move is as it is in the model.
+        what the optimizer does not move is as it is in the model. came: the weights as they came, which are what is
+        written of all that nothing has moved.
         """
-        names = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
         moved = {id(p): weights[name] for name, p in self._model.named_parameters() if name in weights}
-        cast: dict[int, Tensor] = {}
-        tensors = {}
+        names: dict[int, list[str]] = {}
+        sources: dict[int, Tensor] = {}
         for name, tensor in self._model.state_dict().items():
-            key = id(names.get(name, tensor))
-            if key not in cast:
-                source = moved.get(key, tensor)
-                cast[key] = source.detach().to(dtype if source.is_floating_point() else source.dtype).cpu()
-            tensors[name] = cast[key]
-        return tensors
+            key = id(parameters.get(name, tensor))
+            names.setdefault(key, []).append(name)
+            sources[key] = moved.get(key, tensor).detach()
+        tensors = {}
+        for key, source in sources.items():
+            same = came.unmoved(names[key], source, written) if came is not None else None
+            cast = source.to(written.dtype if source.is_floating_point() else source.dtype).cpu()
+            tensors |= dict.fromkeys(names[key], cast if same is None else same)
+        return {name: tensors[name] for name in self._model.state_dict()}

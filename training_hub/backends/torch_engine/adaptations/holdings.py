@@ -10,17 +10,18 @@ class Holdings:
     """What there is because of an adaptation.
 
     claimed: parameters that it moves itself. trained: numbers that the optimizer moves for them. fixed: numbers that it
-    keeps, in float32. copied: numbers that it keeps in the format of the model, where that is 16 bits wide. gradients:
-    numbers of the gradients that wait for further packs of a step in place of those of the claimed parameters.
-    complete: the same once those of a step are complete. saved: numbers in a checkpoint beside those that the optimizer
-    moves. exported: numbers of the final model's files, where these are not the whole model. spared: bytes by which
-    frozen weights are smaller than in the format of the model.
+    keeps, in float32. copied: numbers that it keeps where the model computes in 16 bits, in the format that they came
+    in; `copied_bytes` each. gradients: numbers of the gradients that wait for further packs of a step in place of those
+    of the claimed parameters. complete: the same once those of a step are complete. saved: numbers in a checkpoint
+    beside those that the optimizer moves. exported: numbers of the final model's files, where these are not the whole
+    model. spared: bytes by which frozen weights are smaller than in the format of the model.
     """
 
     claimed: frozenset[str] = frozenset()
     trained: int = 0
     fixed: int = 0
     copied: int = 0
+    copied_bytes: int = 2
     gradients: int = 0
     complete: int = 0
     saved: int = 0

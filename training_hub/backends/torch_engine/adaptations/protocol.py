@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.types import Console, Proof
 
@@ -79,8 +79,10 @@ class Adaptation(Protocol):
         """Take over what `saved` gave; `weights` have been taken over before."""
         ...
 
-    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The state dict to write."""
+    def export(
+        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
+    ) -> dict[str, Tensor]:
+        """The state dict to write. came: the weights as they came, for a whole model of which some have not moved."""
         ...
 
     def proofs(self) -> list[Proof]:

@@ -27,6 +27,7 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
+from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.quantization import num_numbers, spared_bytes
@@ -155,14 +156,16 @@ class Lora(OfParameters):
         )
         return [Proof(name, "fallback", measured, f"{limit:.0e}", remedy)]
 
-    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The adapter under PEFT's names, on the CPU, as `dtype`: `weights` by parameter name, as the optimizer moves
-        them. One that started from a part of the weights becomes a LoRA of twice the rank on the weights as they came.
+    def export(
+        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
+    ) -> dict[str, Tensor]:
+        """The adapter under PEFT's names, on the CPU: `weights` by parameter name, as the optimizer moves them. One
+        that started from a part of the weights becomes a LoRA of twice the rank on the weights as they came.
         """
         tensors = self._adapter_tensors(weights)
         if self._start is not None:
             tensors = self._start.difference(tensors)
-        return {name: t.to(dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+        return {name: t.to(written.dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
 
     def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
         """With lora.merge, the merged model in `merged` beside the final one; one that is there makes way."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from training_hub.backends.shared.model_folder import stored_dtype
 from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, read_state, state_of
@@ -19,9 +20,10 @@ from training_hub.backends.torch_engine.adaptations.osft.decompose import Split,
 from training_hub.backends.torch_engine.adaptations.osft.division import collected, shared_out
 from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
 from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
-from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, parameters_of
+from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, is_low_precision, parameters_of
 from training_hub.backends.torch_engine.adaptations.osft.table import told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
+from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase, Settled, Written
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.data.cache import cache_folder
@@ -50,6 +52,7 @@ class Osft:
         self._spaces = LowSpaces([], self._settings.form)
         self._shares: dict[str, float] = {}
         self._group = ALONE
+        self._base = UNREAD
         self.claimed: frozenset[str] = frozenset()
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -86,6 +89,10 @@ class Osft:
         """Let each process of `group` decompose a share of the weights; for `begin`, which comes after."""
         self._group = group
 
+    def begin_as_it_came(self, base: BaseWeights) -> None:
+        """Decompose the weights that came, and go on from them, not from their rounding; for `begin`."""
+        self._base = base
+
     def holdings(self) -> Holdings:
         """What the run will hold for OSFT; where `energy` decides the ranks, as if half of each were protected."""
         shapes = [_shape(one) for one in self._targets]
@@ -100,7 +107,9 @@ class Osft:
             fixed += stack * (per_factors + low**2 + beside + 1)
         dense = sum(stack * rows * columns for stack, rows, columns in shapes)
         waiting = trained if self._settings.gradients == "layer" else dense
-        return Holdings(self.claimed, trained, fixed, dense, waiting, trained, dense + fixed)
+        is_finer = self._came_from.is_dir() and stored_dtype(self._came_from) != "bfloat16"
+        width = 4 if is_finer else 2
+        return Holdings(self.claimed, trained, fixed, dense, width, waiting, trained, dense + fixed)
 
     def expect_steps(self, total: int) -> None:
         """Nothing depends on how many steps the run has."""
@@ -122,13 +131,21 @@ class Osft:
         own = shared_out(costs, self._group.world_size)[self._group.rank]
         self._group.note("the decomposition of weights")
         splits: dict[str, Split] = {}
-        with console.progress("decomposing weights", sum(costs[name] for name in own), "GFLOP") as advance:
+        with (
+            self._base.opened() as came,
+            console.progress("decomposing weights", sum(costs[name] for name in own), "GFLOP") as advance,
+        ):
             for name in own:
-                splits[name] = self._split(named[name], earlier.get(name), console)
+                splits[name] = self._split(named[name], earlier.get(name), console, came)
                 advance(costs[name])
+            starts = {
+                name: _start(name, p, came) for name, p in parameters_of(self._targets).items() if is_low_precision(p)
+            }
+        self._base.let_go(starts)
         splits = collected(splits, self._targets, self._group)
         pairs = [(one, splits[one.name]) for one in self._targets]
-        self._spaces = LowSpaces(pairs, self._settings.form, is_layerwise=self._settings.gradients == "layer")
+        is_layerwise = self._settings.gradients == "layer"
+        self._spaces = LowSpaces(pairs, self._settings.form, starts, is_layerwise=is_layerwise)
         for block, share in self._shares.items():
             console.say(f"osft: {block} keeps {share:.1%} of its directions, by its importance")
         for line in told(self._model, pairs, sum(t.numel() for t in self.weights().values())):
@@ -175,11 +192,14 @@ class Osft:
         """Take over what `saved` gave."""
         self._spaces.load(tensors)
 
-    def export(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def export(
+        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
+    ) -> dict[str, Tensor]:
         """The state dict to write, as Full gives it: an ordinary dense model."""
         whole = {name: p for name, p in self._spaces.parameters.items() if not isinstance(p, DTensor)}
-        exact = {name: self._spaces.exact(name) for name, p in whole.items() if p.dtype != dtype}
-        return self._full.export({**weights, **exact}, dtype)
+        lost = [name for name, p in whole.items() if p.dtype != written.dtype or self._spaces.is_finer(name)]
+        exact = {name: self._spaces.exact(name) for name in lost}
+        return self._full.export({**weights, **exact}, written, came)
 
     files: ModelFiles | None = None
     """How the final model is written and read again: as a whole one."""
@@ -195,9 +215,9 @@ class Osft:
         """Further safetensors files of the final model's folder, by name."""
         return {FILE: state_of(self._spaces.pairs())} if self._settings.carry else {}
 
-    def _split(self, target: Target, before: Split | None, console: Console) -> Split:
+    def _split(self, target: Target, before: Split | None, console: Console, came: OpenBase) -> Split:
         ratio, energy = self._settings.unfreeze_rank_ratio, self._settings.energy or 0.0
-        weight = target.view(target.parameter.detach())
+        weight = target.view(_start(target.parameter_name, target.parameter, came))
         if before is not None:
             before = Split(**{name: tensor.to(weight.device) for name, tensor in before.tensors().items()})
         free = before.right.shape[-2] if before is not None else target.short_side
@@ -208,6 +228,12 @@ class Osft:
             return split(weight, kept, before, energy)
         cut = f"energy {energy}" if kept is None else f"kept {kept}"
         return self._shelf.get(weight, cut, lambda: split(weight, kept, energy=energy), console.say)
+
+
+def _start(name: str, parameter: Tensor, came: OpenBase) -> Tensor:
+    """What a weight begins as, which is a copy where it is finer than the parameter: in float32 then."""
+    exact = came.finer(name, parameter) if is_low_precision(parameter) else None
+    return parameter.detach() if exact is None else exact.to(parameter.device, torch.float32, copy=True)
 
 
 def _cost(target: Target) -> float:

@@ -49,14 +49,23 @@ class LowSpaces:
     from is in float32.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Target, Split]], form: str, *, is_layerwise: bool = False):
-        """is_layerwise: turn each dense gradient into those of what trains as soon as backward has it, and free it."""
+    def __init__(
+        self,
+        pairs: Iterable[tuple[Target, Split]],
+        form: str,
+        starts: Mapping[str, Tensor] | None = None,
+        *,
+        is_layerwise: bool = False,
+    ):
+        """starts: what the parameters in bfloat16 came as, where that is finer than they are. is_layerwise: turn each
+        dense gradient into those of what trains as soon as backward has it, and free it."""
         self.spaces = [Space(target, FORMS[form](split)) for target, split in pairs]
         self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
+        finer = {name: start for name, start in (starts or {}).items() if start.dtype == torch.float32}
         self._starts = {
-            name: p.detach().clone()
+            name: finer[name] if name in finer else p.detach().clone()
             for name, p in self.parameters.items()
-            if p.dtype not in (torch.float32, torch.float64)
+            if is_low_precision(p)
         }
         self._sums: dict[str, Tensor] = {}
         self._moved = [(torch.zeros(()), torch.zeros(())) for _ in self.spaces]
@@ -132,7 +141,7 @@ class LowSpaces:
         self._moved = []
         for name, parameter in self.parameters.items():
             start = self._starts.get(name)
-            total = parameter.data if start is None else start.float()
+            total = parameter.data if start is None else start.to(torch.float32, copy=True)
             for one in self._of(name):
                 weights = one.trained.weights()
                 for key, projected in one.trained.project(weights).items():
@@ -142,6 +151,10 @@ class LowSpaces:
                 one.target.add(total, low, one.trained.split.right)
             if start is not None:
                 parameter.data.copy_(total)
+
+    def is_finer(self, name: str) -> bool:
+        """Whether the parameter `name` began from finer numbers than it holds."""
+        return name in self._starts and self._starts[name].dtype != self.parameters[name].dtype
 
     def exact(self, name: str) -> Tensor:
         """The parameter `name` before it is rounded to the format of the model."""
@@ -208,7 +221,7 @@ class LowSpaces:
         return [one for one in self.spaces if one.target.parameter_name == name]
 
     def _sum(self, name: str, start: Tensor) -> Tensor:
-        total = start.float()
+        total = start.to(torch.float32, copy=True)
         for one in self._of(name):
             one.target.add(total, one.trained.low(), one.trained.split.right)
         return total
@@ -227,6 +240,11 @@ def leak_and_size(split: Split, low: Tensor) -> tuple[Tensor, Tensor]:
     else:
         inside = inside + (split.protected.mT @ low).square().sum((-2, -1))
     return (inside.clamp_min(0) / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt(), size
+
+
+def is_low_precision(parameter: Tensor) -> bool:
+    """Whether a parameter is the rounding of something finer."""
+    return parameter.dtype not in (torch.float32, torch.float64)
 
 
 def parameters_of(targets: Iterable[Target]) -> dict[str, nn.Parameter]:
