@@ -147,7 +147,7 @@ def test_freezing_that_matches_nothing_or_everything_is_refused(tiny_model_folde
 
 
 def test_layers_are_named_part_by_part():
-    from training_hub.backends.torch_engine.freezing import is_part
+    from training_hub.backends.shared.freezing import is_part
 
     assert is_part("layers.1", "model.layers.1.mlp.weight")
     assert not is_part("layers.1", "model.layers.10.mlp.weight")

@@ -161,7 +161,7 @@ def test_a_head_that_is_tied_is_not_saved_twice(tmp_path):
     "changes, named",
     [
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
-        ({"attention_dropout": 0.1}, "config.attention_dropout is 0.1"),
+        ({"router_jitter_noise": 0.1}, "config.router_jitter_noise"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
     ],
 )

@@ -195,7 +195,7 @@ def test_what_the_engine_does_not_do_is_refused_at_once_in_words(tiny_model_fold
     asked = {
         "model": {"dtype": "float64"},
         "training": {"fp8": True},
-        "optimizer": {"name": "Muon"},
+        "optimizer": {"name": "GaLoreAdamW"},
         "evaluation": {"generate": True},
         "data": {"validation_fraction": 0.2},
         "processes": {"procs": 2},

@@ -32,11 +32,14 @@ FAR = 2**30
 SAME = {"float32": 2e-6, "bfloat16": 2e-2}
 """Difference from the plain form, as a share of the largest number, that another order of sums explains."""
 
+Drop = Callable[[Array], Array]
+
 Attend = Callable[..., Array]
-"""(q [B, T, H, d], k and v [B, T, G, d], segments [B, T], window) -> [B, T, H, d]."""
+"""(q [B, T, H, d], k and v [B, T, G, d], segments [B, T], window) -> [B, T, H, d]; `drop`, where it is given, is what
+drops shares of [B, T, ...] in training."""
 
 
-def plainly(q: Array, k: Array, v: Array, segments: Array, window: Array | int) -> Array:
+def plainly(q: Array, k: Array, v: Array, segments: Array, window: Array | int, *, drop: Drop | None = None) -> Array:
     """The reference: every query against every key, those of other documents and later ones masked."""
     tokens, heads, groups = q.shape[1], q.shape[2], k.shape[2]
     k, v = (jnp.repeat(each, heads // groups, axis=2) for each in (k, v))
@@ -44,10 +47,14 @@ def plainly(q: Array, k: Array, v: Array, segments: Array, window: Array | int) 
     places = jnp.arange(tokens)
     sees = _sees(places[:, None], places[None, :], window) & (segments[:, :, None] == segments[:, None, :])
     shares = jax.nn.softmax(jnp.where(sees[:, None], scores, -jnp.inf), axis=-1)
+    if drop is not None:
+        shares = jnp.moveaxis(drop(jnp.moveaxis(shares, 2, 1)), 1, 2)
     return ein("bhqk,bkhd->bqhd", shares.astype(q.dtype), v).astype(q.dtype)
 
 
-def in_blocks(q: Array, k: Array, v: Array, segments: Array, window: Array | int, *, reach: int) -> Array:
+def in_blocks(
+    q: Array, k: Array, v: Array, segments: Array, window: Array | int, *, reach: int, drop: Drop | None = None
+) -> Array:
     """The same where no document has more than `reach` tokens. T is a multiple of the block, or less than one."""
     batch, tokens, heads, width = q.shape
     size, groups = min(BLOCK, tokens), k.shape[2]
@@ -64,6 +71,10 @@ def in_blocks(q: Array, k: Array, v: Array, segments: Array, window: Array | int
     near = _sees(jnp.arange(size)[:, None] + size * back, jnp.arange(keys)[None, :], window)
     sees = near & (own[..., :, None] == seen[..., None, :])
     shares = jax.nn.softmax(jnp.where(sees[:, :, None, None], scores, -jnp.inf), axis=-1).astype(q.dtype)
+    if drop is not None:
+        by_query = jnp.moveaxis(shares, 4, 2)
+        dropped = drop(by_query.reshape(batch, tokens, *by_query.shape[3:]))
+        shares = jnp.moveaxis(dropped.reshape(by_query.shape), 2, 4)
     mixed = ein("bngqk,bngkd->bngqd", shares.reshape(batch, count, groups, -1, keys), seen_v)
     mixed = mixed.astype(q.dtype).reshape(batch, count, groups, heads // groups, size, width)
     return mixed.transpose(0, 1, 4, 2, 3, 5).reshape(batch, tokens, heads, width)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from training_hub.backends.jax_engine.attention import BLOCK
+from training_hub.backends.jax_engine.noise import Noise
 from training_hub.errors import DataError
 from training_hub.types import Pack
 
@@ -27,6 +29,7 @@ class Arrays:
     ids, positions, segments [B, T] int32: positions restart in each document; segments number documents from 1, padding
     is 0. rows [B, T] int32: the positions whose next token is trained, then zeros; targets [B, T] int32 and weights
     [B, T] float32: those next tokens and their weights, then zeros. chunks []: how many chunks of rows are not padding.
+    noise: what is drawn at random in training; without it nothing is.
     """
 
     ids: np.ndarray
@@ -36,6 +39,7 @@ class Arrays:
     targets: np.ndarray
     weights: np.ndarray
     chunks: np.ndarray
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def side_by_side(packs: Sequence[Pack], sizes: Sizes, count: int | None = None) 
     rows = [_row(pack, length) for pack in packs]
     while len(rows) < (count or 0):
         rows.append({name: np.zeros_like(array) for name, array in rows[0].items()})
-    columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     trained = max(int(np.count_nonzero(row["weights"])) for row in rows)
     return Arrays(**columns, chunks=np.asarray(-(-trained // CHUNK), np.int32))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
+from training_hub.backends.jax_engine.freezing import tables_of
 from training_hub.backends.jax_engine.materials import Materials
 from training_hub.backends.shared.checkpoint_folders import RECIPE, WEIGHTS, facts_of, newest_valid
 from training_hub.backends.shared.disk import BESIDE_TENSORS, free_bytes, room_for, saves_ahead
@@ -17,10 +19,11 @@ from training_hub.errors import CheckpointError, DiskError
 from training_hub.recipe import Recipe
 from training_hub.recipe.folder import differences
 from training_hub.recipe.load import load_file
+from training_hub.recipe.sections import Optimizer
 from training_hub.types import Console
 
-STATES = {"AdamW": 2, "Adam": 2, "SGD": 1, "RMSprop": 2, "Lion": 1}
-"""Numbers that each optimizer keeps at most of each weight."""
+STATES = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "SGD": 0, "RMSprop": 1, "Adagrad": 1, "Lion": 1}
+"""Numbers that each optimizer keeps of each number of a weight, without momentum; of others `kept_numbers` tells."""
 
 
 def numbers_of(materials: Materials) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def starting_step(recipe: Recipe, materials: Materials, trained: Shapes, feed: F
     step = newest_valid(checkpoints.root, console.say)
     if step is not None:
         refuse_another_run(recipe, materials, trained, checkpoints.folder(step))
-    _check_room(recipe, trained, feed, step or 0, len(checkpoints.steps()))
+    _check_room(recipe, materials, trained, feed, step or 0, len(checkpoints.steps()))
     return step
 
 
@@ -69,9 +72,24 @@ def _shapes(folder: Path) -> Shapes:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _check_room(recipe: Recipe, trained: Shapes, feed: Feed, step: int, kept: int) -> None:
+def kept_numbers(settings: Optimizer, trained: Shapes, tables: Collection[str]) -> int:
+    """How many numbers the optimizer keeps of weights of these shapes. tables: names of embeddings and the head."""
+    return sum(_kept(settings, shape, len(shape) == 2 and name not in tables) for name, shape in trained.items())
+
+
+def _kept(settings: Optimizer, shape: tuple[int, ...], is_matrix: bool) -> int:
+    if settings.name == "Adafactor" and len(shape) > 1:  # sums over rows and columns in place of squares
+        return count_of(shape[:-2]) * (shape[-2] + shape[-1])
+    if settings.name in ("Adafactor", "Muon"):
+        return count_of(shape) * (1 if is_matrix or settings.name == "Adafactor" else 2)
+    has_momentum = bool(settings.momentum) and settings.name in ("SGD", "RMSprop")
+    return count_of(shape) * (STATES[settings.name] + has_momentum)
+
+
+def _check_room(recipe: Recipe, materials: Materials, trained: Shapes, feed: Feed, step: int, kept: int) -> None:
     numbers = sum(count_of(shape) for shape in trained.values())
-    checkpoint = 4 * numbers * (1 + STATES[recipe.optimizer.name]) + BESIDE_TENSORS
+    kept = kept_numbers(recipe.optimizer, trained, tables_of(materials.shape))
+    checkpoint = 4 * (numbers + kept) + BESIDE_TENSORS
     asked = recipe.checkpoint
     ahead = saves_ahead(asked.interval, step, feed.total_steps, feed.steps_per_epoch, asked.at_epoch)
     needed = room_for(checkpoint, 4 * numbers if asked.final else 0, ahead, kept, asked)

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from training_hub.backends.jax_engine.attention import Attention, choose
-from training_hub.backends.jax_engine.batches import Arrays
+from training_hub.backends.jax_engine.batches import Arrays, Sizes, side_by_side
 from training_hub.backends.jax_engine.decoder import Build
 from training_hub.backends.jax_engine.forward import FORGET, Forward
+from training_hub.backends.jax_engine.full import Adaptation
+from training_hub.backends.jax_engine.materials import Materials
 from training_hub.backends.jax_engine.mesh import Mesh
+from training_hub.backends.jax_engine.noise import Rates, noise_of
 from training_hub.backends.jax_engine.objective import TokenLoss
+from training_hub.backends.jax_engine.osft import Spaces
 from training_hub.backends.jax_engine.shapes import Shape
+from training_hub.backends.jax_engine.spaces import merged
 from training_hub.backends.jax_engine.step import Merge, Steps
 from training_hub.backends.shared.host_memory import free_host_gib
 from training_hub.data.cache import cache_folder
+from training_hub.data.feed import Feed
 from training_hub.recipe import Recipe
 from training_hub.types import Console
 
 PREFERRED_TOKENS = {"cpu": 8192, "gpu": 32768, "tpu": 32768}
 """Tokens per pack that keep the matrix units busy; the torch engine has the same numbers, and so the same packs."""
+
+GIB = 2**30
 
 USABLE = 0.9
 """Share of the free memory that a step may be planned to take."""
@@ -66,46 +74,76 @@ def attention_of(shape: Shape, machine: Machine, longest: int) -> Attention:
     return choose(shape.heads, shape.kv_heads, shape.head_dim, longest, machine.dtype)
 
 
-def build_steps(
-    recipe: Recipe,
-    shape: Shape,
-    machine: Machine,
-    attention: Attention,
-    scale: float,
-    merge: Merge,
-    mesh: Mesh,
-    largest: Arrays,
-    weights: Any,
-    console: Console,
-) -> Steps:
-    """The compiled functions of the run; auto forgets as little of each layer as the free memory allows.
+def build_of(shape: Shape, attention: Attention, machine: Machine, mesh: Mesh, adaptation: Adaptation) -> Build:
+    """What the forward pass is built from, where nothing is drawn at random."""
+    return Build(shape, attention.attend, jnp.dtype(machine.dtype), adaptation.scale, mesh.gathered)
 
-    scale, merge: of the adaptation. largest: the largest batch; weights: what trains and what stays.
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled functions of a run, and what they were made for.
+
+    sizes: of packs. temporary: bytes that the step on the largest pack takes beside weights, moments and the sums of
+    gradients, as XLA plans it; None where it does not tell.
     """
-    build = Build(shape, attention.attend, jnp.dtype(machine.dtype), scale, mesh.gathered)
+
+    steps: Steps
+    attention: Attention
+    sizes: Sizes
+    temporary: int | None
+
+
+def programs(
+    recipe: Recipe,
+    materials: Materials,
+    machine: Machine,
+    mesh: Mesh,
+    feed: Feed,
+    adaptation: Adaptation,
+    halves: tuple[Any, Any],
+    console: Console,
+) -> Programs:
+    """The functions of a run; `auto` forgets as little of each layer as the free memory allows.
+
+    halves: what trains and what stays: arrays, or only their shapes, formats and places.
+    """
+    shape = materials.shape
+    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
+    packs, rates = [feed.largest_pack()], Rates.of(recipe, shape, adaptation.dropout)
+    largest = mesh.spread(side_by_side(packs, sizes, mesh.rows))
+    if rates.is_any:
+        largest = replace(largest, noise=noise_of(packs, largest.positions, recipe.seed, 0))
+    attention = attention_of(shape, machine, materials.longest)
+    build = replace(build_of(shape, attention, machine, mesh, adaptation), rates=rates)
+    merge: Merge = merged if isinstance(adaptation, Spaces) else dict
     loss, wanted = TokenLoss.of(recipe.loss), recipe.training.activation_checkpointing
     ways = (wanted,) if wanted != "auto" else tuple(FORGET)
-    free = _free_bytes(machine) if len(ways) > 1 else None
+    free = _free_bytes(machine)
     for how in ways:
         steps = Steps(Forward(build, how, machine.is_scanned), loss, mesh, merge)
-        needed = None if free is None else _temporary_bytes(steps, largest, *weights)
-        if needed is None or free is None or needed <= USABLE * free:
+        temporary = _temporary_bytes(steps, mesh, largest, *halves)
+        sums = sum(4 * prod(mesh.sharding(name).shard_shape(one.shape)) for name, one in halves[0].items())
+        if temporary is None or free is None or temporary + sums <= USABLE * free or how == ways[-1]:
             break
-        console.say(f"model: with activation_checkpointing {how} a step takes {needed / 2**30:.3g} GiB beside weights")
-    return steps
+        took = (temporary + sums) / GIB
+        console.say(f"model: with activation_checkpointing {how} a step takes {took:.3g} GiB beside weights")
+    return Programs(steps, attention, sizes, temporary)
 
 
-def _temporary_bytes(steps: Steps, largest: Arrays, trained: dict[str, Array], frozen: dict[str, Array]) -> int | None:
-    """What a step takes beside weights and optimizer, as XLA plans it: gradients, and what is between."""
-    sums = steps.nothing(trained)
+def _temporary_bytes(steps: Steps, mesh: Mesh, largest: Arrays, trained: Any, frozen: Any) -> int | None:
+    """What a step takes beside weights, optimizer and sums of gradients, as XLA plans it."""
+    sums = {
+        name: jax.ShapeDtypeStruct(one.shape, jnp.float32, sharding=mesh.sharding(name))
+        for name, one in trained.items()
+    }
     planned = steps.add.lower(trained, frozen, sums, largest).compile().memory_analysis()  # type: ignore[attr-defined]
-    return None if planned is None else int(planned.temp_size_in_bytes + planned.output_size_in_bytes)
+    return None if planned is None else int(planned.temp_size_in_bytes)
 
 
 def _free_bytes(machine: Machine) -> float | None:
     if machine.platform == "cpu":
         free = free_host_gib()
-        return None if free is None else free * 2**30
+        return None if free is None else free * GIB
     told = jax.local_devices()[0].memory_stats()
     return None if not told else float(told["bytes_limit"] - told["bytes_in_use"])
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from training_hub.backends.jax_engine import weights as files
-from training_hub.backends.jax_engine.loop import Run, nonfinite, take_weights
+from training_hub.backends.jax_engine.full import Adaptation
+from training_hub.backends.jax_engine.loop import Run, moving, nonfinite, take_weights
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
 from training_hub.backends.shared.outcome import card_of, final_step
 from training_hub.errors import DiskError, TrainingError
 from training_hub.folders import write_whole
+from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
 
 PROBE_LENGTH = 16
@@ -45,7 +47,7 @@ def finish(run: Run, beside: Beside, folder: RunFolder) -> str | None:
         run.console.say(f"final: taking step {best}, with the best {metric} {run.best.value}")
         take_weights(run, run.checkpoints.load(best)[0])
     name = saved_format(run, beside)
-    trained = sum(weight.size for weight in run.trained.values())
+    trained = sum(weight.size for weight in moving(run).values())
     whole = files.count(run.steps.forward.build.shape)
     difference = write_model(run, beside, folder.final, card_of(run, folder, name, whole, trained))
     run.console.say(
@@ -57,12 +59,15 @@ def finish(run: Run, beside: Beside, folder: RunFolder) -> str | None:
 
 def saved_format(run: Run, beside: Beside) -> str:
     """The number format of the final model, that of most weights where each keeps its own."""
-    wanted = run.recipe.model.save_dtype
+    return format_of(run.recipe, run.adaptation, beside.formats)
+
+
+def format_of(recipe: Recipe, adaptation: Adaptation, formats: Mapping[str, str]) -> str:
+    """The same from what it follows from. formats: of the weights as they came."""
+    wanted, held = recipe.model.save_dtype, list(formats.values())
     if wanted != "auto":
         return wanted
-    if run.adaptation.own_format is not None:
-        return run.adaptation.own_format
-    return max(set(beside.formats.values()), key=list(beside.formats.values()).count)
+    return adaptation.own_format or max(sorted(set(held)), key=held.count)
 
 
 def write_model(run: Run, beside: Beside, folder: Path, documents: Mapping[str, bytes] | None = None) -> float:

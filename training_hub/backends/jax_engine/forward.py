@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from training_hub.backends.jax_engine.attention import FAR
-from training_hub.backends.jax_engine.decoder import Build, block, gpt2_block, layer_norm, place_of, rms_norm
+from training_hub.backends.jax_engine.decoder import Build, Place, block, gpt2_block, layer_norm, place_of, rms_norm
+from training_hub.backends.jax_engine.noise import Noise, disturbed, drop, token_keys
 from training_hub.backends.jax_engine.products import ein
 from training_hub.backends.jax_engine.table import LEFT, RIGHT, adapter_key, ends, of_layer
 
@@ -41,16 +42,22 @@ class Forward:
     forget: str = "none"
     is_scanned: bool = False
 
-    def hidden(self, params: Params, ids_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
-        """[B, T, D]: what the decoder says at every position."""
+    def hidden(
+        self, params: Params, ids_BT: Array, positions_BT: Array, segments_BT: Array, noise: Noise | None = None
+    ) -> Array:
+        """[B, T, D]: what the decoder says at every position; with `noise`, in training."""
         build, shape = self.build, self.build.shape
         outer = {name: params[leaf.key(0)] for name, leaf in ends(shape).items()}
         x_BTD = build.gather(outer["embed"])[ids_BT].astype(build.dtype)
         if shape.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(shape.embed_scale, build.dtype)
+        place = place_of(shape, segments_BT, positions_BT, build.dtype)
+        if noise is not None:
+            place = replace(place, keys=token_keys(noise, positions_BT))
+            x_BTD = disturbed(x_BTD, place.keys, noise.lengths, build.rates.alpha)
         if "places" in outer:
             x_BTD = x_BTD + build.gather(outer["places"])[positions_BT].astype(build.dtype)
-        place = place_of(shape, segments_BT, positions_BT, build.dtype)
+        x_BTD = drop(x_BTD, place.keys, "embedding", build.rates.embedding)
         run = _scan if self.is_scanned and _is_uniform(self) else _lay_out
         x_BTD = run(self, params, x_BTD, place)
         if shape.is_gpt2:
@@ -91,24 +98,24 @@ def _windows(forward: Forward) -> list[int]:
     return [window or FAR for window in forward.build.shape.windows]
 
 
-def _lay_out(forward: Forward, params: Params, x_BTD: Array, place: Any) -> Array:
+def _lay_out(forward: Forward, params: Params, x_BTD: Array, place: Place) -> Array:
     layer = forward.layer()
     for number, window in enumerate(_windows(forward)):
-        x_BTD = layer(x_BTD, layer_weights(forward, params, number), place, window)
+        x_BTD = layer(x_BTD, layer_weights(forward, params, number), place.at_layer(number), window)
     return x_BTD
 
 
-def _scan(forward: Forward, params: Params, x_BTD: Array, place: Any) -> Array:
+def _scan(forward: Forward, params: Params, x_BTD: Array, place: Place) -> Array:
     shape, layer = forward.build.shape, forward.layer()
     layers = [layer_weights(forward, params, number) for number in range(shape.layers)]
     # Stacked in the format of the products: a copy that is made anyway where masters are float32.
     stacked = {name: jnp.stack([_in_format(each[name], forward.build.dtype) for each in layers]) for name in layers[0]}
 
-    def step(x: Array, of_one: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
-        weights, window = of_one
-        return layer(x, weights, place, window), None
+    def step(x: Array, of_one: tuple[dict[str, Array], Array, Array]) -> tuple[Array, None]:
+        weights, window, number = of_one
+        return layer(x, weights, place.at_layer(number), window), None
 
-    return lax.scan(step, x_BTD, (stacked, jnp.asarray(_windows(forward))))[0]
+    return lax.scan(step, x_BTD, (stacked, jnp.asarray(_windows(forward)), jnp.arange(shape.layers)))[0]
 
 
 def _in_format(weight: Array, dtype: Any) -> Array:

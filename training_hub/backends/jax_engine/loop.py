@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,14 @@ from training_hub.backends.jax_engine.by_source import BySource
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
 from training_hub.backends.jax_engine.full import Adaptation
 from training_hub.backends.jax_engine.mesh import Mesh
+from training_hub.backends.jax_engine.noise import noise_of
 from training_hub.backends.jax_engine.optim import Updater
 from training_hub.backends.jax_engine.step import Steps
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
 from training_hub.backends.shared.errors import Lost, broken, interrupted, listed, not_finite
+from training_hub.backends.shared.freezing import Turns
+from training_hub.backends.shared.packs import reported
 from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.watch import Watch
 from training_hub.data.feed import Feed, validation_packs
@@ -45,7 +48,8 @@ Tree = dict[str, Array]
 class Run:
     """A run in progress: its parts, and the little that changes.
 
-    trained: what the optimizer moves, frozen: what stays; together the model. state: what the optimizer keeps.
+    trained: what the optimizer moves, frozen: what stays; together the model. state: what the optimizer keeps. turns:
+    what passes from one to the other as the run goes on.
     stop_reason: what a watcher of the user's ends it for. exam and scale are what the torch engine has beside: answers,
     and a measure of operations.
     """
@@ -76,6 +80,7 @@ class Run:
     validation_sets: BySource | None = None
     packs_validation: bool = True
     stop_reason: str = ""
+    turns: Turns = field(default_factory=Turns)
     exam: None = None
     scale: None = None
 
@@ -127,7 +132,8 @@ def take_step(run: Run, meter: ThroughputMeter) -> StepReport:
     """Forward, backward and update on the next batch; the loss is a sum divided once by its trained weight."""
     began = time.perf_counter()
     batch = next_batch(run)
-    total, gradients = accumulate(run, batch.packs)
+    begin_turns(run, batch.step)
+    total, gradients = accumulate(run, batch.packs, batch.step)
     loss = total / batch.trained_weight
     norm = run.updater.norm(gradients, batch.trained_weight)
     grad_norm = float(norm)
@@ -141,25 +147,32 @@ def take_step(run: Run, meter: ThroughputMeter) -> StepReport:
     if run.skipped_in_row >= run.recipe.training.max_skipped:
         raise lost(run, batch, loss, grad_norm)
     seconds = time.perf_counter() - began
-    meter.add(batch.num_tokens, seconds)
-    return StepReport(
-        step=batch.step,
-        total_steps=run.feed.total_steps,
-        epoch=batch.epoch,
+    return reported(
+        batch,
+        meter,
+        run.feed.total_steps,
+        seconds,
         loss=loss,
         learning_rate=rate,
         grad_norm=grad_norm,
-        tokens=batch.num_tokens,
-        trained_tokens=batch.num_trained_tokens,
-        samples=batch.num_samples,
-        tokens_per_second=batch.num_tokens / seconds,
-        step_seconds=seconds,
         memory_gib=memory_gib(),
-        seconds_left=meter.seconds_left,
         skipped=not is_finite,
-        time=time.time(),
         measures=run.by_source.means() if run.by_source is not None else {},
     )
+
+
+def begin_turns(run: Run, step: int) -> None:
+    """Let that train which is to train in step `step` (from 1), and nothing else; what begins has no moments before."""
+    waiting = run.turns.waiting(step)
+    begun = {name: run.frozen[name] for _, names in run.turns.turns for name in names if name in run.frozen}
+    begun = {name: weight for name, weight in begun.items() if name not in waiting}
+    stopped = {name: run.trained[name] for name in waiting if name in run.trained}
+    if not begun and not stopped:
+        return
+    run.trained = {**{name: one for name, one in run.trained.items() if name not in stopped}, **begun}
+    run.frozen = {**{name: one for name, one in run.frozen.items() if name not in begun}, **stopped}
+    run.state = {**{name: one for name, one in run.state.items() if name not in stopped}, **run.updater.begin(begun)}
+    run.console.say(run.turns.told(step))
 
 
 def next_batch(run: Run) -> Batch:
@@ -170,11 +183,12 @@ def next_batch(run: Run) -> Batch:
     return replace(dealt[0], packs=tuple(packs))
 
 
-def accumulate(run: Run, packs: Sequence[Pack]) -> tuple[float, Tree]:
-    """The sum of the packs' weighted losses, and the sums of its gradients, on the device."""
+def accumulate(run: Run, packs: Sequence[Pack], step: int | None = None) -> tuple[float, Tree]:
+    """The sum of the packs' weighted losses, and the sums of its gradients, on the device; with the dropout of `step`,
+    without any where none is named."""
     sums = run.steps.nothing(run.trained)
     totals, losses = [], []
-    groups = list(side_by_sides(run, packs))
+    groups = list(side_by_sides(run, packs, step))
     for _, arrays in groups:
         sums, total, each = run.steps.add(run.trained, run.frozen, sums, arrays)
         totals.append(total)
@@ -186,12 +200,17 @@ def accumulate(run: Run, packs: Sequence[Pack]) -> tuple[float, Tree]:
     return math.fsum(float(total) for total in totals), sums
 
 
-def side_by_sides(run: Run, packs: Sequence[Pack]) -> Iterator[tuple[Sequence[Pack], Arrays]]:
-    """The packs in groups that go through the devices at once."""
+def side_by_sides(
+    run: Measured, packs: Sequence[Pack], step: int | None = None
+) -> Iterator[tuple[Sequence[Pack], Arrays]]:
+    """The packs in groups that go through the devices at once, with the noise of `step` where one is named."""
     rows = run.mesh.rows
     for start in range(0, len(packs), rows):
         some = packs[start : start + rows]
-        yield some, run.mesh.spread(side_by_side(some, run.sizes, rows))
+        arrays = run.mesh.spread(side_by_side(some, run.sizes, rows))
+        if step is not None and run.steps.forward.build.rates.is_any:
+            arrays = replace(arrays, noise=noise_of(some, arrays.positions, run.recipe.seed, step))
+        yield some, arrays
 
 
 def update(run: Run, gradients: Tree, norm: Array, trained_weight: float, rate: float) -> None:
@@ -213,7 +232,38 @@ def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
     return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), measures=measures)
 
 
-def evaluate(run: Run, store: TokenStore, what: str = "validation", sets: BySource | None = None) -> float:
+class Measured(Protocol):
+    """What can be measured on rows: a run, or a saved model."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def steps(self) -> Steps: ...
+
+    @property
+    def trained(self) -> Tree: ...
+
+    @property
+    def frozen(self) -> Tree: ...
+
+    @property
+    def feed(self) -> Feed: ...
+
+    @property
+    def sizes(self) -> Sizes: ...
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    @property
+    def console(self) -> Console: ...
+
+    @property
+    def packs_validation(self) -> bool: ...
+
+
+def evaluate(run: Measured, store: TokenStore, what: str = "validation", sets: BySource | None = None) -> float:
     """Mean cross-entropy over the trained tokens of all of `store`, in nats; `sets` gathers that of each set."""
     totals = []
     packs = list(validation_packs(store, run.feed.settings.token_budget, run.packs_validation))
@@ -229,15 +279,15 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation", sets: BySour
 
 def dry_step(run: Run) -> None:
     """Forward and backward on the largest pack, so that memory runs out in minute one or not at all."""
-    accumulate(run, [run.feed.largest_pack()])
+    accumulate(run, [run.feed.largest_pack()], 0)
 
 
 def save(run: Run) -> None:
     """Write a checkpoint of the step the run has reached, once. Raises TrainingError for weights that are broken."""
     if run.saved_step == run.step and run.step > 0:
         return
-    weights = {name: np.asarray(weight) for name, weight in run.trained.items()}
-    optimizer = run.updater.named(run.state, run.step)
+    weights = {name: np.asarray(weight) for name, weight in moving(run).items()}
+    optimizer = run.updater.named(run.state, run.trained)
     if problems := nonfinite({**weights, **optimizer}):
         raise broken(problems, run.step, run.recipe, run.checkpoints.steps())
     best = run.best.step if run.recipe.checkpoint.keep_best else None
@@ -262,8 +312,9 @@ def save(run: Run) -> None:
 def resume(run: Run, step: int) -> None:
     """Put the run where checkpoint `step` was taken; that it is this run's has been seen before."""
     weights, optimizer, facts = run.checkpoints.load(step)
+    begin_turns(run, step)
     take_weights(run, weights)
-    run.state = run.updater.like(run.state, optimizer)
+    run.state = run.updater.like(run.state, run.trained, optimizer)
     run.step = run.saved_step = step
     run.best.load(facts.get("best") or {})
     run.validation_before = facts.get("validation_before")
@@ -272,9 +323,16 @@ def resume(run: Run, step: int) -> None:
         run.watch.load(facts.get("watch") or {})
 
 
+def moving(run: Run) -> Tree:
+    """The weights that train at some time of the run."""
+    return {name: run.trained[name] if name in run.trained else run.frozen[name] for name in run.adaptation.shapes()}
+
+
 def take_weights(run: Run, weights: Mapping[str, np.ndarray]) -> None:
-    """Take the weights of a checkpoint for what trains."""
-    run.trained = {name: jax.device_put(weights[name], held.sharding) for name, held in run.trained.items()}
+    """Take the weights of a checkpoint for what trains, now or later."""
+    taken = {name: jax.device_put(weights[name], held.sharding) for name, held in moving(run).items()}
+    run.trained = {name: taken[name] for name in run.trained}
+    run.frozen = {name: taken.get(name, held) for name, held in run.frozen.items()}
 
 
 def lost(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from training_hub.backends.jax_engine.shapes import Shape
 from training_hub.backends.jax_engine.table import LEFT, RIGHT, adapter_key, leaves
 from training_hub.backends.jax_engine.weights import number_format, size_of
+from training_hub.backends.shared.freezing import Turns
 from training_hub.backends.shared.sameness import Shapes
 from training_hub.errors import RecipeError
 from training_hub.folders import write_json
@@ -45,7 +46,6 @@ ABSENT: Mapping[str, tuple[Any, ...]] = {
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "bias": (None, "none"),
-    "lora_dropout": (None, 0, 0.0),
     "layer_replication": (None,),
     "target_parameters": (None, []),
 }
@@ -61,6 +61,7 @@ class Plan:
     rank: int
     alpha: float
     is_rank_stabilised: bool
+    dropout: float
     targets: str | tuple[str, ...]
 
     @property
@@ -76,7 +77,6 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if asked.tuner not in TUNERS:
         yield f"lora.tuner: found {asked.tuner}; backend jax has {', '.join(TUNERS)}. Write one of these, {TORCH}"
     refused = {
-        "dropout": (bool(asked.dropout), "adapters drop nothing out here; write 0"),
         "modules_to_save": (bool(asked.modules_to_save), "no module is trained in full beside adapters; leave it out"),
         "trainable_tokens": (bool(asked.trainable_tokens), "no row of a table is trained alone; leave it out"),
         "options": (bool(asked.options), "these are fields of PEFT, which is not asked here; leave them out"),
@@ -104,12 +104,14 @@ def plan_of(settings: Settings) -> Plan:
         said = json.loads((Path(settings.adapter).expanduser() / CONFIG_FILE).read_text(encoding="utf-8"))
         targets = said["target_modules"]
         chosen = targets if isinstance(targets, str) else tuple(sorted(targets))
-        return Plan(said["r"], float(said["lora_alpha"]), bool(said.get("use_rslora")), chosen)
+        dropout = float(said.get("lora_dropout") or 0.0)
+        return Plan(said["r"], float(said["lora_alpha"]), bool(said.get("use_rslora")), dropout, chosen)
     targets = ALL_LINEAR if settings.target_modules is None else settings.target_modules
     return Plan(
         settings.r or RANK,
         float(settings.alpha or ALPHA),
         settings.tuner == "rslora",
+        settings.dropout or 0.0,
         targets if isinstance(targets, str) else tuple(targets),
     )
 
@@ -120,11 +122,12 @@ class LowRank:
     undecayed: frozenset[str] = frozenset()
     file: str | None = WEIGHTS_FILE
     own_format: str | None = "float32"
+    turns = Turns()
 
     def __init__(self, recipe: Recipe, shape: Shape, dtype: str):
         self._recipe, self._shape, self._dtype = recipe, shape, dtype
         self._plan = plan_of(recipe.lora)
-        self.scale = self._plan.scale
+        self.scale, self.dropout = self._plan.scale, self._plan.dropout
         self._sides = {}
         for key, leaf in leaves(shape):
             if leaf.is_linear:
@@ -139,6 +142,10 @@ class LowRank:
                 found[adapter_key(key, LEFT)] = (rows, self._plan.rank)
                 found[adapter_key(key, RIGHT)] = (self._plan.rank, columns)
         return found
+
+    def staying(self, formats: Mapping[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
+        sizes = ((key, size_of(leaf, key, self._shape)) for key, leaf in leaves(self._shape))
+        return {key: (size, self._dtype if len(size) > 1 else "float32") for key, size in sizes}
 
     def split(self, weights: Weights) -> tuple[Weights, Weights]:
         """The adapter, new or as it was, and the model; matrices in the format that is computed in."""
@@ -185,7 +192,7 @@ class LowRank:
             "r": plan.rank,
             "lora_alpha": plan.alpha if plan.alpha % 1 else int(plan.alpha),
             "use_rslora": plan.is_rank_stabilised,
-            "lora_dropout": 0.0,
+            "lora_dropout": plan.dropout,
             "bias": "none",
             "fan_in_fan_out": self._shape.is_gpt2,
             "target_modules": self._targets(),

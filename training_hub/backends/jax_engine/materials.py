@@ -41,7 +41,9 @@ class Materials:
         return max(int(store.lengths.max()) for store in stores if store is not None)
 
 
-def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path | None = None) -> Materials:
+def load_materials(
+    recipe: Recipe, given: Given, console: Console, rejects: Path | None = None, *, with_weights: bool = True
+) -> Materials:
     """All of it. Every problem of the data, and of what it and the model have in common, is raised here.
 
     Rows that are left out are listed in the file `rejects`.
@@ -65,4 +67,5 @@ def load_materials(recipe: Recipe, given: Given, console: Console, rejects: Path
     for store in (prepared.train, prepared.validation, watch):
         if store is not None:
             check_limits(store, limits_of(config), console)
-    return Materials(folder_of(recipe.model), config, shape_of(config), tokenizer, template, prepared, watch)
+    source = folder_of(recipe.model, with_weights=with_weights)
+    return Materials(source, config, shape_of(config), tokenizer, template, prepared, watch)

@@ -21,7 +21,9 @@ from training_hub.backends.jax_engine.forward import Forward, Params
 from training_hub.backends.jax_engine.products import ein
 from training_hub.recipe.loss import Loss
 
-jax.tree_util.register_dataclass(Arrays, ["ids", "positions", "segments", "rows", "targets", "weights", "chunks"], [])
+jax.tree_util.register_dataclass(
+    Arrays, ["ids", "positions", "segments", "rows", "targets", "weights", "chunks", "noise"], []
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def term(
 
     trains_head: whether the head's gradient is wanted; where it is not, it is taken for 0.
     """
-    hidden_BTD = forward.hidden(params, batch.ids, batch.positions, batch.segments)
+    hidden_BTD = forward.hidden(params, batch.ids, batch.positions, batch.segments, batch.noise)
     rows_BND = jnp.take_along_axis(hidden_BTD, batch.rows[:, :, None], axis=1)
     return _head(loss, trains_head, rows_BND, params[forward.head], batch.targets, batch.weights, batch.chunks)
 

@@ -1,14 +1,14 @@
 """The optimizer step: gradients summed in float32, divided and clipped once, applied to float32 masters.
 
-The update rules are optax's, put together so that each is torch's own; a test compares them. What they keep is named
-in checkpoints as torch names it, so that either engine reads what the other wrote.
+Each weight is moved by itself, so that one may begin later than others. What is kept is named in checkpoints as torch
+names it, so that either engine reads what the other wrote.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from functools import cache
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,51 +16,19 @@ import numpy as np
 import optax
 from jax import Array
 
+from training_hub.backends.jax_engine.rules import Rule, rule_of
 from training_hub.recipe.sections import Optimizer as Settings
 
 Tree = dict[str, Array]
 
+State = dict[str, tuple[Array, Any]]
+"""By name of the weight: how many steps it has made, and what its rule keeps."""
+
 CLIP_EPS = 1e-6
 """Added to the norm that gradients are scaled down by, as torch's clip_grad_norm_ does."""
 
-RMSPROP_DECAY = 0.99
-"""torch.optim.RMSprop: alpha."""
-
 STEP = "step"
 """What torch calls the number of steps that a weight has made."""
-
-Transformation: TypeAlias = optax.GradientTransformation
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An update rule. parts: optax's transformations in order, given the one that decays weights. names: what optax
-    calls the numbers it keeps of each weight, to torch's names for the same. counts: torch also keeps a step count."""
-
-    parts: Callable[[Settings, Transformation], list[Transformation]]
-    names: Mapping[str, str]
-    counts: bool = True
-
-
-def _adam(settings: Settings) -> Transformation:
-    return optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps)
-
-
-def _momentum(settings: Settings) -> list[Transformation]:
-    return [optax.trace(settings.momentum)] if settings.momentum else []
-
-
-RULES: Mapping[str, Rule] = {
-    "AdamW": Rule(lambda s, decay: [_adam(s), decay], {"mu": "exp_avg", "nu": "exp_avg_sq"}),
-    "Adam": Rule(lambda s, decay: [decay, _adam(s)], {"mu": "exp_avg", "nu": "exp_avg_sq"}),
-    "SGD": Rule(lambda s, decay: [decay, *_momentum(s)], {"trace": "momentum_buffer"}, counts=False),
-    "RMSprop": Rule(
-        lambda s, decay: [decay, optax.scale_by_rms(RMSPROP_DECAY, s.eps, eps_in_sqrt=False), *_momentum(s)],
-        {"nu": "square_avg", "trace": "momentum_buffer"},
-    ),
-    "Lion": Rule(lambda s, decay: [optax.scale_by_lion(s.beta1, s.beta2), decay], {"mu": "exp_avg"}, counts=False),
-}
-"""Where weight decay stands: beside the gradient (Adam, SGD, RMSprop), or beside the step (AdamW, Lion)."""
 
 
 class Around(Protocol):
@@ -75,7 +43,8 @@ class Updater:
     """The update rule of a recipe, as compiled functions of weights, state and gradients.
 
     undecayed: names of weights that do not decay, whatever their shape. pin: puts what belongs to a weight, within a
-    program, where the weight lies. around: what an adaptation does to weights and gradients around the rule.
+    program, where the weight lies. around: what an adaptation does to weights and gradients around the rule. tables:
+    names of embeddings and the head, which some optimizers do not move as matrices.
     """
 
     def __init__(
@@ -85,18 +54,24 @@ class Updater:
         undecayed: frozenset[str] = frozenset(),
         pin: Callable[[str, Array], Array] = lambda name, value: value,
         around: Around | None = None,
+        tables: frozenset[str] = frozenset(),
     ):
-        self._pin, self._around = pin, around
-        self._kind = RULES[settings.name]
-        self._rule = optax.chain(*self._kind.parts(settings, _decay(settings, undecayed)))
+        self._settings, self._pin, self._around = settings, pin, around
+        self._undecayed, self.tables = undecayed, tables
         self._limit = max_norm if max_norm > 0 else float("inf")
-        self.begin: Callable[[Tree], Any] = jax.jit(lambda weights: self._pinned(self._rule.init(weights)))
+        self._made = cache(self._make)
+        self.begin: Callable[[Tree], State] = jax.jit(self._begin)
         self.norm: Callable[[Tree, float], Array] = jax.jit(_norm)
-        self.step: Callable[..., tuple[Tree, Any]] = jax.jit(self._step, donate_argnums=(0, 1))
+        self.step: Callable[..., tuple[Tree, State]] = jax.jit(self._step, donate_argnums=(0, 1))
+
+    def _begin(self, weights: Tree) -> State:
+        zero = jnp.zeros((), jnp.int32)
+        made = {name: (zero, self._of(name, weight)[1].init(weight)) for name, weight in weights.items()}
+        return self._pinned(made, weights)
 
     def _step(
-        self, weights: Tree, state: Any, gradients: Tree, frozen: Tree, norm: Array, weight: Array, rate: Array
-    ) -> Any:
+        self, weights: Tree, state: State, gradients: Tree, frozen: Tree, norm: Array, weight: Array, rate: Array
+    ) -> tuple[Tree, State]:
         """Weights and state after a step.
 
         gradients: sums over the tokens of the step, whose trained weight is `weight`; norm: that of their mean.
@@ -105,50 +80,62 @@ class Updater:
         scaled = {name: gradient * factor for name, gradient in gradients.items()}
         if self._around is not None:
             weights, scaled = self._around.before(weights, scaled, frozen, rate)
-        updates, state = self._rule.update(scaled, state, weights)
-        moved = {name: value - rate * updates[name] for name, value in weights.items()}
+        moved, kept = {}, {}
+        for name, value in weights.items():
+            (count, before), (_, rule) = state[name], self._of(name, value)
+            update, after = rule.update(scaled[name], before, value, rate=rate)
+            moved[name], kept[name] = value - rate * update, (count + 1, after)
         if self._around is not None:
             moved = self._around.after(moved, frozen)
-        return {name: self._pin(name, value) for name, value in moved.items()}, self._pinned(state)
+        return {name: self._pin(name, value) for name, value in moved.items()}, self._pinned(kept, moved)
 
-    def _pinned(self, state: Any) -> Any:
+    def _of(self, name: str, weight: Array) -> tuple[Rule, optax.GradientTransformationExtraArgs]:
+        """The rule of a weight, and what carries it out."""
+        is_matrix = weight.ndim == 2 and name not in self.tables
+        return self._made(is_matrix, weight.ndim >= 2 and name not in self._undecayed)
+
+    def _make(self, is_matrix: bool, decays: bool) -> tuple[Rule, optax.GradientTransformationExtraArgs]:
+        rule, decay = rule_of(self._settings, is_matrix), self._settings.weight_decay
+        fading = optax.add_decayed_weights(decay) if decays and decay else optax.identity()
+        return rule, optax.with_extra_args_support(optax.chain(*rule.parts(self._settings, fading)))
+
+    def _pinned(self, state: State, weights: Tree) -> State:
         def pinned(path: Any, value: Array) -> Array:
-            weight, _ = _place(path)
-            return value if weight is None else self._pin(weight, value)
+            name, _ = _place(path)
+            return self._pin(name, value) if value.shape == weights[name].shape else value
 
-        return jax.tree_util.tree_map_with_path(pinned, state)
+        found: State = jax.tree_util.tree_map_with_path(pinned, state)
+        return found
 
-    def named(self, state: Any, steps: int) -> dict[str, np.ndarray]:
-        """What the optimizer keeps, by `weight name/state name`. steps: those made, where it does not count them."""
+    def named(self, state: State, weights: Tree) -> dict[str, np.ndarray]:
+        """What the optimizer keeps of these weights, by `weight name/state name`."""
         found: dict[str, np.ndarray] = {}
         for path, value in jax.tree_util.tree_leaves_with_path(state):
-            weight, kind = _place(path)
-            if weight is None:
-                steps = int(value)
-            else:
-                found[f"{weight}/{self._kind.names[kind]}"] = np.asarray(value)
-        counted = sorted({name.rpartition("/")[0] for name in found}) if self._kind.counts else []
-        return {**found, **{f"{weight}/{STEP}": np.asarray(steps, np.float32) for weight in counted}}
+            name, kind = _place(path)
+            rule, _ = self._of(name, weights[name])
+            if kind in rule.names:
+                found[f"{name}/{rule.names[kind]}"] = np.asarray(value)
+            elif kind == STEP and rule.counts:
+                found[f"{name}/{STEP}"] = np.asarray(value, np.float32)
+        return found
 
-    def like(self, state: Any, tensors: Mapping[str, np.ndarray]) -> Any:
-        """A state of the same form with the contents that `named` gave."""
-        steps = next((int(value) for name, value in tensors.items() if name.endswith(f"/{STEP}")), 0)
+    def like(self, state: State, weights: Tree, tensors: Mapping[str, np.ndarray]) -> State:
+        """A state of the same form with the contents that `named` gave; a weight that is not among them has made no
+        step."""
+        known = {name.rpartition("/")[0] for name in tensors}
 
         def taken(path: Any, value: Array) -> Array:
-            weight, kind = _place(path)
-            if weight is None:
-                return jnp.asarray(steps, value.dtype)
-            held = np.asarray(tensors[f"{weight}/{self._kind.names[kind]}"])
+            name, kind = _place(path)
+            if name not in known:
+                return value
+            rule, _ = self._of(name, weights[name])
+            if kind not in rule.names:
+                return jnp.asarray(tensors.get(f"{name}/{STEP}", 0), value.dtype)
+            held = np.asarray(tensors[f"{name}/{rule.names[kind]}"])
             return jax.device_put(held.astype(value.dtype), value.sharding)
 
-        return jax.tree_util.tree_map_with_path(taken, state)
-
-
-def _decay(settings: Settings, undecayed: frozenset[str]) -> Transformation:
-    def mask(weights: Tree) -> dict[str, bool]:
-        return {name: weight.ndim >= 2 and name not in undecayed for name, weight in weights.items()}
-
-    return optax.add_decayed_weights(settings.weight_decay, mask=mask)
+        found: State = jax.tree_util.tree_map_with_path(taken, state)
+        return found
 
 
 def _norm(gradients: Tree, weight: Array) -> Array:
@@ -157,8 +144,7 @@ def _norm(gradients: Tree, weight: Array) -> Array:
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
-def _place(path: Any) -> tuple[str | None, str]:
-    """Of a number that optax keeps: the weight that it belongs to, None for a count, and what it is."""
+def _place(path: Any) -> tuple[str, str]:
+    """Of a number that is kept: the weight that it belongs to, and what it is; optax has counts of its own."""
     kinds = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-    weights = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return (weights[0] if weights else None), kinds[-1]
+    return str(path[0].key), kinds[-1] if kinds else STEP

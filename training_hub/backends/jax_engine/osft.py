@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from training_hub.backends.jax_engine.full import Full, Weights
+from training_hub.backends.jax_engine.full import Full, Staying, Weights
 from training_hub.backends.jax_engine.shapes import Shape
 from training_hub.backends.jax_engine.table import leaves
 from training_hub.backends.jax_engine.weights import size_of
+from training_hub.backends.shared.freezing import Turns
 from training_hub.backends.shared.sameness import Shapes
 from training_hub.recipe import Recipe
 from training_hub.types import Console
@@ -58,8 +59,10 @@ class Spaces:
     """The adaptation that keeps every update of a matrix out of its protected directions."""
 
     scale = 1.0
+    dropout = 0.0
     file: str | None = None
     own_format: str | None = None
+    turns = Turns()
 
     def __init__(self, recipe: Recipe, shape: Shape, source: Path, console: Console):
         self._settings, self._optimizer, self._console = recipe.osft, recipe.optimizer, console
@@ -87,6 +90,17 @@ class Spaces:
         if name in self._linear:
             return name not in self._kept and name not in self._stays
         return self._settings.others == "train"
+
+    def staying(self, formats: Mapping[str, str]) -> Staying:
+        """The weights as they came, and of each that is decomposed its small part."""
+        sizes = {name: size for name, size in self._full.shapes().items() if not self._is_other(name)}
+        for key, (rows, columns) in self._sizes.items():
+            long, short, kept = max(rows, columns), min(rows, columns), self._kept[key]
+            low = short - kept
+            sizes |= {f"{key}{U0}": (long, low), f"{key}{S0}": (low,), f"{key}{V0}": (low, short)}
+            if long != short:
+                sizes[f"{key}{PROTECTED}"] = (long, kept)
+        return {name: (size, "float32") for name, size in sizes.items()}
 
     def split(self, weights: Weights) -> tuple[Weights, Weights]:
         """What trains in full and the zeros that A, s and B are at first; what stays, decomposed."""

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
-from jax import Array
-
-from training_hub.backends.jax_engine.beforehand import STATES
-from training_hub.backends.jax_engine.build import Machine
+from training_hub.backends.jax_engine import weights as files
+from training_hub.backends.jax_engine.beforehand import count_of, kept_numbers
+from training_hub.backends.jax_engine.build import Machine, Programs
+from training_hub.backends.jax_engine.freezing import tables_of
+from training_hub.backends.jax_engine.full import Adaptation
 from training_hub.backends.jax_engine.materials import Materials
+from training_hub.backends.jax_engine.mesh import Mesh
+from training_hub.backends.shared.packs import planned
 from training_hub.data.feed import Feed
-from training_hub.data.forecast import forecast, length_quantiles
 from training_hub.recipe import Recipe
+
+GIB = 2**30
+
+LIBRARIES = {"cpu": int(0.5 * GIB)}
+"""Bytes that a process holds with Python, JAX, transformers and a tokenizer loaded; an accelerator has none of them."""
+
+UNKNOWN = "activations are not estimated: XLA tells nothing of the memory of its programs here"
 
 
 def describe(
@@ -20,48 +30,63 @@ def describe(
     materials: Materials,
     feed: Feed,
     machine: Machine,
-    trained: Mapping[str, Array],
-    parameters: int,
-    how: str,
+    adaptation: Adaptation,
+    mesh: Mesh,
+    programs: Programs,
+    held: Mapping[str, Any],
     save_dtype: str,
-    layout: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The plan. how: what layers forget; layout: of the devices."""
-    store, validation = materials.prepared.train, materials.prepared.validation
-    numbers = sum(weight.size for weight in trained.values())
-    memory = {
-        "weights": 4 * parameters / 2**30,
-        "gradients": 4 * numbers / 2**30,
-        "optimizer": 4 * numbers * STATES[recipe.optimizer.name] / 2**30,
-    }
+    """The plan. held: every weight, or its shape, format and place."""
+    trained = adaptation.shapes()
+    later = [name for _, names in adaptation.turns.turns for name in names]
     return {
         "algorithm": recipe.algorithm,
         "engine": "jax",
         "device": machine.platform,
-        "devices": dict(layout),
+        "devices": dict(mesh.layout),
         "processes": 1,
         "dtype": machine.dtype,
         "save_dtype": save_dtype,
-        "parameters": parameters,
-        "trained_parameters": numbers,
-        "samples": len(store),
-        "tokens": int(store.lengths.sum()),
-        "trained_tokens": int(store.trained_tokens.sum()),
-        "longest_sample": int(store.lengths.max()),
-        "lengths": {**length_quantiles(store), "max_seq_len": recipe.training.max_seq_len},
-        "validation_samples": len(validation) if validation is not None else 0,
-        "samples_per_epoch": feed.samples_per_epoch,
-        "samples_per_step": feed.settings.samples_per_step,
-        "steps_per_epoch": feed.steps_per_epoch,
-        "total_steps": feed.total_steps,
-        "tokens_per_pack": feed.settings.token_budget,
-        "packed": feed.settings.is_packed,
-        "run": forecast(feed),
-        "activation_checkpointing": how,
-        "memory_gib": {**memory, "total": sum(memory.values())},
-        "chat_template": materials.template.name if materials.template else None,
-        "data": materials.prepared.report,
+        "parameters": files.count(materials.shape),
+        "trained_parameters": sum(count_of(shape) for shape in trained.values()),
+        "frozen_at_first": sum(count_of(trained[name]) for name in later),
+        **planned(recipe, materials.prepared, materials.template, feed),
+        "activation_checkpointing": programs.steps.forward.forget,
+        "memory_gib": memory_of(recipe, materials, machine, adaptation, programs.temporary, held),
     }
+
+
+def memory_of(
+    recipe: Recipe,
+    materials: Materials,
+    machine: Machine,
+    adaptation: Adaptation,
+    temporary: int | None,
+    held: Mapping[str, Any],
+) -> dict[str, Any]:
+    """GiB of one device by what takes them; `total` is the most that there is at once in a step.
+
+    Weights, gradients and moments are counted. activations: all else that a step takes, a chunk of logits among it, as
+    XLA plans it for the largest pack (`temporary`); None, and total without it, where XLA does not tell.
+    """
+    trained, tables = adaptation.shapes(), tables_of(materials.shape)
+    shares = {name: _here(held[name]) / prod(trained[name]) for name in trained}
+    kept = {name: kept_numbers(recipe.optimizer, {name: trained[name]}, tables) for name in trained}
+    parts = {
+        "libraries": LIBRARIES.get(machine.platform, 0),
+        "weights": sum(_here(one) * one.dtype.itemsize for one in held.values()),
+        "gradients": 4 * sum(_here(held[name]) for name in trained),
+        "optimizer": 4 * sum(kept[name] * shares[name] for name in trained),
+        "activations": temporary,
+    }
+    sizes = {name: None if part is None else part / GIB for name, part in parts.items()}
+    total = sum(part for part in parts.values() if part is not None) / GIB
+    return {**sizes, "total": total, "note": UNKNOWN if temporary is None else ""}
+
+
+def _here(one: Any) -> int:
+    """Numbers of a weight that one device holds."""
+    return prod(one.sharding.shard_shape(one.shape))
 
 
 def summary(plan: Mapping[str, Any]) -> str:

@@ -152,7 +152,8 @@ def _moved(run: Run, gradients: Tree) -> Proof:
     before = {key: run.trained[key] for key in chosen}
     has_gradient = {key: np.asarray(gradients[key]) != 0 for key in chosen}
     is_whole = len(chosen) == len(run.trained) and run.recipe.optimizer.weight_decay == 0
-    updater = run.updater if is_whole else Updater(settings, run.recipe.training.max_norm, pin=run.mesh.pin)
+    small = Updater(settings, run.recipe.training.max_norm, pin=run.mesh.pin, tables=run.updater.tables)
+    updater = run.updater if is_whole else small
     copies = {key: jax.device_put(np.array(before[key]), before[key].sharding) for key in chosen}
     slopes = {key: gradients[key] for key in chosen}
     norm = updater.norm(slopes, 1.0)

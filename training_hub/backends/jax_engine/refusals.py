@@ -18,7 +18,7 @@ MISSING = "backend: jax needs {names}, not installed here: pip install 'training
 DIVIDING = ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree")
 """Settings of parallelism that this engine honours, by the devices of its process."""
 
-OPTIMIZERS = ("AdamW", "Adam", "SGD", "RMSprop", "Lion")
+OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "SGD", "Adagrad", "RMSprop", "Adafactor", "Lion", "Muon")
 """Update rules that are torch's own here, step for step; a test compares each."""
 
 ADAPTATIONS = ("full", "lora", "osft")
@@ -36,13 +36,8 @@ CHECKS: tuple[Check, ...] = (
     ("qat.weight_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
     ("qat.activation_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
     ("training.fp8", bool, "matrices are multiplied in bfloat16 or float32 here; write false, " + TORCH),
-    ("loss.neftune_noise_alpha", bool, "embeddings get no noise here; write 0, " + TORCH),
     ("evaluation.generate", bool, "this engine does not generate; write false, " + TORCH),
     ("distillation.teacher", lambda value: value is not None, "this engine has no teachers; leave it out, " + TORCH),
-    ("freezing.blocks", bool, "no weight is frozen here; write 0, " + TORCH),
-    ("freezing.embeddings", bool, "no weight is frozen here; write false, " + TORCH),
-    ("freezing.weights", bool, "no weight is frozen here; leave it out, " + TORCH),
-    ("freezing.unfreeze_interval", bool, "no weight is frozen here; leave it out, " + TORCH),
     ("qat.weight_dtype", lambda value: value is not None, "no layer rounds here; leave it out, " + TORCH),
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
     ("monitoring.profile", bool, "steps are not taken apart here; write false, " + TORCH),

@@ -10,20 +10,19 @@ from typing import Any
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
 from training_hub.backends.jax_engine import weights as files
-from training_hub.backends.jax_engine.attention import Attention
-from training_hub.backends.jax_engine.batches import Sizes, side_by_side
 from training_hub.backends.jax_engine.beforehand import numbers_of, starting_step
 from training_hub.backends.jax_engine.build import (
     PREFERRED_TOKENS,
     Machine,
-    attention_of,
-    build_steps,
+    Programs,
     keep_programs,
     machine_of,
+    programs,
 )
 from training_hub.backends.jax_engine.by_source import BySource
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
 from training_hub.backends.jax_engine.export import Beside, finish, saved_format
+from training_hub.backends.jax_engine.freezing import tables_of
 from training_hub.backends.jax_engine.full import Adaptation, Full
 from training_hub.backends.jax_engine.loop import Run, dry_step, evaluate, nonfinite, resume
 from training_hub.backends.jax_engine.loop import train as train_steps
@@ -34,8 +33,7 @@ from training_hub.backends.jax_engine.optim import Updater
 from training_hub.backends.jax_engine.osft import Spaces
 from training_hub.backends.jax_engine.plan import describe, summary
 from training_hub.backends.jax_engine.proofs import Subject, prove
-from training_hub.backends.jax_engine.spaces import Projection, merged
-from training_hub.backends.jax_engine.step import Merge
+from training_hub.backends.jax_engine.spaces import Projection
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
 from training_hub.backends.shared.packs import settings_of
 from training_hub.backends.shared.proofs import refuse
@@ -55,8 +53,8 @@ from training_hub.recipe import Recipe
 from training_hub.recipe.folder import RunFolder
 from training_hub.types import Console, Proof, TrainResult
 
-ROWS_COMPARED = 32
-"""Rows whose trained text is compared with what they say at the start of a run."""
+ROWS_COMPARED = {True: 256, False: 32}
+"""Rows whose trained text is compared with what they say, in a check and at the start of a run."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Session:
     run: Run
     machine: Machine
     materials: Materials
-    attention: Attention
+    made: Programs
     beside: Beside
     folder: RunFolder
     given: Given
@@ -79,9 +77,7 @@ def train(recipe: Recipe, given: Given) -> TrainResult:
     materials = load_materials(recipe, given, console, folder.rejects)
     keep_programs(recipe)
     machine = machine_of(recipe)
-    store = materials.prepared.train
-    preferred = PREFERRED_TOKENS[machine.platform]
-    feed = Feed(store, settings_of(recipe, int(store.lengths.max()), preferred, recipe.data.packing))
+    feed = feed_of(recipe, materials, machine)
     adaptation = adaptation_of(recipe, materials, machine, console)
     step = starting_step(recipe, materials, adaptation.shapes(), feed, console)
     console.say(f"model: loading {recipe.model.path} as {machine.dtype} on {machine.platform}")
@@ -112,6 +108,25 @@ def train(recipe: Recipe, given: Given) -> TrainResult:
     )
 
 
+def check(recipe: Recipe, given: Given) -> list[Proof]:
+    """Load all that a run would, and try every proof; the output folder must exist and only gets the proofs."""
+    console, folder = open_console(recipe.monitoring.console), RunFolder(Path(recipe.output))
+    materials = load_materials(recipe, given, console)
+    keep_programs(recipe)
+    machine = machine_of(recipe)
+    feed, adaptation = feed_of(recipe, materials, machine), adaptation_of(recipe, materials, machine, console)
+    console.say(f"model: loading {recipe.model.path} as {machine.dtype} on {machine.platform}")
+    session = assemble(recipe, given, materials, machine, feed, adaptation, console, folder)
+    dry_step(session.run)
+    return preflight(session, thorough=True)
+
+
+def feed_of(recipe: Recipe, materials: Materials, machine: Machine) -> Feed:
+    """The steps of the run."""
+    store, preferred = materials.prepared.train, PREFERRED_TOKENS[machine.platform]
+    return Feed(store, settings_of(recipe, int(store.lengths.max()), preferred, recipe.data.packing))
+
+
 def adaptation_of(recipe: Recipe, materials: Materials, machine: Machine, console: Console) -> Adaptation:
     """What may move, by the table of algorithms."""
     name = find_algorithm(recipe.algorithm).adaptation
@@ -119,7 +134,7 @@ def adaptation_of(recipe: Recipe, materials: Materials, machine: Machine, consol
         return LowRank(recipe, materials.shape, machine.dtype)
     if name == "osft":
         return Spaces(recipe, materials.shape, materials.source, console)
-    return Full(materials.shape, materials.source)
+    return Full(materials.shape, materials.source, recipe.freezing, machine.dtype)
 
 
 def assemble(
@@ -140,24 +155,20 @@ def assemble(
         console.say(f"model: {line}")
     mesh = mesh_of(recipe.parallelism, materials.shape)
     trained, frozen = (mesh.place(each) for each in adaptation.split(loaded.weights))
-    attention = attention_of(materials.shape, machine, materials.longest)
-    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
-    largest = mesh.spread(side_by_side([feed.largest_pack()], sizes, mesh.rows))
-    weights, scale = (trained, frozen), adaptation.scale
-    merge: Merge = merged if isinstance(adaptation, Spaces) else dict
+    made = programs(recipe, materials, machine, mesh, feed, adaptation, (trained, frozen), console)
     around = Projection(adaptation.protects, *adaptation.decay) if isinstance(adaptation, Spaces) else None
-    steps = build_steps(recipe, materials.shape, machine, attention, scale, merge, mesh, largest, weights, console)
-    updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed, mesh.pin, around)
+    tables = tables_of(materials.shape)
+    updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed, mesh.pin, around, tables)
     run = Run(
         recipe=recipe,
-        steps=steps,
+        steps=made.steps,
         adaptation=adaptation,
         trained=trained,
         frozen=frozen,
         updater=updater,
         state=updater.begin(trained),
         feed=feed,
-        sizes=sizes,
+        sizes=made.sizes,
         mesh=mesh,
         validation=materials.prepared.validation,
         checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
@@ -165,6 +176,7 @@ def assemble(
         facts={**numbers_of(materials), "versions": versions("jax")},
         best=Best(recipe.evaluation),
         packs_validation=packs_validation(recipe.data),
+        turns=adaptation.turns,
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
@@ -176,18 +188,17 @@ def assemble(
         run.watch = Watch(materials.watch, recipe.evaluation, lambda store, what: evaluate(run, store, what))
     template = materials.template.source if materials.template else None
     beside = Beside(loaded.formats, materials.tokenizer.hf, template, materials.stop_ids)
-    return Session(run, machine, materials, attention, beside, folder, given)
+    return Session(run, machine, materials, made, beside, folder, given)
 
 
 def plan_of(session: Session) -> dict[str, Any]:
     """The plan of the run, as plain JSON."""
-    run = session.run
-    parameters = files.count(session.materials.shape)
-    how, dtype = run.steps.forward.forget, saved_format(run, session.beside)
-    layout = run.mesh.layout
+    run, save_dtype = session.run, saved_format(session.run, session.beside)
+    held = {**run.frozen, **run.trained}
     return describe(
-        run.recipe, session.materials, run.feed, session.machine, run.trained, parameters, how, dtype, layout
-    )
+        run.recipe, session.materials, run.feed, session.machine, run.adaptation, run.mesh, session.made, held,
+        save_dtype,
+    )  # fmt: skip
 
 
 def _run(session: Session) -> Path | None:
@@ -212,17 +223,25 @@ def _run(session: Session) -> Path | None:
         return Path(path) if path else None
 
 
-def begin_safely(session: Session) -> list[Proof]:
+def begin_safely(session: Session) -> None:
     """Try every proof and say what came of it. Raises TrainingError for one that failed."""
+    proofs = preflight(session)
+    for line in table(proofs):
+        session.run.console.say(f"preflight: {line}")
+    refuse(proofs)
+
+
+def preflight(session: Session, thorough: bool = False) -> list[Proof]:
+    """Every proof, tried after the dry step; written into the folder."""
     began = time.perf_counter()
     run, materials = session.run, session.materials
-    tokenizer, rows = materials.tokenizer, session.given.rows
+    tokenizer, rows, count = materials.tokenizer, session.given.rows, ROWS_COMPARED[thorough]
     subject = Subject(
         run=run,
         dtype=session.machine.dtype,
-        attention=session.attention.proof,
+        attention=session.made.attention.proof,
         agreement=lambda: agreement(
-            run.recipe.data, run.feed.store, tokenizer, ROWS_COMPARED, rows, run.recipe.training.max_seq_len
+            run.recipe.data, run.feed.store, tokenizer, count, rows, run.recipe.training.max_seq_len
         ),
         beside=session.beside,
         ending_ids=tuple(tokenizer.special_ids.values()),
@@ -231,7 +250,4 @@ def begin_safely(session: Session) -> list[Proof]:
     )
     proofs = prove(subject)
     write_json(session.folder.preflight, as_json(proofs, time.perf_counter() - began))
-    for line in table(proofs):
-        run.console.say(f"preflight: {line}")
-    refuse(proofs)
     return proofs

@@ -21,8 +21,8 @@ FAMILIES = (*DECODERS, "gpt2")
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
-DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout", "embedding_dropout")
-"""Keys of configs by which models drop numbers in training."""
+NOT_DONE = ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "router_jitter_noise")
+"""Keys of configs that would change what is computed, and do not here."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Shape:
     heads share keys and values with kv_heads. windows: for each layer how many tokens back it sees, 0 for all.
     rope: what the config says of rotary positions, sorted pairs. experts: 0 for none; expert_layers: which layers have
     them. q_norm: queries and keys are normed. norm_plus_one: norms multiply by 1 + weight. embed_scale: embeddings are
-    multiplied by it.
+    multiplied by it. attention_dropout, residual_dropout, embedding_dropout: shares of numbers that are dropped in
+    training.
     """
 
     family: str
@@ -60,6 +61,9 @@ class Shape:
     experts_per_token: int = 0
     norm_top_k: bool = True
     expert_layers: tuple[bool, ...] = ()
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
 
     @property
     def is_gpt2(self) -> bool:
@@ -69,14 +73,14 @@ class Shape:
         return bool(self.expert_layers) and self.expert_layers[layer]
 
 
-def folder_of(chosen: Model) -> Path:
+def folder_of(chosen: Model, *, with_weights: bool = True) -> Path:
     """The folder that the recipe's model lies in; one of the hub is fetched, unless it is in the hub's cache."""
     folder = Path(chosen.path).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors"]
+    patterns = ["*.json", *(["*.safetensors"] if with_weights else [])]
     return Path(snapshot_download(chosen.path, revision=chosen.revision, allow_patterns=patterns))
 
 
@@ -102,11 +106,7 @@ def config_problems(config: Any, path: str) -> list[str]:
             f"model.path {path}: model_type {config.model_type!r} is not one that the jax engine has: "
             f"{', '.join(FAMILIES)}. Use such a model, {instead}"
         ]
-    found = [
-        f"model.path {path}: config.{name} is {value}, and the jax engine drops nothing out. Write 0.0 there, {instead}"
-        for name in DROPOUTS
-        if (value := getattr(config, name, None))
-    ]
+    found = []
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
@@ -121,7 +121,7 @@ def config_problems(config: Any, path: str) -> list[str]:
             f"model.path {path}: activation {_activation(config)!r} is not one that the jax engine has: "
             f"{', '.join(ACTIVATIONS)}. Use backend: torch."
         )
-    odd = [name for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if getattr(config, name, False)]
+    odd = [name for name in NOT_DONE if getattr(config, name, False)]
     return [*found, *(f"model.path {path}: config.{name} is not done here. Use backend: torch." for name in odd)]
 
 
@@ -152,6 +152,9 @@ def _gpt2(config: Any) -> Shape:
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
+        attention_dropout=config.attn_pdrop,
+        residual_dropout=config.resid_pdrop,
+        embedding_dropout=config.embd_pdrop,
     )
 
 
@@ -179,6 +182,7 @@ def _decoder(config: Any) -> Shape:
         q_norm=family in ("qwen3", "qwen3_moe"),
         norm_plus_one=family == "gemma",
         embed_scale=config.hidden_size**0.5 if family == "gemma" else 1.0,
+        attention_dropout=getattr(config, "attention_dropout", None) or 0.0,
         **_experts(config),
     )
 

@@ -28,6 +28,12 @@ SHARD_BYTES = 5 * 10**9
 """Largest file of weights: transformers' own limit in version 4; one of 50 GB cannot be fetched in parts."""
 
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What safetensors calls number formats."""
+
+
 def number_format(name: str) -> Any:
     """numpy's type of the number format so called; bfloat16 comes with JAX."""
     if name != "bfloat16":
@@ -73,6 +79,22 @@ def load(folder: Path, shape: Shape, console: Console) -> Loaded:
     return Loaded(weights, formats, tuple(_unused(sorted(set(where) - used), shape)))
 
 
+def formats(folder: Path, shape: Shape) -> dict[str, str]:
+    """The format in which each weight lies in the files, by their headers; {} where there are no files."""
+    if not any((folder / name).exists() for name in (WHOLE, INDEX)):
+        return {}
+    where = _places(folder)
+    if not all(path.exists() for path in where.values()):
+        return {}
+    prefix = _missing_prefix(where, shape)
+    with _Files(where) as files:
+        return {
+            key: FORMATS[files.format(name)]
+            for key, leaf in leaves(shape)
+            if (name := tensors(key, leaf, shape)[0].removeprefix(prefix)) in where
+        }
+
+
 def named(weights: Mapping[str, np.ndarray], formats: Mapping[str, str], shape: Shape) -> dict[str, np.ndarray]:
     """The tensors to be written, by their names in the files, each in its format."""
     found: dict[str, np.ndarray] = {}
@@ -111,7 +133,7 @@ def save(written: Mapping[str, np.ndarray], folder: Path) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(shards[0], folder / WHOLE, metadata={"format": "pt"})
         return
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
@@ -120,7 +142,7 @@ def save(written: Mapping[str, np.ndarray], folder: Path) -> None:
         "metadata": {"total_size": sum(tensor.nbytes for tensor in written.values())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_configs(source: Path, folder: Path, dtype: str | None) -> None:
@@ -158,19 +180,26 @@ class _Files:
         self._open.clear()
 
     def read(self, name: str) -> np.ndarray:
+        return self._file(name).get_tensor(name)
+
+    def format(self, name: str) -> str:
+        """What safetensors calls the format of a tensor."""
+        return str(self._file(name).get_slice(name).get_dtype())
+
+    def _file(self, name: str) -> Any:
         path = self._where[name]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="numpy")
-        return self._open[path].get_tensor(name)
+        return self._open[path]
 
 
 def _places(folder: Path) -> dict[str, Path]:
     """The file in which each tensor lies."""
-    index = folder / "model.safetensors.index.json"
-    if not (folder / "model.safetensors").exists() and index.exists():
+    index = folder / INDEX
+    if not (folder / WHOLE).exists() and index.exists():
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in listed.items()}
-    return _tensors_of(folder / "model.safetensors")
+    return _tensors_of(folder / WHOLE)
 
 
 def _tensors_of(path: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
 from training_hub.backends.shared.errors import Lost, interrupted, listed, not_finite
+from training_hub.backends.shared.packs import reported
 from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.by_source import BySource
@@ -174,23 +175,16 @@ def take_step(run: Run, batch: Batch, meter: ThroughputMeter, began: float) -> S
     run.updater.masters.drop_gradients()
     measures = plain_numbers(run.adaptation.metrics()) | (run.by_source.means(sums) if run.by_source else {})
     seconds = time.perf_counter() - began
-    meter.add(batch.num_tokens, seconds)
-    return StepReport(
-        step=batch.step,
-        total_steps=run.feed.total_steps,
-        epoch=batch.epoch,
+    return reported(
+        batch,
+        meter,
+        run.feed.total_steps,
+        seconds,
         loss=loss,
         learning_rate=rate,
         grad_norm=grad_norm,
-        tokens=batch.num_tokens,
-        trained_tokens=batch.num_trained_tokens,
-        samples=batch.num_samples,
-        tokens_per_second=batch.num_tokens / seconds,
-        step_seconds=seconds,
         memory_gib=peak_memory_gib(run.device),
-        seconds_left=meter.seconds_left,
         skipped=not is_finite,
-        time=time.time(),
         peak_fraction=run.scale.fraction(batch.packs, seconds) if run.scale is not None else None,
         measures=measures,
     )

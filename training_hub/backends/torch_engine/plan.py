@@ -12,7 +12,7 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
-from training_hub.backends.shared.packs import settings_of
+from training_hub.backends.shared.packs import planned, settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
@@ -25,7 +25,7 @@ from training_hub.backends.torch_engine.quantization import num_numbers, quantis
 from training_hub.backends.torch_engine.teacher.load import TeacherLoad, teacher_load
 from training_hub.backends.torch_engine.work import measured_peak, work_of
 from training_hub.data.feed import Feed, FeedSettings
-from training_hub.data.forecast import forecast, length_quantiles
+from training_hub.data.forecast import forecast
 from training_hub.recipe import Recipe
 from training_hub.types import Console
 
@@ -86,15 +86,14 @@ def describe(
 
     Of several processes each holds what `memory_gib` says; samples, tokens and packs are those of all.
     """
-    store, validation = materials.prepared.train, materials.prepared.validation
     parameters = list(model.parameters())
     moved = [p for name, p in model.named_parameters() if p.requires_grad and name not in holdings.claimed]
     trained = sum(p.numel() for p in moved) + holdings.trained
-    ahead = forecast(feed)
+    told = planned(recipe, materials.prepared, materials.template, feed)
     beside = load_beside(recipe, materials, feed, device)
     share, sizes = Share.of(recipe, world_size), Sizes.of(model)
     moving = sizes if share.slices > 1 else replace(sizes, trained=trained)  # between replicas only what moves passes
-    packs_of_one = ahead["packs_per_step"] / share.of_data
+    packs_of_one = told["run"]["packs_per_step"] / share.of_data
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
         "algorithm": recipe.algorithm,
@@ -109,24 +108,10 @@ def describe(
         "parameters": sum(num_numbers(p) for p in parameters),
         "trained_parameters": trained,
         "frozen_at_first": Thaw(model, recipe.freezing).frozen_at_first(),
-        "samples": len(store),
-        "tokens": int(store.lengths.sum()),
-        "trained_tokens": int(store.trained_tokens.sum()),
-        "longest_sample": int(store.lengths.max()),
-        "lengths": {**length_quantiles(store), "max_seq_len": recipe.training.max_seq_len},
-        "validation_samples": len(validation) if validation is not None else 0,
-        "samples_per_epoch": feed.samples_per_epoch,
-        "samples_per_step": feed.settings.samples_per_step,
-        "steps_per_epoch": feed.steps_per_epoch,
-        "total_steps": feed.total_steps,
-        "tokens_per_pack": feed.settings.token_budget,
-        "packed": feed.settings.is_packed,
-        "run": ahead,
+        **told,
         "activation_checkpointing": checkpointing,
         "memory_gib": memory,
-        "chat_template": materials.template.name if materials.template else None,
         **({"teacher": _teacher(recipe, materials)} if materials.teacher else {}),
-        "data": materials.prepared.report,
     }
 
 
