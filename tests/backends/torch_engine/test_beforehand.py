@@ -8,7 +8,8 @@ import torch
 from tests.backends.torch_engine.tiny_models import FAMILIES, tiny_model
 from tests.invariants.run import recipe
 from training_hub.backends.shared.sameness import changed_facts, changed_shapes, model_facts
-from training_hub.backends.torch_engine.model import load_model, read_blank_model
+from training_hub.backends.torch_engine.model import load_model
+from training_hub.backends.torch_engine.model_config import read_blank_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

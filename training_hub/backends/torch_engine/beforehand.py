@@ -18,7 +18,7 @@ from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.materials import Materials
-from training_hub.backends.torch_engine.model import read_blank_model
+from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.backends.torch_engine.plan import feed_settings
 from training_hub.backends.torch_engine.room import room
 from training_hub.data.feed import Feed

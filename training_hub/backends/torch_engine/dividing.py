@@ -36,9 +36,9 @@ from training_hub.backends.torch_engine.model import (
     load_model,
     model_notes,
     named,
-    read_config,
     unexpected_notes,
 )
+from training_hub.backends.torch_engine.model_config import read_config
 from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import BackendError, RecipeError, TrainingError

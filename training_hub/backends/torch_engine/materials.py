@@ -10,7 +10,7 @@ from typing import Any
 from training_hub.backends import Given
 from training_hub.backends.shared import materials as shared
 from training_hub.backends.shared.materials import check_limits, limits_of, watched_rows
-from training_hub.backends.torch_engine.model import read_limits
+from training_hub.backends.torch_engine.model_config import read_limits
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, read_teacher
 from training_hub.data.prepare import Prepared, prepare
 from training_hub.data.questions import questions_of

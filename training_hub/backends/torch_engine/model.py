@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from training_hub.backends.shared.materials import Limits, limits_of
-from training_hub.backends.shared.model_folder import folder_problems, is_folder, stored_dtype
+from training_hub.backends.shared.model_folder import folder_problems
 from training_hub.backends.torch_engine.attention import (
     DOCUMENTS,
     FUNCTIONS,
@@ -23,6 +22,7 @@ from training_hub.backends.torch_engine.attention_trial import heads_of, told, t
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, base_of, is_finer, lost_names
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
+from training_hub.backends.torch_engine.model_config import from_library, read_config, source_options
 from training_hub.backends.torch_engine.preflight import (
     ROUGH,
     SAME_LOGITS,
@@ -31,7 +31,6 @@ from training_hub.backends.torch_engine.preflight import (
     relative_difference,
 )
 from training_hub.backends.torch_engine.quantization import NONE, loading_options, multiply_dense
-from training_hub.backends.torch_engine.quiet import library_bars
 from training_hub.backends.torch_engine.rounding import round_in_forward
 from training_hub.errors import BackendError, RecipeError
 from training_hub.recipe import Recipe
@@ -59,31 +58,6 @@ class LoadedModel:
     notes: tuple[str, ...]
     files: tuple[Path, ...] = ()
     base: BaseWeights = UNREAD
-
-
-def read_limits(chosen: Model) -> Limits:
-    """The limits of the recipe's model, from its config alone."""
-    return limits_of(_from_library(chosen, "AutoConfig", _source_options(chosen)))
-
-
-def read_blank_model(chosen: Model, rounding: Qat = Qat()) -> tuple[PreTrainedModel, torch.dtype]:
-    """The recipe's model without contents, on torch's meta device, and the format it comes in: from its config alone.
-
-    rounding: how its layers round in forward. Raises RecipeError where there is no config that can be read.
-    """
-    import transformers
-
-    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code, with_weights=False)
-    if problems:
-        raise RecipeError(problems)
-    config = _from_library(chosen, "AutoConfig", _source_options(chosen))
-    original = _original_dtype(chosen.path, config)
-    config._attn_implementation = None
-    config._experts_implementation = None
-    with torch.device("meta"):
-        blank = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=chosen.trust_remote_code)
-    round_in_forward(blank, rounding)
-    return blank, original
 
 
 def choose_device() -> torch.device:
@@ -184,7 +158,7 @@ def read_whole(
         "ignore_mismatched_sizes": True,
         **loading_options(chosen.quantization, dtype, device),
     }
-    model, info = _from_library(chosen, "AutoModelForCausalLM", {**_source_options(chosen), **options})
+    model, info = from_library(chosen, "AutoModelForCausalLM", {**source_options(chosen), **options})
     problems = _loading_problems(chosen.path, model, info)
     if problems:
         raise RecipeError(problems)
@@ -202,56 +176,6 @@ def finest_base(chosen: Model, model: PreTrainedModel, original: torch.dtype) ->
     whole, _, _ = read_whole(chosen, torch.promote_types(original, next(model.parameters()).dtype), torch.device("cpu"))
     exact = dict(whole.named_parameters())
     return replace(base, held={name: exact[name].detach() for name in lost})
-
-
-def read_config(chosen: Model) -> tuple[Any, torch.dtype]:
-    """The config of the model, and the format its weights come in. Raises RecipeError naming every problem."""
-    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
-    if problems:
-        raise RecipeError(problems)
-    config = _from_library(chosen, "AutoConfig", _source_options(chosen))
-    original = _original_dtype(chosen.path, config)
-    # An implementation named in a config may be a kernel on the hub, that is: code. We choose, not the config.
-    config._attn_implementation = None
-    config._experts_implementation = None
-    return config, original
-
-
-def _source_options(chosen: Model) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": chosen.trust_remote_code}
-    if is_folder(chosen.path):
-        return {**options, "local_files_only": True}
-    return {**options, "revision": chosen.revision} if chosen.revision else options
-
-
-def _from_library(chosen: Model, loader: str, options: Mapping[str, Any]) -> Any:
-    import transformers
-
-    path = str(Path(chosen.path).expanduser()) if is_folder(chosen.path) else chosen.path
-    try:
-        with library_bars():
-            return getattr(transformers, loader).from_pretrained(path, **options)
-    except OSError as error:
-        where = "cannot be read" if is_folder(chosen.path) else "is not a folder here and cannot be had from the hub"
-        raise RecipeError(f"model.path: {chosen.path} {where}: {error}") from error
-    except Exception as error:
-        # A damaged file, or one made to do harm, can make these libraries raise anything.
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            raise BackendError(
-                f"model.path: {chosen.path} does not fit into memory: {first_line} Use a smaller model or a larger "
-                "machine; `training-hub plan` says what a run takes."
-            ) from error
-        raise RecipeError(
-            f"model.path: {chosen.path} cannot be loaded: {type(error).__name__}: {first_line}. Fetch its files again."
-        ) from error
-
-
-def _original_dtype(path: str, config: Any) -> torch.dtype:
-    """The weights' own format; for a name on the hub what its config says. transformers' default is float32."""
-    name = stored_dtype(Path(path).expanduser()) if is_folder(path) else None
-    said = getattr(torch, name) if name else getattr(config, "dtype", None)
-    return getattr(torch, said) if isinstance(said, str) else said or torch.float32
 
 
 def _loading_problems(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:

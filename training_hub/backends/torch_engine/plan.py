@@ -20,7 +20,8 @@ from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.layouts.share import Share, Sizes, exchanged_bytes
 from training_hub.backends.torch_engine.materials import Materials, load_materials
 from training_hub.backends.torch_engine.memory import EVERYTHING, Estimate, estimate
-from training_hub.backends.torch_engine.model import choose_device, choose_dtype, read_blank_model
+from training_hub.backends.torch_engine.model import choose_device, choose_dtype
+from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.backends.torch_engine.quantization import num_numbers, quantiser
 from training_hub.backends.torch_engine.teacher.load import TeacherLoad, teacher_load
 from training_hub.backends.torch_engine.work import measured_peak, work_of

@@ -8,7 +8,7 @@ from training_hub.backends.shared.model_folder import folder_problems, is_folder
 from training_hub.backends.torch_engine.layouts.context import context_problems
 from training_hub.backends.torch_engine.layouts.experts import expert_problems
 from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
-from training_hub.backends.torch_engine.model import read_blank_model
+from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import FIELDS, Degrees
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from training_hub.backends.torch_engine.model import choose_dtype, read_blank_model
+from training_hub.backends.torch_engine.model import choose_dtype
+from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.backends.torch_engine.objectives.head import chunk_rows
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher
 from training_hub.backends.torch_engine.teacher.form import Form
