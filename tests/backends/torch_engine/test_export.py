@@ -51,7 +51,7 @@ def test_it_loads_strictly_with_transformers_and_gives_the_same_logits(tiny_mode
 
 def test_float32_masters_of_a_bfloat16_model_are_written_in_full(tiny_model_folder, tmp_path):
     made = model(dtype=torch.bfloat16)
-    masters = {name: p.detach().float() + 1e-6 for name, p in made.named_parameters()}
+    masters = {name: p.detach().float() * (1 + 2**-10) for name, p in made.named_parameters()}
     write(made, tmp_path / "final", tiny_model_folder, torch.float32, masters)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert json.loads((tmp_path / "final" / "config.json").read_text())["dtype"] == "float32"

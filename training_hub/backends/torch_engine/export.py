@@ -135,8 +135,8 @@ def verify(
             problems.append(f"{name} is not what was written")
     problems += [f"{name} is not what was written" for name in _other_bits(folder, tensors, dtype)]
     if said is None:  # else the weights lie in several processes
-        here = dict(model.named_parameters())
-        other = [name for name in here.keys() & tensors.keys() if not is_rounding(here[name], tensors[name])]
+        held = dict(model.named_parameters())
+        other = [name for name in held.keys() & tensors.keys() if not is_rounding(held[name], tensors[name])]
         problems += [f"{name} is not the rounding of what was trained" for name in sorted(other)]
     if problems:
         raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])

@@ -66,7 +66,7 @@ class Full(OfParameters):
             key = id(parameters.get(name, tensor))
             names.setdefault(key, []).append(name)
             sources[key] = moved.get(key, tensor).detach()
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for key, source in sources.items():
             same = came.unmoved(names[key], source, written) if came is not None else None
             cast = source.to(written.dtype if source.is_floating_point() else source.dtype).cpu()
