@@ -40,6 +40,8 @@ NEARLY_NOTHING = 1e-12
 class Osft:
     """The adaptation that keeps every update out of the protected directions."""
 
+    undivided: frozenset[str] = frozenset()
+
     def __init__(self, recipe: Recipe):
         self._settings, self._optimizer = recipe.osft, recipe.optimizer
         self._came_from = Path(recipe.model.path).expanduser()
