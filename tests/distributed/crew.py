@@ -42,7 +42,16 @@ class Crew:
         """What each rank's run came to; `data` may be another for each rank."""
         each = data if isinstance(data, list) else [data] * len(self._orders)
         recipes = [recipe(model, one, output, **sections).model_dump(mode="json") for one in each]
-        line = json.dumps({"recipes": recipes, "port": free_port(), **(order or {})})
+        return self._ask({"recipes": recipes, **(order or {})})
+
+    def call(self, function: str, *arguments: Any) -> list[Any]:
+        """What `module:function`, called with the group of the processes and `arguments`, finds in each of them."""
+        answers = self._ask({"call": function, "arguments": arguments})
+        assert not [each["error"] for each in answers if "error" in each], answers
+        return [each["found"] for each in answers]
+
+    def _ask(self, order: dict[str, Any]) -> list[Any]:
+        line = json.dumps({"port": free_port(), **order})
         for member in self._orders:
             member.write(line + "\n")
             member.flush()

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from training_hub.backends import Given
 from training_hub.errors import HubError
 from training_hub.launch import as_json, run
 from training_hub.recipe import Recipe
+from training_hub.recipe.comm import Comm
 
 
 def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
-    """The run of `order` as torchrun would have started this process."""
+    """The run or the call of `order` as torchrun would have started this process."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -32,6 +34,8 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
         "MASTER_PORT": str(order["port"]),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    if "call" in order:
+        return answer(order)
     recipe = Recipe.model_validate(order["recipes"][rank])
     if rank == order.get("signalled"):
         threading.Thread(target=signal_at, args=(Path(recipe.output), order["step"]), daemon=True).start()
@@ -45,6 +49,19 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
         traceback.print_exc()
         return {"error": type(error).__name__, "problems": [str(error)]}
     return {**as_json(result), "history": list(result.history)}
+
+
+def answer(order: dict[str, Any]) -> dict[str, Any]:
+    """What the function that `order` names, as module:function, finds among its processes."""
+    from training_hub.backends.torch_engine.parallel import joined
+
+    module, function = order["call"].split(":")
+    try:
+        with joined(Comm()) as group:
+            return {"found": getattr(import_module(module), function)(group, *order["arguments"])}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def signal_at(output: Path, step: int) -> None:

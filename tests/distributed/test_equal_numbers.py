@@ -170,16 +170,3 @@ def test_ranks_that_read_other_data_do_not_train_together(two, tiny_model_folder
     ended = two.train(tiny_model_folder, [uneven_file, chat_file], tmp_path / "run", comm={"timeout_seconds": 20})
     assert [each["error"] for each in ended] == ["DataError"] * 2
     assert "rank 1 has read other data" in ended[0]["problems"][0]
-
-
-def test_answers_are_asked_for_once_and_known_to_all(two, tiny_model_folder, chat_file, tmp_path):
-    settings = {
-        "training": {**STEPS, "steps": 2},
-        "data": {"validation_fraction": 0.1},
-        "evaluation": {"generate": 4, "max_new_tokens": 4, "interval": 1},
-    }
-    alone = train(tiny_model_folder, chat_file, tmp_path / "alone", **settings)
-    together = two.train(tiny_model_folder, chat_file, tmp_path / "together", **settings)
-    same_steps(alone, together)
-    for each in together:
-        assert each["metrics"]["validation_exact_match"] == alone.metrics["validation_exact_match"]

@@ -203,10 +203,12 @@ def test_what_osft_protects_goes_on_whole_from_divided_weights(
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "optimizer.name: Muon": {"optimizer": {"name": "Muon", "lr": 1e-3}},
-    "optimizer.state: 8bit": {"optimizer": {"state": "8bit"}},
-    "evaluation.generate": {"evaluation": {"generate": True}},
-    "freezing.unfreeze_interval": {"freezing": {"unfreeze_interval": 1}},
+    "qat out": {"parallelism": {"tensor_parallel_degree": 2}, "qat": {"weight_dtype": "int4"}},
+    "bytes of int4": {
+        "parallelism": {"tensor_parallel_degree": 2},
+        "algorithm": "lora_sft",
+        "model": {"quantization": "int4"},
+    },
     "enable_cpu_offload": {"parallelism": {**SHARDED, "enable_cpu_offload": True}},
     "must divide": {"parallelism": {"data_parallel_shard_degree": 3}},
 }

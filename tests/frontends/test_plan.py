@@ -137,9 +137,9 @@ def test_the_plan_says_what_a_process_holds_of_a_divided_model(without_weights: 
     slices = planned(capsys, *words, "--parallelism.data_parallel_shard_degree=-1")
     pairs = planned(capsys, *words, "--parallelism.data_parallel_shard_degree", "2")
     assert (whole["slices"], slices["slices"], pairs["slices"]) == (1, 4, 2)
-    for name in ("weights", "optimizer"):
-        assert slices["memory_gib"][name] == pytest.approx(whole["memory_gib"][name] / 4)
-        assert pairs["memory_gib"][name] == pytest.approx(whole["memory_gib"][name] / 2)
+    for name in ("weights", "optimizer"):  # the first process has a row more of a table that cannot be cut evenly
+        assert slices["memory_gib"][name] == pytest.approx(whole["memory_gib"][name] / 4, rel=1e-2)
+        assert pairs["memory_gib"][name] == pytest.approx(whole["memory_gib"][name] / 2, rel=1e-2)
     assert 0 < slices["memory_gib"]["gathered"] <= whole["memory_gib"]["weights"], "two layers are the whole model"
     assert slices["memory_gib"]["gradients"] < whole["memory_gib"]["gradients"]
     never = planned(
@@ -149,6 +149,19 @@ def test_the_plan_says_what_a_process_holds_of_a_divided_model(without_weights: 
     assert never["exchanged_gib_per_step"] <= slices["exchanged_gib_per_step"]
     assert main(["plan", *words, "--parallelism.data_parallel_shard_degree=-1"]) == 0
     assert "processes 4, each with 1/4 of the model" in capsys.readouterr().out
+
+
+def test_the_plan_says_what_a_process_computes_of_a_split_model(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--batch-size", "8"]
+    words += ["--processes.procs", "4", "--parallelism.tensor_parallel_degree", "2"]
+    words += ["--parallelism.context_parallel_degree", "2"]
+    whole, split = planned(capsys, *words[:7]), planned(capsys, *words)
+    assert split["split_among"] == {"heads": 2, "tokens": 2, "experts": 1}
+    for name in ("weights", "optimizer", "gradients", "activations"):
+        assert 0.25 < split["memory_gib"][name] / whole["memory_gib"][name] < 0.6, name
+    assert main(["plan", *words]) == 0
+    said = "processes 4, each with about 1/2 of the model, 1/2 of the tokens of a pack, and about 8.0 of the 8 samples"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

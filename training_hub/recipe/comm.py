@@ -10,4 +10,4 @@ class Comm(Section):
 
     timeout_seconds: Positive = 600
     """A process that does not come to where the others wait for it within so many seconds ends the run. What one does
-    for all (reading data, proofs, answers, saving) may take longer: the others wait for as long as it is alive."""
+    for all (reading data, proofs, saving), and answers, may take longer: the others wait for as long as it is alive."""

@@ -288,7 +288,8 @@ class Optimizer(Section):
     state: Literal["full", "split", "8bit"] = "full"
     """What AdamW keeps of each bfloat16 weight beside it. full: a float32 master and two float32 moments, 12 bytes.
     split: 16 bits that make the weight a float32 one, and the moments, 10 bytes; the same steps. 8bit: the moments in
-    one byte each, 4 bytes; nearly the same steps. Float32 weights need no master: 8, 8 and 2 bytes."""
+    one byte each, 4 bytes; nearly the same steps. Float32 weights, and those in slices (fully sharded), need no
+    master: 8, 8 and 2 bytes."""
 
 
 class LRScheduler(Section):

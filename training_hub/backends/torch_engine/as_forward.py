@@ -18,6 +18,9 @@ NAME = "training_hub_as_forward"
 DEVICE = "training_hub_device"
 """Attribute of a divided model: where it computes, which may not be where its slices lie."""
 
+DTYPE = "training_hub_dtype"
+"""Attribute of a divided model: what it computes in, which may not be what its slices are kept in."""
+
 
 def as_forward(model: Any, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What `work` gives, a tuple of tensors, with the weights of `model` at hand."""
@@ -29,4 +32,10 @@ def as_forward(model: Any, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tens
 def device_of(model: Any) -> torch.device:
     """Where the model computes."""
     found: torch.device = getattr(model, DEVICE, None) or next(model.parameters()).device
+    return found
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """What the model computes in."""
+    found: torch.dtype = getattr(model, DTYPE, None) or next(model.parameters()).dtype
     return found

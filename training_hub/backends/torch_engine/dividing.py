@@ -39,6 +39,8 @@ from training_hub.backends.torch_engine.model import (
     unexpected_notes,
 )
 from training_hub.backends.torch_engine.model_config import read_config
+from training_hub.backends.torch_engine.quantization import part
+from training_hub.backends.torch_engine.rounding import round_in_forward, unrounded
 from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import BackendError, RecipeError, TrainingError
@@ -93,8 +95,8 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
         return "its files call weights otherwise than it does"
     if dtype in TYPES and problem_on(device) is None:
         swap(model)
-    unexpected = tuple(unexpected_notes(info["unexpected_keys"]))
-    return LoadedModel(model, original, "", unexpected, files, base_of(chosen, model))
+    told = [*unexpected_notes(info["unexpected_keys"]), *filter(None, [round_in_forward(model, recipe.qat)])]
+    return LoadedModel(model, original, "", tuple(told), files, base_of(chosen, model))
 
 
 def divide(
@@ -112,11 +114,13 @@ def divide(
     Raises TrainingError for weights that are not finite, RecipeError where the model cannot be divided so."""
     model = loaded.model
     if not loaded.files:
+        if layout.is_sharded:
+            part(model)
         # What was drawn at random, or found by another library, before each keeps a piece of it.
         layout.group.spread(
             [*model.state_dict().values(), *adaptation.weights().values(), *adaptation.saved().values()]
         )
-        layout = layout.divide(model, dtype)
+        layout = layout.divide(model, dtype, adaptation.undivided)
         _begin_exactly(model, loaded.base, dtype)
         adaptation.divided()
         layout.spread(model)
@@ -133,9 +137,11 @@ def divide(
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
     model.eval()
     names, tried = attention_names(recipe.model.attention, model, lengths, device, dtype)
-    attention = attach_attention(model, names, dtype)
+    with unrounded(model):  # where rounding would make much of little differences
+        attention = attach_attention(model, names, dtype)
+        kernels = stay_on_kernels(model, dtype)
     notes = [*loaded.notes, share, *tried, *attention_notes(attention, names), *model_notes(model)]
-    notes += [line for line in (stay_on_kernels(model, dtype),) if line]
+    notes += [kernels] if kernels else []
     layout.spread(model)
     return replace(loaded, attention=attention, notes=tuple(notes), files=()), layout
 

@@ -187,7 +187,7 @@ class TorchEngine:
             console.say(f"resume: going on after step {step} of {run.feed.total_steps}")
         beside = load_beside(recipe, materials, run.feed, device)
         asked = beside.operations if beside is not None else no_operations
-        run.scale = Scale(work_of(run.model), measured_peak(device, dtype) * layout.degrees.sharers, asked)
+        run.scale = Scale(work_of(shapes), measured_peak(device, dtype) * layout.degrees.sharers, asked)
         if recipe.monitoring.profile and group.is_main:
             run.profile = StepProfile(run.step + 1, run.feed.total_steps - run.step, device, folder.path / FILE_NAME)
         model_path = self._run(run, loaded, materials, given, planned["memory_gib"], folder)

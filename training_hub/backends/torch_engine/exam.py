@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_hub.backends.shared.materials import limits_of
-from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
+from training_hub.backends.torch_engine.generate import Answer, Decoding, Prompt, answers
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.materials import Materials, stop_ids
 from training_hub.data.questions import Question, questions_of
 from training_hub.data.store import TokenStore
@@ -62,12 +63,28 @@ class Examiner:
 
     def examine(self, model: PreTrainedModel, console: Console, what: str = "answering") -> Sitting:
         """Ask the model everything once. Raises DataError where a metric of the user's fails, naming the rows."""
+        return self.judge(self.ask(model, console, what))
+
+    def ask(self, model: PreTrainedModel, console: Console, what: str, layout: Layout = WHOLE) -> list[Answer]:
+        """The answers to all questions. Of several processes each asks a part of them, and all must come here."""
         positions = limits_of(model.config)
         hard = positions.positions if positions.is_hard else None
         limits = [self.limit if hard is None else min(self.limit, hard - len(one.prompt)) for one in self.questions]
         prompts = [Prompt(one.prompt, limit) for one, limit in zip(self.questions, limits, strict=True)]
-        with console.progress(what, total=len(prompts), unit="answers") as advance:
-            given = answers(model, prompts, self.decoding, self.batch_tokens, advance)
+        order = sorted(range(len(prompts)), key=lambda number: (prompts[number].limit, len(prompts[number].ids)))
+        mine = order[layout.asking_rank :: layout.asking_size]
+
+        def said() -> list[Any]:
+            with layout.in_step(model), console.progress(what, total=len(mine), unit="answers") as advance:
+                own = [prompts[number] for number in mine]
+                given = answers(model, own, self.decoding, self.batch_tokens, advance) if own else []
+            return [[number, one.ids, one.finish_reason] for number, one in zip(mine, given, strict=True)]
+
+        heard = {number: Answer(tuple(ids), why) for some in layout.group.each(what, said) for number, ids, why in some}
+        return [heard[number] for number in range(len(prompts))]
+
+    def judge(self, given: Sequence[Answer]) -> Sitting:
+        """What the answers are worth. Raises DataError where a metric of the user's fails, naming the rows."""
         asked = [self.text(one.prompt) for one in self.questions]
         wanted = [self.text(self._until_stop(one.answer)) for one in self.questions]
         said = [self.text(one.ids) for one in given]
@@ -126,20 +143,26 @@ class Exam:
         shutil.rmtree(self._file(0).parent, ignore_errors=True)
         (self.folder / FILE_NAME).unlink(missing_ok=True)
 
-    def begin(self, model: PreTrainedModel, console: Console) -> None:
+    def begin(self, model: PreTrainedModel, console: Console, layout: Layout = WHOLE) -> None:
         """Ask before the first step, once."""
-        self.before = self.take(model, 0, console)
+        self.before = self.take(model, 0, console, layout)
         console.say(f"answers before training: {told(self.before)}")
 
-    def take(self, model: PreTrainedModel, step: int, console: Console) -> dict[str, float]:
-        """Ask at `step`, write down what was said, and give the scores."""
-        sitting = self.examiner.examine(model, console, f"answers at step {step}")
+    def take(self, model: PreTrainedModel, step: int, console: Console, layout: Layout = WHOLE) -> dict[str, float]:
+        """Ask at `step`, write down what was said, and give the scores, to all processes of the run."""
+        what = f"answers at step {step}"
+        given = self.examiner.ask(model, console, what, layout)
+        self.last = layout.group.on_main(what, lambda: self._note(given, step, console))
+        return dict(self.last)
+
+    def _note(self, given: Sequence[Answer], step: int, console: Console) -> dict[str, float]:
+        sitting = self.examiner.judge(given)
         self.last = sitting.scores
         write_predictions(self._file(step), sitting.predictions)
         self.show(step)
         if step and self.last["unfinished"] > FEW_END:
             console.say(self._few_end(step))
-        return dict(self.last)
+        return self.last
 
     def show(self, step: int) -> Path | None:
         """Write predictions.jsonl: the answers of the last time up to `step`, beside those before training."""

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training_hub.backends.torch_engine.as_forward import device_of, dtype_of
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, relative_difference
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
         if hasattr(module, "max_seq_len_cached")
     ]
     attention, habits = model.config._attn_implementation, model.generation_config
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         try:
             model.eval()
@@ -173,7 +174,7 @@ def can_pad(model: PreTrainedModel) -> bool:
     rows = [random.integers(0, vocabulary, length).tolist() for length in PROBE_LENGTHS]
     config = _config(Decoding(()), 2, output_logits=True, return_dict_in_generate=True)
     padded, alone = _generate(model, rows, config), _generate(model, rows[:1], config)
-    limit = SAME_LOGITS.get(next(model.parameters()).dtype, ROUGH)
+    limit = SAME_LOGITS.get(dtype_of(model), ROUGH)
     for place in range(2):
         if place and padded.sequences[0, -2] != alone.sequences[0, -2]:
             break  # two tokens as likely as each other: what follows is another text
@@ -261,10 +262,12 @@ def _config(decoding: Decoding, limit: int, **more: Any) -> Any:
 
 
 def _generate(model: PreTrainedModel, rows: Sequence[Sequence[int]], config: Any, streamer: Any = None) -> Any:
-    longest, device = max(map(len, rows)), next(model.parameters()).device
+    longest, device = max(map(len, rows)), device_of(model)
     ids_BT = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     with warnings.catch_warnings():
         # Of architectures whose config sets a limit of its own for generation: ours is what holds.
         warnings.filterwarnings("ignore", message="Both `max_new_tokens`")
-        return model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, streamer=streamer)
+        # Not in step with other processes, which whoever asks sees to for all passes at once (Layout.in_step).
+        options = {"generation_config": config, "streamer": streamer, "synced_gpus": False}
+        return model.generate(input_ids=ids_BT, attention_mask=mask_BT, **options)

@@ -103,7 +103,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         before = run.validation_before
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
         if run.exam is not None:
-            begin_exam(run, run.exam)
+            run.exam.begin(run.model, run.console, run.layout)
     if run.watch is not None and run.watch.before is None:
         run.watch.begin(run.step, run.console)
     while run.step < run.feed.total_steps:
@@ -276,25 +276,10 @@ def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
     return replace(report, validation_loss=loss, validation_perplexity=doubt, scores=scores, measures=measures)
 
 
-def begin_exam(run: Run, exam: Exam) -> None:
-    """Ask before the first step: one process does, and all know the scores."""
-
-    def begin() -> dict[str, float]:
-        exam.begin(run.model, run.console)
-        return exam.before
-
-    exam.before = exam.last = run.group.on_main("answers before training", begin)
-
-
 def take_exam(run: Run, exam: Exam) -> dict[str, float]:
-    """The scores of the answers at this step: one process asks, and all know the scores."""
-
-    def take() -> dict[str, float]:
-        with run.updater.averaged():
-            return exam.take(run.model, run.step, run.console)
-
-    exam.last = run.group.on_main(f"answers at step {run.step}", take)
-    return dict(exam.last)
+    """The scores of the answers at this step."""
+    with run.updater.averaged():
+        return exam.take(run.model, run.step, run.console, run.layout)
 
 
 def dry_step(run: Run) -> None:

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +26,13 @@ from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_la
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.fused.swap import swap
-from training_hub.backends.torch_engine.layouts.share import Share, Sizes, divided_parts
+from training_hub.backends.torch_engine.layouts.share import Share, cut_down, divided_parts, held, owned_bytes, part_of
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
 from training_hub.backends.torch_engine.optimizers.library import KINDS, kept_bytes, table_names
+from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.backends.torch_engine.quantization import plain_like
 from training_hub.backends.torch_engine.teacher.load import TeacherLoad
 from training_hub.backends.torch_engine.tensors import to_device
@@ -84,7 +86,9 @@ def estimate(
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
-    trained = [p for n, p in model.named_parameters() if p.requires_grad and n not in holdings.claimed]
+    apart = cut_down(blank, share)
+    part = part_of(largest, share)
+    trained = [p for n, p in blank.named_parameters() if p.requires_grad and n not in holdings.claimed]
     own = torch.empty(holdings.trained, device="meta")
     is_low = dtype in LOW_PRECISION
     exact = 4 if is_low else dtype.itemsize
@@ -99,19 +103,23 @@ def estimate(
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
         "gradients": (sum(p.numel() for p in trained) + (holdings.gradients if accumulates else holdings.complete))
         * exact,
-        "optimizer": optimizer_bytes([*trained, own], optimizer, exact, tables_in(model)),
+        "optimizer": optimizer_bytes([*trained, own], optimizer, exact, tables_in(blank)),
         "activations": None,
-        "logits": logit_bytes(model, dtype, device, int((largest.weights != 0).sum()), on_kernels=on_kernels),
+        "logits": logit_bytes(blank, dtype, device, int((part.weights != 0).sum()), on_kernels=on_kernels),
     }
     if share.slices > 1:
-        parts = divided_parts(parts, Sizes.of(model), share, dtype, optimizer_bytes([own], optimizer, exact))
+        parts = divided_parts(parts, blank, share, dtype, apart, holdings.spared)
+        parts |= _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
+    if share.gathers_head and (head := blank.get_output_embeddings()) is not None:
+        parts["gathered"] = parts.get("gathered", 0) + head.weight.numel() * share.heads * dtype.itemsize
     if teacher is not None:
         parts["teacher"] = teacher.beside
     note = ""
     try:
         parts["activations"] = saved_bytes(
             blank.to(dtype),
-            largest,
+            part,
+            among=share.tokens,
             is_copied=device.type != "cuda",
             on_kernels=on_kernels,
             is_swapped=is_swapped,
@@ -134,7 +142,31 @@ def most_at_once(parts: Estimate, *, accumulates: bool, passing: int = 0) -> flo
     always = sum(parts.get(name, 0) for name in ALWAYS)
     before = parts["gradients"] if accumulates else 0
     after_forward = (parts["activations"] or 0) + parts["logits"] + before
-    return always + max(after_forward, parts["gradients"], before + passing)
+    return always + max(after_forward, parts["gradients"] + parts.get("owned", 0), before + passing)
+
+
+def _kept_in_slices(
+    trained: list[nn.Parameter],
+    own: Tensor,
+    blank: PreTrainedModel,
+    optimizer: Optimizer,
+    share: Share,
+    exact: int,
+    apart: Collection[nn.Parameter],
+) -> dict[str, Any]:
+    """What the optimizer keeps of slices and, as far as this process owns them, of whole weights."""
+    tables = tables_in(blank)
+    whole = [w for w in trained if wants_whole(optimizer, tuple(w.shape), w.dim() == 2 and id(w) not in tables)]
+    owned = {id(weight) for weight in whole}
+    pieces = {id(weight): held(weight, share, apart) for weight in trained if id(weight) not in owned}
+    of_tables = {id(piece) for number, piece in pieces.items() if number in tables}
+    in_slices = optimizer_bytes(pieces.values(), optimizer, exact, of_tables)
+    of_whole = optimizer_bytes(whole, optimizer, exact, tables) / share.slices
+    of_slices = (in_slices + of_whole) * (not share.is_offloaded)
+    return {
+        "optimizer": of_slices + optimizer_bytes([own], optimizer, exact),
+        "owned": owned_bytes(whole, exact),
+    }
 
 
 def blank_like(model: PreTrainedModel) -> PreTrainedModel:
@@ -201,11 +233,11 @@ def logit_bytes(
     gradient is copied once in the parameter's format, and where the table of embeddings is the same matrix, the table's
     own dense gradient is there with it.
     """
-    vocabulary = model.config.get_text_config().vocab_size
     exact = torch.promote_types(dtype, torch.float32).itemsize
     head = find_head(model)
     if head is None:  # the model's own head, whose logits stay for backward
-        return trained * vocabulary * 3 * exact
+        return trained * model.config.get_text_config().vocab_size * 3 * exact
+    vocabulary = head.weight.shape[0]
     is_low = dtype in LOW_PRECISION
     each = dtype.itemsize if on_kernels else 2 * exact + (dtype.itemsize if is_low else 0)
     # float32 is added in place; a product of 16-bit numbers is one of its own, on a CPU rounded before it is widened.
@@ -224,8 +256,11 @@ def saved_bytes(
     on_kernels: bool = False,
     is_swapped: bool = False,
     checkpointing: str = NONE,
+    among: int = 1,
 ) -> int:
     """Bytes that forward keeps for backward, for this pack, and what a layer that forgot makes again.
+
+    among: how many processes have as much of the pack each, and the keys and values of all of it.
 
     is_copied: attention gives out a copy of what it keeps. on_kernels: as our kernels keep it, which is less.
     is_swapped: norms, rotary positions and gated units are our kernels', whatever attention is.
@@ -233,7 +268,7 @@ def saved_bytes(
     if on_kernels or is_swapped:
         swap(blank)
     run_adapters_fused(blank)
-    options = {"is_copied": is_copied, "on_kernels": on_kernels}
+    options: dict[str, Any] = {"is_copied": is_copied, "on_kernels": on_kernels, "among": among}
     everything = _saved_bytes(blank, largest, NONE, **options)
     layers = num_layers(blank)
     if checkpointing == NONE or not layers:
@@ -245,13 +280,13 @@ def saved_bytes(
 
 
 def _saved_bytes(
-    blank: PreTrainedModel, largest: Pack, checkpointing: str, *, is_copied: bool, on_kernels: bool
+    blank: PreTrainedModel, largest: Pack, checkpointing: str, *, is_copied: bool, on_kernels: bool, among: int
 ) -> int:
     from transformers import AttentionInterface
 
     # Not known to AttentionMaskInterface: then transformers makes no mask, and asks for no contents to make one from.
     attention = _kernel_attention if on_kernels else _copied_attention if is_copied else _shapes_attention
-    AttentionInterface.register(SHAPES_ONLY, attention)
+    AttentionInterface.register(SHAPES_ONLY, partial(_gathering, attention, among) if among > 1 else attention)
     blank.set_attn_implementation(SHAPES_ONLY)
     blank.train()
     saved: dict[int, Tensor] = {}
@@ -301,6 +336,28 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class _Gathered(torch.autograd.Function):
+    """The shape of keys and values of all tokens, from those of a part of them."""
+
+    @staticmethod
+    def forward(ctx: Any, part_BKLx: Tensor, among: int) -> Tensor:
+        return part_BKLx.new_empty(*part_BKLx.shape[:2], among * part_BKLx.shape[2], part_BKLx.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        raise NotImplementedError("shapes have no gradients")
+
+
+def _gathering(
+    attention: Any, among: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    both = _Gathered.apply(torch.cat([key, value], -1), among)
+    said: tuple[Tensor, None] = attention(
+        module, query, both[..., : key.shape[-1]], both[..., key.shape[-1] :], mask, **kwargs
+    )
+    return said
 
 
 def _shapes_attention(

@@ -18,10 +18,13 @@ from torch.distributed.tensor import DTensor
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
+from training_hub.backends.torch_engine.layouts.owners import Owners
 from training_hub.backends.torch_engine.layouts.pieces import local_of, norm_of
 from training_hub.backends.torch_engine.optimizers import library, saved
+from training_hub.backends.torch_engine.optimizers.both import Both
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
 from training_hub.backends.torch_engine.optimizers.split import join, split
+from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
 
 if TYPE_CHECKING:
@@ -81,11 +84,13 @@ class Masters:
         if exact is not None:
             master.copy_(exact)
         if are_split:
-            parameter.grad_dtype = torch.float32
+            own = local_of(parameter) if is_divided else parameter
+            parameter.grad_dtype = own.grad_dtype = torch.float32
             rounded, self.extras[name] = split(master)
-            parameter.data.copy_(rounded)
-            self.weights[name] = parameter
-            hold_gradient(parameter, parameter)
+            own.data.copy_(rounded)
+            self.weights[name] = own
+            if not is_divided:
+                hold_gradient(parameter, parameter)
             return
         self.weights[name] = master
         self._low.append(name)
@@ -103,15 +108,18 @@ class Masters:
         self._published()
 
     @torch.no_grad()
+    def put(self, name: str, piece: Tensor) -> None:
+        """Let the weight `name`, or this process's piece of it, be this one, before all are published."""
+        if name in self.extras:
+            piece, extra = split(piece)
+            self.extras[name].copy_(extra)
+        self.weights[name].copy_(piece)
+
+    @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over `weights` by name, bit for bit, and publish them."""
-        for name, weight in self.weights.items():
-            if name in self.extras:
-                rounded, extra = split(weights[name])
-                weight.copy_(rounded)
-                self.extras[name].copy_(extra)
-            else:
-                weight.copy_(weights[name])
+        for name in self.weights:
+            self.put(name, weights[name])
         self.publish()
         if self.adaptation is not None:
             self.adaptation.load(weights)
@@ -194,7 +202,37 @@ class Updater:
         self.masters = masters
         self.layout = layout
         self.max_norm = max_norm
-        self.optimizer = build_optimizer(masters.weights, settings, masters.added, masters.extras, tables)
+        whole = {
+            name
+            for name, weight in masters.divided.items()
+            if wants_whole(settings, tuple(weight.shape), weight.dim() == 2 and name not in tables)
+        }
+        self.owners = Owners(masters.divided, whole, masters.exact(min(whole)) if whole else torch.empty(0))
+        self.moved = {**{n: w for n, w in masters.weights.items() if n not in whole}, **self.owners.whole}
+        self.optimizer = self._build(settings, tables)
+
+    def _build(self, settings: OptimizerSettings, tables: Collection[str]) -> torch.optim.Optimizer:
+        """The optimizer of what this process moves: its pieces, and in their turns the whole weights that it owns."""
+        masters, owners = self.masters, self.owners
+
+        def of(weights: dict[str, Tensor]) -> torch.optim.Optimizer:
+            extras = {
+                name: extra for name, extra in masters.extras.items() if weights.get(name) is masters.weights[name]
+            }
+            return build_optimizer(weights, settings, masters.added, extras, tables)
+
+        if not owners.names:
+            return of(self.moved)
+        pieces = {name: weight for name, weight in self.moved.items() if name not in owners.whole}
+        beside = [of(pieces)] if pieces else []
+        each = {name: of({name: weight}) for name, weight in owners.whole.items()}
+
+        def turns() -> Iterator[torch.optim.Optimizer]:
+            yield from beside
+            for name in owners.turns(lambda one: (masters.exact(one), masters.weights[one].grad), masters.put):
+                yield each[name]
+
+        return Both([*beside, *each.values()], turns)
 
     @torch.no_grad()
     def clip(self) -> Tensor:
@@ -248,14 +286,14 @@ class Updater:
         """What the optimizer keeps, by `weight name/state name`; of torch's own nothing before the first step."""
         kept = {
             f"{name}/{key}": value
-            for name, weight in self.masters.weights.items()
+            for name, weight in self.moved.items()
             for key, value in saved.tensors_of(self.optimizer.state.get(weight, {})).items()
         }
         return {**kept, **saved.numbers_of(self.optimizer.param_groups)} if kept else {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `state` gave, bit for bit."""
-        names = {id(weight): name for name, weight in self.masters.weights.items()}
+        names = {id(weight): name for name, weight in self.moved.items()}
         by_weight: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, state = key.rpartition("/")

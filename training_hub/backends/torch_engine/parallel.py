@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -100,7 +100,7 @@ class Group:
         if self.world_size == 1:
             return
         with self.explained("the weights of process 0"):
-            for tensor in tensors:
+            for tensor in _plain(tensors):
                 if tensor.numel() == 0:
                     continue
                 whole = tensor.detach().contiguous()
@@ -119,6 +119,18 @@ class Group:
             self.store.wait(keys, timedelta(seconds=self.timeout_seconds))
             return [json.loads(self.store.get(key)) for key in keys]
 
+    def each(self, what: str, work: Callable[[], Any]) -> list[Any]:
+        """What `work`, done by every process, gives in each, as plain JSON, in the order of their ranks; each waits for
+        the others for as long as they are alive."""
+        if self.world_size == 1:
+            return [work()]
+        turn = next(self._turns)
+        with self._heard():
+            found = work()
+        with self.explained(what):
+            self.store.set(f"{turn}/{self.rank}", json.dumps(found))
+        return [self._await(f"{turn}/{rank}", rank, what) for rank in range(self.world_size)]
+
     def on_main(self, what: str, work: Callable[[], T]) -> T:
         """What `work`, done by process 0 alone, gives, as plain JSON; the others wait for as long as that is alive.
 
@@ -128,7 +140,10 @@ class Group:
             return work()
         turn = f"{next(self._turns)}/main"
         if not self.is_main:
-            result: T = self._await_main(turn, what)
+            said = self._await(turn, 0, what)
+            if "error" in said:
+                raise LaunchError(f"rank {self.rank} stops, since rank 0 failed at {what}: {said['error']}")
+            result: T = said["found"]
             return result
         with self._heard():
             try:
@@ -151,13 +166,13 @@ class Group:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        """While in the block, process 0 shows the others that it is alive."""
+        """While in the block, this process shows the others that it is alive."""
         over = threading.Event()
 
         def beat() -> None:
             with suppress(RuntimeError):  # the store is closed: the main thread is told by its own calls
                 for number in count():
-                    self.store.set("beat", str(number))
+                    self.store.set(f"beat/{self.rank}", str(number))
                     if over.wait(min(1.0, self.timeout_seconds / 5)):
                         return
 
@@ -169,23 +184,22 @@ class Group:
             over.set()
             thread.join()
 
-    def _await_main(self, turn: str, what: str) -> Any:
+    def _await(self, turn: str, rank: int, what: str) -> Any:
+        """What process `rank` leaves at `turn`."""
+        beats = f"beat/{rank}"
         last, since, pause = b"", time.monotonic(), 0.001
         while True:
             with self.explained(what):
                 if self.store.check([turn]):
                     break
-                beat = self.store.get("beat") if self.store.check(["beat"]) else b""
+                beat = self.store.get(beats) if self.store.check([beats]) else b""
             if beat != last:
                 last, since = beat, time.monotonic()
             elif time.monotonic() - since > self.timeout_seconds:
                 raise self._lost(what, f"no sign of life for {self.timeout_seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        said = json.loads(self.store.get(turn))
-        if "error" in said:
-            raise LaunchError(f"rank {self.rank} stops, since rank 0 failed at {what}: {said['error']}")
-        return said["found"]
+        return json.loads(self.store.get(turn))
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -225,6 +239,15 @@ class Group:
 ALONE = Group()
 
 
+def _plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors, and in the place of a library's own kind (a quantised weight) those that it is made of."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from _plain(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
+
+
 def buckets(tensors: Sequence[Tensor], most_bytes: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
     """The tensors in order, in groups of one format and at most `most_bytes`; a larger one is a group of its own."""
     bucket: list[Tensor] = []
@@ -248,6 +271,21 @@ def _sum_together(bucket: Sequence[Tensor], group: Any = None) -> None:
     dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in bucket])
     torch._foreach_copy_(list(bucket), [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
+
+
+def shared_out(costs: Mapping[str, float], num_shares: int) -> list[list[str]]:
+    """The names in `num_shares` lists of about the same cost: the dearest first, each to the list with the least yet.
+
+    No list costs more than 4/3 of what the dearest list of the best division does. Source: Graham 1969, Bounds on
+    multiprocessing timing anomalies.
+    """
+    shares: list[list[str]] = [[] for _ in range(num_shares)]
+    loads = [0.0] * num_shares
+    for name in sorted(costs, key=lambda one: -costs[one]):
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += costs[name]
+    return shares
 
 
 @contextmanager

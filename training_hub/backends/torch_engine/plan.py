@@ -17,9 +17,9 @@ from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
 from training_hub.backends.torch_engine.freezing import Thaw
-from training_hub.backends.torch_engine.layouts.share import Share, Sizes, exchanged_bytes
+from training_hub.backends.torch_engine.layouts.share import Share, Sizes, cut_down, exchanged_bytes
 from training_hub.backends.torch_engine.materials import Materials, load_materials
-from training_hub.backends.torch_engine.memory import EVERYTHING, Estimate, estimate
+from training_hub.backends.torch_engine.memory import EVERYTHING, Estimate, blank_like, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype
 from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.backends.torch_engine.quantization import num_numbers, quantiser
@@ -92,8 +92,10 @@ def describe(
     trained = sum(p.numel() for p in moved) + holdings.trained
     told = planned(recipe, materials.prepared, materials.template, feed)
     beside = load_beside(recipe, materials, feed, device)
-    share, sizes = Share.of(recipe, world_size), Sizes.of(model)
-    moving = sizes if share.slices > 1 else replace(sizes, trained=trained)  # between replicas only what moves passes
+    share, local = Share.of(recipe.parallelism, world_size), blank_like(model)
+    sizes = Sizes.of(local, cut_down(local, share))
+    is_whole = share.slices == share.heads == 1
+    moving = replace(sizes, trained=trained) if is_whole else sizes  # between replicas only what moves passes
     packs_of_one = told["run"]["packs_per_step"] / share.of_data
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
@@ -102,6 +104,7 @@ def describe(
         "device": device.type,
         "processes": world_size,
         "slices": share.slices,
+        "split_among": {"heads": share.heads, "tokens": share.tokens, "experts": share.experts},
         "exchanged_gib_per_step": exchanged_bytes(moving, share, dtype, packs_of_one) / 2**30,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": {"name": recipe.model.quantization, **quantiser(recipe.model.quantization)},

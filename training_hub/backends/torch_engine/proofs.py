@@ -247,7 +247,7 @@ def _moved(run: Run) -> Proof:
     copies, room = {}, COPIED_NUMBERS
     masters = run.updater.masters
     for key, weight in masters.weights.items():
-        if weight.grad is not None and weight.numel() <= room:
+        if weight.grad is not None and 0 < weight.numel() <= room:
             copies[key] = masters.exact(key).detach().clone().requires_grad_()
             copies[key].grad = weight.grad.clone()
             room -= weight.numel()

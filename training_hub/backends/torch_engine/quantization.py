@@ -7,7 +7,7 @@ and embeddings stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -72,6 +72,10 @@ def loading_options(quantization: str, dtype: torch.dtype, device: torch.device)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+PACKED = "training_hub_packed"
+"""Attribute of a quantised layer whose weight has been parted: what makes numbers of its bytes."""
+
+
 def quantiser(quantization: str) -> dict[str, str]:
     """Name and version of what quantises, for the files of a run."""
     method = METHODS.get(quantization)
@@ -116,6 +120,9 @@ def plain_like(module: nn.Module) -> nn.Linear | None:
 def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """[N, M]: the weight of a linear layer as it multiplies; made from its 4 or 8 bits in memory of its own."""
     weight: Any = layer.weight
+    unpack: Callable[[Tensor], Tensor] | None = getattr(layer, PACKED, None)
+    if unpack is not None:
+        return unpack(weight.data).to(dtype)
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -128,6 +135,37 @@ def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is kept in fewer bits."""
     return getattr(weight, "quant_state", None) is not None or type(weight).__module__.startswith("torchao")
+
+
+def part(model: nn.Module) -> None:
+    """Part quantised weights into bytes, which become ordinary parameters that can be divided, and what makes numbers
+    of them (scales, 1/32 of their size in int4), which stays whole; in place.
+
+    Such layers must multiply by their dense weights already.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            bytes_of, unpack = _parts(module.weight)
+            setattr(module, PACKED, unpack)
+            module.weight = nn.Parameter(bytes_of, requires_grad=False)
+
+
+def _parts(weight: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The bytes of a quantised weight, and what makes its numbers of them."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return weight.data, lambda packed: dequantize_4bit(packed, state)
+    names, about = weight.__tensor_flatten__()
+    kind, inner = type(weight.data), {name: getattr(weight, name) for name in names}
+    largest = max(inner, key=lambda name: inner[name].numel())
+
+    def unpack(packed: Tensor) -> Tensor:
+        whole: Any = kind.__tensor_unflatten__({**inner, largest: packed}, about, None, None)
+        return whole.dequantize()
+
+    return inner[largest], unpack
 
 
 def multiply_dense(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ al. 2018, arXiv:1712.05877). The weights that move and are saved are W.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -76,6 +77,24 @@ def round_no_more(model: nn.Module) -> None:
         from torchao.quantization.qat import QATConfig
 
         quantize_(model, QATConfig(step="convert"), filter_fn=lambda module, name: is_rounding(module))
+
+
+@contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """Within the block no layer rounds."""
+    layers = [module for module in model.modules() if is_rounding(module)]
+    if not layers:
+        yield
+        return
+    from torchao.quantization.qat.linear import enable_linear_fake_quant
+
+    for layer in layers:
+        enable_linear_fake_quant(layer, False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            enable_linear_fake_quant(layer, True)
 
 
 def is_rounding(module: nn.Module) -> bool:

@@ -84,8 +84,9 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     """Those of `tensors` that this process writes: weights by name, or what the optimizer keeps by `name/state`."""
     divided, mine, cuts = _divided(run), {}, {}
     for key, tensor in tensors.items():
-        weight = divided.get(_weight_of(key, divided))
-        cut = whole_cut(tensor.shape) if weight is None else cut_of(weight)
+        name = _weight_of(key, divided)
+        weight, is_owned = divided.get(name), key != name and name in run.updater.owners.names
+        cut = whole_cut(tensor.shape) if weight is None or is_owned else cut_of(weight)
         is_mine = run.group.is_main if weight is None else not (run.layout.is_copy(weight) or cut.is_empty)
         if is_mine:
             mine[key] = tensor
@@ -105,10 +106,13 @@ def _weight_of(key: str, names: Any) -> str:
 
 def take_over(run: Run, step: int) -> State:
     """Give weights and optimizer the numbers of checkpoint `step`, as many of them as this process holds; the state."""
-    divided = _divided(run)
+    divided, owners = _divided(run), run.updater.owners
 
     def wanted(key: str, shape: tuple[int, ...]) -> Cut:
-        weight = divided.get(_weight_of(key, divided))
+        name = _weight_of(key, divided)
+        weight = divided.get(name)
+        if key != name and name in owners.names:
+            return whole_cut(shape) if name in owners.whole else Cut(shape, (0,) * len(shape), (0,) * len(shape))
         return whole_cut(shape) if weight is None or tuple(weight.shape) != shape else cut_of(weight)
 
     state = run.checkpoints.load(step, wanted)

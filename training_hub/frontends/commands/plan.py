@@ -91,9 +91,13 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     if (count := plan["processes"]) > 1:
         samples, sent = plan["samples_per_step"], plan["exchanged_gib_per_step"]
-        part = "the whole model" if plan["slices"] == 1 else f"1/{plan['slices']} of the model"
+        split = {"heads": 1, "tokens": 1, "experts": 1, **plan.get("split_among", {})}
+        parts = plan["slices"] * split["heads"]
+        part = "the whole model" if parts == 1 else f"{'about ' if split['heads'] > 1 else ''}1/{parts} of the model"
+        of_pack = f", 1/{split['tokens']} of the tokens of a pack," if split["tokens"] > 1 else ""
+        own = samples * split["heads"] * split["tokens"] / count
         yield (
-            f"processes {count}, each with {part} and about {samples / count:.1f} of the {samples:,} samples "
+            f"processes {count}, each with {part}{of_pack} and about {own:.1f} of the {samples:,} samples "
             f"of a step; each sends {sent:.2g} GiB a step"
         )
     trained = _share(plan["trained_tokens"], plan["tokens"])

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from training_hub.backends.torch_engine.adaptations.osft.division import shared_out
+from training_hub.backends.torch_engine.parallel import shared_out
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

@@ -13,6 +13,9 @@ class OfParameters:
     claimed: frozenset[str] = frozenset()
     """Parameters that the adaptation moves itself; the optimizer leaves them alone."""
 
+    undivided: frozenset[str] = frozenset()
+    """Parameters that stay whole in each process where the model is divided."""
+
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters: nothing."""
         return {}

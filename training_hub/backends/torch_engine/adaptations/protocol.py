@@ -17,10 +17,12 @@ from training_hub.types import Console, Proof
 class Adaptation(Protocol):
     """Chooses or replaces the weights that train.
 
-    claimed: parameters that it moves itself, which the optimizer leaves alone.
+    claimed: parameters that it moves itself, which the optimizer leaves alone. undivided: those that stay whole in each
+    process where the model is divided.
     """
 
     claimed: frozenset[str]
+    undivided: frozenset[str]
 
     @property
     def files(self) -> ModelFiles | None:

@@ -7,7 +7,8 @@ knows over which dimensions of the mesh it lies (`pieces.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,7 @@ from training_hub.backends.torch_engine.layouts.mesh import dense_mesh, place_in
 from training_hub.backends.torch_engine.layouts.pieces import is_copy
 from training_hub.backends.torch_engine.layouts.tensor import split_tensors
 from training_hub.backends.torch_engine.parallel import ALONE, Group
+from training_hub.backends.torch_engine.preflight import evaluating
 from training_hub.backends.torch_engine.tensors import PackTensors, to_device
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import DATA, Degrees, Parallelism, degrees_of
@@ -119,6 +121,37 @@ class Layout:
         count = self.group.highest([len(own)])[0] if self.is_divided else len(own)
         return [*own, *[None] * (count - len(own))]
 
+    @property
+    def asking_size(self) -> int:
+        """How many processes, or groups of them that split weights, can be asked different things at a time."""
+        return self.group.world_size if self.mesh is None else size_of(self.mesh, *TOKENS)
+
+    @property
+    def asking_rank(self) -> int:
+        """The number of this process's among those."""
+        return self.group.rank if self.mesh is None else place_in(self.mesh, *TOKENS)
+
+    @contextmanager
+    def in_step(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within, this process may make any number of forward passes, without gradients; at the end it makes further
+        ones for as long as others need its weights. All processes must come here."""
+        if not self.is_divided:
+            yield
+            return
+        # First of all hooks: which weights are gathered, all must have agreed to gather.
+        hook = model.register_forward_pre_hook(lambda module, given: self._announce(), prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad(), evaluating(model):
+            while self.group.highest([0])[0]:
+                model(input_ids=token, use_cache=False)
+
+    def _announce(self) -> None:
+        self.group.highest([1])
+
     def rounds(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack | None, int]]:
         """Packs dealt out one to each share in turn: this process's of each round, and the tokens of all of them.
 
@@ -136,8 +169,10 @@ class Layout:
         if number % self.data_size:
             yield mine, tokens
 
-    def divide(self, model: PreTrainedModel, dtype: torch.dtype) -> Layout:
+    def divide(self, model: PreTrainedModel, dtype: torch.dtype, undivided: Collection[str] = ()) -> Layout:
         """Divide the model over the processes, in place, as the degrees say; it goes on computing in `dtype`.
+
+        undivided: names of parameters that stay whole in each process.
 
         Everything that puts modules into the model or exchanges them must have happened. The order of the ways is that
         in which they must be applied: whatever cuts single weights first, what gathers whole layers last. Gives the
@@ -151,7 +186,8 @@ class Layout:
         summed = split_tensors(model, self.mesh["tp"]) if self.degrees.tp > 1 else frozenset()
         dealt = deal_out_all(model, self.mesh["dp_shard"]) if self.degrees.ep > 1 else frozenset()
         if self.is_sharded:
-            fully_sharded.shard(model, self.mesh, self.asked, dtype, dealt)
+            apart = dealt | {model.get_parameter(name) for name in undivided}
+            fully_sharded.shard(model, self.mesh, self.asked, dtype, apart)
         return replace(self, summed=summed)
 
     def spread(self, model: PreTrainedModel) -> None:

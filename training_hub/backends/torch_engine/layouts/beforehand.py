@@ -11,9 +11,6 @@ from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import FIELDS, Degrees, degrees_of
 
-ELEMENTWISE = ("AdamW", "Adam", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad", "Lion", "AdamWScheduleFree")
-"""Optimizers that move each number by itself, so that it does not matter which others a process holds."""
-
 
 def process_problems(recipe: Recipe) -> list[str]:
     """Why the processes that the recipe asks for cannot be had here, or its degrees do not fit them."""
@@ -37,25 +34,8 @@ def divided_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     """Why this recipe cannot train a model that is divided over processes."""
     ways = [name for name in ("dp_shard", "cp", "tp") if getattr(degrees, name) > 1]
     whole = f"Write {' and '.join(f'parallelism.{FIELDS[name]}: 1' for name in ways)}, or"
-    asked = recipe.optimizer
     refused = {
-        f"optimizer.name: {asked.name} works on whole matrices or blocks of weights, and each process has a slice. "
-        f"{whole} optimizer.name: AdamW.": asked.name not in ELEMENTWISE,
-        f"optimizer.state: {asked.state} saves memory by what stands beside whole 16-bit weights; divided ones have "
-        f"float32 slices. {whole} optimizer.state: full.": asked.state != "full",
-        f"freezing.unfreeze_interval: what trains must be known when weights are divided. {whole} leave it "
-        "out.": recipe.freezing.unfreeze_interval is not None,
-        f"model.quantization: {recipe.model.quantization} weights cannot be divided. {whole} "
-        "model.quantization: none.": recipe.model.quantization != "none",
-        f"lora.tuner: adalora compares whole adapters with each other. {whole} lora.tuner: lora.": (
-            recipe.algorithm == "lora_sft" and recipe.lora.tuner == "adalora"
-        ),
-        f"qat.weight_dtype: a group of weights that share a scale may lie in two slices. {whole} leave qat out.": (
-            recipe.qat.weight_dtype is not None
-        ),
         f"training.fp8: 8-bit products need whole weights. {whole} training.fp8: false.": recipe.training.fp8,
-        f"evaluation.generate: answers are made by one process, which does not have the model. {whole} "
-        "evaluation.generate: false, and evaluate the final model.": recipe.evaluation.generate,
         "parallelism.enable_cpu_offload: there is no GPU here whose memory it could spare. Leave it "
         "out.": recipe.parallelism.enable_cpu_offload and not torch.cuda.is_available(),
     }

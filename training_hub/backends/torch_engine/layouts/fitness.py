@@ -52,6 +52,11 @@ def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{TENSOR}: an adapter of {recipe.lora.tuner} cannot be split. Write 1, or lora.tuner: lora.": degrees.tp > 1
         and is_adapted
         and recipe.lora.tuner not in SPLIT_TUNERS,
+        f"{TENSOR}: the bytes of {recipe.model.quantization} weights are not rows that could be split. Write 1, or "
+        "model.quantization: none.": degrees.tp > 1 and recipe.model.quantization != "none",
+        f"{TENSOR}: numbers that are rounded together would lie in two processes. Write 1, or leave qat out.": (
+            degrees.tp > 1 and recipe.qat.weight_dtype is not None
+        ),
         f"{TENSOR}: the loss of a teacher needs the whole vocabulary. Write 1, or "
         "parallelism.disable_loss_parallel: true.": degrees.tp > 1
         and recipe.distillation.teacher

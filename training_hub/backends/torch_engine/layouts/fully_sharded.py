@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from training_hub.backends.torch_engine.as_forward import DEVICE, NAME
+from training_hub.backends.torch_engine.as_forward import DEVICE, DTYPE, NAME
 from training_hub.backends.torch_engine.checkpointing import layers_of
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Parallelism
@@ -45,7 +45,8 @@ def shard(
 
     What trains is kept in float32, in slices, and gathered as `dtype`: the slices are the optimizer's masters. Tied
     weights, embeddings, the last norm and the head are one group, which is gathered once in a pass. apart: weights that
-    are divided already and stay as they are. Raises RecipeError where processes could use different weights in a pass.
+    stay as they are: divided already, or whole in each process. Raises RecipeError where processes could use different
+    weights in a pass.
     """
     _refuse_listed_experts(model)
     _widen(model, dtype, apart)
@@ -70,6 +71,7 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     setattr(model, NAME, MethodType(_run, model))
     register_fsdp_forward_method(model, NAME)
+    setattr(model, DTYPE, dtype)
     is_gpu = mesh.device_type == "cuda"
     setattr(model, DEVICE, torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu"))
 

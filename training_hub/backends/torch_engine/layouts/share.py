@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from training_hub.backends.torch_engine.layouts.context import PIECES, padded
+from training_hub.backends.torch_engine.layouts.experts import experts_of
 from training_hub.backends.torch_engine.layouts.fully_sharded import LOW_PRECISION, blocks_of
-from training_hub.recipe import Recipe
-from training_hub.recipe.parallelism import degrees_of
+from training_hub.backends.torch_engine.layouts.tensor import split_dimensions
+from training_hub.recipe.parallelism import Parallelism, degrees_of
+from training_hub.types import Pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,21 +25,91 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Share:
     """In how many slices weights lie, over how many replicas; among how many the samples of a step are dealt out;
-    whether weights stay gathered during a step, and whether slices lie beside the device's memory."""
+    whether weights stay gathered during a step, and whether slices lie beside the device's memory.
+
+    heads: among how many heads, widths and the vocabulary are split. tokens: among how many those of a pack. experts:
+    among how many experts are dealt out. gathers_head: whether the head is gathered for the loss.
+    """
 
     slices: int = 1
     replicas: int = 1
     of_data: int = 1
     stays_whole: bool = False
     is_offloaded: bool = False
+    heads: int = 1
+    tokens: int = 1
+    experts: int = 1
+    gathers_head: bool = False
 
     @staticmethod
-    def of(recipe: Recipe, world_size: int) -> Share:
-        """What the recipe asks for."""
-        degrees, asked = degrees_of(recipe.parallelism, world_size), recipe.parallelism
-        stays_whole = asked.fsdp_reshard_after_forward == "never"
-        of_data = world_size // degrees.sharers
-        return Share(degrees.dp_shard, degrees.dp_replicate, of_data, stays_whole, asked.enable_cpu_offload)
+    def of(asked: Parallelism, world_size: int) -> Share:
+        """What a recipe's section asks for."""
+        degrees = degrees_of(asked, world_size)
+        return Share(
+            degrees.dp_shard,
+            degrees.dp_replicate,
+            world_size // degrees.sharers,
+            asked.fsdp_reshard_after_forward == "never",
+            asked.enable_cpu_offload,
+            degrees.tp,
+            degrees.cp,
+            degrees.ep,
+            asked.disable_loss_parallel,
+        )
+
+
+def cut_down(blank: Any, share: Share) -> frozenset[nn.Parameter]:
+    """Leave a model without contents what the first process has of weights that are split by heads, or dealt out as
+    experts, in place; those of experts that are dealt out among slices, which are not sliced again."""
+    if share.heads > 1:
+        for weight, dimension in list(split_dimensions(blank)):
+            _shorten(weight, dimension, share.heads)
+        for _, module in experts_of(blank) if share.heads > 1 else ():
+            module.num_experts = len(next(module.parameters(recurse=False)))
+    dealt = [module for _, module in experts_of(blank)] if share.experts > 1 else []
+    for module in dealt:
+        for weight in module.parameters(recurse=False):
+            _shorten(weight, 0, share.experts)
+        module.num_experts = -(-module.num_experts // share.experts)
+    for module in blank.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # it may be a row of another process
+    return frozenset(weight for module in dealt for weight in module.parameters(recurse=False))
+
+
+def _shorten(weight: nn.Parameter, dimension: int, among: int) -> None:
+    shape = list(weight.shape)
+    shape[dimension] = -(-shape[dimension] // among)
+    weight.data = weight.data.new_empty(shape)
+
+
+def held(weight: Tensor, share: Share, apart: Collection[nn.Parameter]) -> Tensor:
+    """A tensor without contents of the shape of the first process's slice of a weight; itself where it has no slices.
+
+    apart: weights that are not sliced.
+    """
+    if share.slices == 1 or any(weight is one for one in apart):
+        return weight
+    rows = -(-weight.shape[0] // share.slices)
+    return torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
+
+
+def part_of(one: Pack, share: Share) -> Pack:
+    """What the first process has of the tokens of a pack, as a pack of one document."""
+    if share.tokens == 1:
+        return one
+    whole = padded(one, PIECES * share.tokens)
+    length = len(whole.ids) // (PIECES * share.tokens)
+    mine = np.r_[0:length, len(whole.ids) - length : len(whole.ids)]
+    following = np.append(whole.weights[1:], np.float32(0))[mine]
+    return replace(
+        whole,
+        ids=whole.ids[mine],
+        positions=whole.positions[mine],
+        weights=np.append(np.float32(0), following[:-1]),
+        boundaries=np.array([0, 2 * length], dtype=whole.boundaries.dtype),
+        samples=whole.samples[:1],
+    )
 
 
 @dataclass(frozen=True)
@@ -45,40 +122,72 @@ class Sizes:
     around: int
 
     @staticmethod
-    def of(model: PreTrainedModel) -> Sizes:
-        """Those of a model that may lie on the meta device."""
-        parameters = list(model.parameters())
-        blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(model)]
-        total = sum(parameter.numel() for parameter in parameters)
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        return Sizes(total, trained, max(blocks, default=0), total - sum(blocks))
+    def of(model: PreTrainedModel, apart: Collection[nn.Parameter] = ()) -> Sizes:
+        """Those of a model that may lie on the meta device; `apart` is left out."""
+        left = {id(one) for one in apart}
+
+        def numbers(module: nn.Module, *, trained: bool = False) -> int:
+            found = (one for one in module.parameters() if id(one) not in left)
+            return sum(one.numel() for one in found if one.requires_grad or not trained)
+
+        blocks = [numbers(block) for block in blocks_of(model)]
+        total = numbers(model)
+        return Sizes(total, numbers(model, trained=True), max(blocks, default=0), total - sum(blocks))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Numbers of a process's slices: of what is frozen, of what trains, and of weights that are not sliced."""
+
+    frozen: int
+    trained: int
+    apart: int
+
+    @staticmethod
+    def of(model: nn.Module, share: Share, apart: Collection[nn.Parameter]) -> Slices:
+        """Those of the first process, which has the most."""
+        left = {id(one) for one in apart}
+        counts = [0, 0]
+        for one in model.parameters():
+            if id(one) not in left:
+                counts[one.requires_grad] += held(one, share, ()).numel()
+        return Slices(counts[0], counts[1], sum(one.numel() for one in apart))
 
 
 def divided_parts(
-    parts: dict[str, float | None], sizes: Sizes, share: Share, dtype: torch.dtype, own_optimizer: int
-) -> dict[str, float | None]:
-    """Bytes by part of a process with slices, from those of one with everything.
+    parts: dict[str, Any],
+    model: PreTrainedModel,
+    share: Share,
+    dtype: torch.dtype,
+    apart: Collection[nn.Parameter],
+    spared: int = 0,
+) -> dict[str, Any]:
+    """Bytes by part of a process with slices, from those of one with everything; what its optimizer keeps is known.
 
-    gathered: what stands around the blocks, a block and the one that is fetched ahead. own_optimizer: what the
-    optimizer keeps for numbers of an adaptation, which are whole in each process, as is all else of it.
+    gathered: what stands around the blocks, a block and the one that is fetched ahead. apart: weights that are not
+    sliced. spared: bytes by which frozen weights are smaller than in `dtype`.
     """
     exact = 4 if dtype in LOW_PRECISION else dtype.itemsize
-    slices, width = share.slices, dtype.itemsize
-    beside = (parts["weights"] or 0) - sizes.total * width
-    added = (parts["gradients"] or 0) - sizes.trained * exact
+    width, sizes, slices = dtype.itemsize, Sizes.of(model, apart), Slices.of(model, share, apart)
+    trained_apart = sum(one.numel() for one in apart if one.requires_grad)
+    beside = parts["weights"] - (sizes.total + slices.apart) * width + spared
+    added = parts["gradients"] - (sizes.trained + trained_apart) * exact
     at_once = sizes.total if share.stays_whole else sizes.around + 2 * sizes.block
-    held = ((sizes.total - sizes.trained) * width + sizes.trained * exact) / slices
-    gradients = sizes.trained * exact if share.stays_whole else sizes.trained * exact / slices + sizes.block * exact
-    states = ((parts["optimizer"] or 0) - own_optimizer) / slices
+    kept = slices.frozen * width - spared / share.slices + slices.trained * exact
+    gradients = sizes.trained if share.stays_whole else slices.trained + sizes.block * (sizes.trained > 0)
     on_device = not share.is_offloaded
     return {
         **parts,
-        "weights": held * on_device + beside,
-        "masters": 0,
+        "weights": kept * on_device + slices.apart * width + beside,
+        "masters": trained_apart * 4 if dtype in LOW_PRECISION else 0,
         "gathered": at_once * width,
-        "gradients": gradients * (on_device or share.stays_whole) + max(added, 0),
-        "optimizer": states * on_device + own_optimizer,
+        "gradients": (gradients * (on_device or share.stays_whole) + trained_apart) * exact + max(added, 0),
     }
+
+
+def owned_bytes(whole: Sequence[Tensor], exact: int) -> int:
+    """What there is of a weight and its gradient on the way to its owner: the largest, whole, and what was sent."""
+    return 4 * max((math.prod(one.shape) for one in whole), default=0) * exact
 
 
 def exchanged_bytes(sizes: Sizes, share: Share, dtype: torch.dtype, packs: float) -> float:

@@ -163,6 +163,27 @@ def split_tensors(model: Any, mesh: DeviceMesh) -> frozenset[str]:
     return frozenset(summed)
 
 
+def split_dimensions(model: Any) -> Iterator[tuple[nn.Parameter, int]]:
+    """The weights that `split_tensors` splits, and along which dimension; the model may lie on the meta device."""
+    plan = tensor_plan(model)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and _base(head).weight is table.weight
+    is_table_fit = isinstance(table, nn.Embedding) and table.max_norm is None
+    is_head_fit = any(_is_head(model, name) and style.startswith("colwise") for name, style in plan.items())
+    for name, style in plan.items():
+        module = model.get_submodule(name)
+        if style in STYLES and not (module is head and is_tied):
+            for part, kind in _parts(module, style):
+                dimension = 1 if kind.startswith("rowwise") else 0
+                yield part.weight, dimension  # type: ignore[misc]
+                if not dimension and part.bias is not None:
+                    yield part.bias, 0  # type: ignore[misc]
+        elif style == EXPERTS:
+            yield from ((weight, 0) for weight in module.parameters(recurse=False))
+    if is_table_fit and (is_head_fit or not is_tied):
+        yield table.weight, 0
+
+
 def _put_together(layer: nn.Module, given: Any, output: Tensor) -> Tensor:
     """What a layer gives out, whole on each rank where it left it divided."""
     return output.redistribute(placements=[Replicate()]).to_local() if isinstance(output, DTensor) else output

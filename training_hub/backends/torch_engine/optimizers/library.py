@@ -169,9 +169,12 @@ def _paged(name: str, *, has_eps: bool = True) -> Callable[[Groups, OptimizerSet
 
 def put_into_pages(optimizer: Any) -> None:
     """Move a loaded state back into pages, where the optimizer keeps its own there."""
+    for one in getattr(optimizer, "parts", ()):
+        put_into_pages(one)
     if not getattr(optimizer, "is_paged", False):
         return
-    for weight, state in optimizer.state.items():
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        state = optimizer.state.get(weight, {})
         for name in ("state1", "state2"):
             if name in state and not getattr(state[name], "is_paged", False):
                 page = optimizer.get_state_buffer(weight, dtype=state[name].dtype)

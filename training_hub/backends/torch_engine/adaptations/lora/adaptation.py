@@ -72,6 +72,8 @@ class Lora(OfParameters):
         self._model = model
         if config.peft_type == ALLOCATED:
             self._allocation = Allocation(self._peft)
+            # Ranks are shared out by comparing all of the adapter, which is small.
+            self.undivided = frozenset(name for name, _ in model.named_parameters() if name.endswith(f".{ADAPTER}"))
         # Ranks are taken in the numbers that the optimizer moves: these are float32, without masters beside them.
         dtype = parameter.dtype if self._allocation is None else torch.promote_types(parameter.dtype, torch.float32)
         for trained in model.parameters():

@@ -17,6 +17,7 @@ from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.model import read_whole
 from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
+from training_hub.backends.torch_engine.rounding import round_in_forward
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import ORIGIN_FILE, WEIGHTS_FILE
@@ -105,7 +106,9 @@ class AdapterFiles:
         they are made whole again, in memory of their own.
         """
         if _is_divided(model):
-            return read_whole(self.recipe.model, _computed(model), torch.device("cpu"))[0]
+            read = read_whole(self.recipe.model, _computed(model), torch.device("cpu"))[0]
+            round_in_forward(read, self.recipe.qat)
+            return read
         # PEFT switches gradients on and off, so that each parameter is another object over the same numbers.
         shared: dict[int, Any] = {
             id(p): nn.Parameter(p.detach(), requires_grad=False) if type(p) is nn.Parameter else p
@@ -143,7 +146,7 @@ def _is_divided(model: nn.Module) -> bool:
 def _computed(model: nn.Module) -> torch.dtype:
     """The format the model computes in; what trains of a divided one is kept in float32."""
     trains = not _is_divided(model)
-    return next(p.dtype for p in model.parameters() if p.requires_grad == trains)
+    return next(p.dtype for p in model.parameters() if p.requires_grad == trains and p.is_floating_point())
 
 
 def _double(config: Any) -> None:

@@ -17,7 +17,7 @@ from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, read_state, state_of
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
-from training_hub.backends.torch_engine.adaptations.osft.division import collected, shared_out
+from training_hub.backends.torch_engine.adaptations.osft.division import collected
 from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
 from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
 from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, is_low_precision, parameters_of
@@ -25,7 +25,7 @@ from training_hub.backends.torch_engine.adaptations.osft.table import told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase, Settled, Written
 from training_hub.backends.torch_engine.model_files import ModelFiles
-from training_hub.backends.torch_engine.parallel import ALONE, Group
+from training_hub.backends.torch_engine.parallel import ALONE, Group, shared_out
 from training_hub.data.cache import cache_folder
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
@@ -41,6 +41,8 @@ NEARLY_NOTHING = 1e-12
 
 class Osft:
     """The adaptation that keeps every update out of the protected directions."""
+
+    undivided: frozenset[str] = frozenset()
 
     def __init__(self, recipe: Recipe):
         self._settings, self._optimizer = recipe.osft, recipe.optimizer

@@ -12,21 +12,6 @@ from training_hub.backends.torch_engine.adaptations.osft.targets import Target
 from training_hub.backends.torch_engine.parallel import Group
 
 
-def shared_out(costs: Mapping[str, float], num_shares: int) -> list[list[str]]:
-    """The names in `num_shares` lists of about the same cost: the dearest first, each to the list with the least yet.
-
-    No list costs more than 4/3 of what the dearest list of the best division does. Source: Graham 1969, Bounds on
-    multiprocessing timing anomalies.
-    """
-    shares: list[list[str]] = [[] for _ in range(num_shares)]
-    loads = [0.0] * num_shares
-    for name in sorted(costs, key=lambda one: -costs[one]):
-        least = loads.index(min(loads))
-        shares[least].append(name)
-        loads[least] += costs[name]
-    return shares
-
-
 def collected(mine: Mapping[str, Split], targets: Sequence[Target], group: Group) -> dict[str, Split]:
     """The splits of all targets, from the process that made each; the same bits in all processes."""
     if group.world_size == 1:

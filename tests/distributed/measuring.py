@@ -1,0 +1,72 @@
+"""What a process really holds of a model that is divided, beside what the plan says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
+from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
+from training_hub.backends.torch_engine.fused.build import kernels
+from training_hub.backends.torch_engine.fused.swap import swap
+from training_hub.backends.torch_engine.layouts import layout_of
+from training_hub.backends.torch_engine.layouts.pieces import local_of
+from training_hub.backends.torch_engine.layouts.share import Share
+from training_hub.backends.torch_engine.memory import GIB, estimate, id_of
+from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
+from training_hub.backends.torch_engine.optim import Masters, Updater
+from training_hub.backends.torch_engine.optimizers.library import table_names
+from training_hub.backends.torch_engine.parallel import Group
+from training_hub.recipe.parallelism import Parallelism
+from training_hub.recipe.sections import Optimizer
+
+CPU = torch.device("cpu")
+LENGTHS = (40, 24, 40, 24)
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 257}
+
+
+def held(group: Group, family: str, dtype: str, parallelism: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Bytes by part, `planned` and `found`."""
+    kind, asked, pack = getattr(torch, dtype), Parallelism(**parallelism), random_pack(LENGTHS)
+    settings = Optimizer(lr=1e-3)
+    share = Share.of(asked, group.world_size)
+    planned = estimate(tiny_model(family, **WIDE), settings, kind, CPU, pack, share=share)
+    register_attention()
+    model = tiny_model(family, **WIDE).to(kind)
+    model.set_attn_implementation(DOCUMENTS)
+    if kernels() is not None:
+        swap(model)
+    layout = layout_of(asked, group, CPU)
+    layout = layout.divide(model, kind)
+    layout.spread(model)
+    masters = Masters(model.named_parameters())
+    updater = Updater(masters, settings, 1.0, table_names(model), layout)
+    found: dict[str, float] = {"weights": sum(_bytes(local_of(one)) for one in model.parameters())}
+    own = {id_of(local_of(one)) for one in model.parameters()}
+    found["masters"] = sum(_bytes(one) for one in masters.weights.values() if id_of(one) not in own)
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id_of(local_of(tensor)) not in own:
+            saved[id_of(local_of(tensor))] = local_of(tensor)
+        return tensor
+
+    layout.begin_pass(model, is_last=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = CrossEntropy()(model, layout.tensors(pack)).total
+    found["activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    total.backward()
+    layout.end_passes(model)
+    updater.clip()
+    found["gradients"] = sum(_bytes(one.grad) for one in masters.weights.values() if one.grad is not None)
+    updater.step(1e-3)
+    states = (value for state in updater.optimizer.state.values() for value in state.values())
+    found["optimizer"] = sum(_bytes(value) for value in states if value.dim())
+    sizes = {name: planned[name] * GIB if planned[name] is not None else None for name in found}
+    return {"planned": {**sizes, "note": planned["note"]}, "found": found}
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
