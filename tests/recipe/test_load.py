@@ -90,8 +90,8 @@ def test_a_recipe_is_a_mapping():
 
 
 def texts():
-    """Any text but one with a NUL, which no recipe may hold."""
-    return st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+    """Any text but one with a NUL, which no recipe may hold, or one that would be a path in the home of nobody."""
+    return st.text(st.characters(codec="utf-8", exclude_characters="\0")).filter(lambda text: text[:1] != "~")
 
 
 def values_of(setting: Setting) -> st.SearchStrategy[Any]:
