@@ -20,7 +20,7 @@ from training_hub.backends.torch_engine.attention import (
 )
 from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, base_of, is_finer, lost_names
-from training_hub.backends.torch_engine.fused import eight_bit
+from training_hub.backends.torch_engine.fused import eight_bit, onednn
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
 from training_hub.backends.torch_engine.model_config import from_library, read_config, source_options
 from training_hub.backends.torch_engine.preflight import (
@@ -124,7 +124,7 @@ def load_model(
     names, tried = attention_names(recipe.model.attention, loaded, lengths, loaded.device, kind)
     attention = attach_attention(loaded, names, dtype)
     told_of = [*notes, *tried, *attention_notes(attention, names), *model_notes(loaded)]
-    told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat)) if line]
+    told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat), _slow(loaded)) if line]
     if recipe.training.fp8:
         told_of.append(_in_eight_bits(loaded))
     found = tuple(told_of)
@@ -244,6 +244,11 @@ def attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.
             return name
     model.set_attn_implementation(own)
     return own
+
+
+def _slow(model: PreTrainedModel) -> str | None:
+    """What a user should be told of products that could be faster on this processor."""
+    return onednn.note() if model.device.type == "cpu" and model.dtype == torch.float32 else None
 
 
 def _rounding(model: PreTrainedModel, chosen: Qat) -> str | None:
