@@ -9,7 +9,12 @@ import sys
 import pytest
 import torch
 
-from training_hub.backends.torch_engine.processor import cpu_quota, prepare_processor, usable_cores
+from training_hub.backends.torch_engine.processor import (
+    chooses_slow_kernels,
+    cpu_quota,
+    prepare_processor,
+    usable_cores,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,15 @@ def test_a_control_groups_quota_is_read_in_whole_processors(cpu_max: str | None,
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity of processes")
 def test_no_more_cores_are_used_than_the_process_may_run_on() -> None:
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("maker", "has_avx512", "is_slow"),
+    [("AuthenticAMD", True, True), ("AuthenticAMD", False, False), ("GenuineIntel", True, False), (None, True, False)],
+)
+def test_float32_products_are_slow_in_mkl_where_another_than_intel_has_made_the_avx512(maker, has_avx512, is_slow):
+    cpuinfo = "processor\t: 0\n" + (f"vendor_id\t: {maker}\n" if maker else "")
+    assert chooses_slow_kernels(cpuinfo, has_avx512=has_avx512) == is_slow
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("1", 1), ("2", 2), (None, 1)])

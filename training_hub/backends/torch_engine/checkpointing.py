@@ -24,7 +24,7 @@ Each takes less memory than the one before, and more time."""
 USABLE = 0.92
 """Share of free memory that a plan may fill; the rest is for what an allocator loses between blocks."""
 
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "mkldnn._linear_pointwise")
 ATTENTIONS = (
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention",

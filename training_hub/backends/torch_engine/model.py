@@ -20,7 +20,7 @@ from training_hub.backends.torch_engine.attention import (
 )
 from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, base_of, is_finer, lost_names
-from training_hub.backends.torch_engine.fused import eight_bit
+from training_hub.backends.torch_engine.fused import eight_bit, onednn
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
 from training_hub.backends.torch_engine.model_config import from_library, read_config, source_options
 from training_hub.backends.torch_engine.preflight import (
@@ -94,12 +94,14 @@ def load_model(
     dtype: torch.dtype,
     model: PreTrainedModel | None = None,
     lengths: Sequence[int] = (),
+    *,
+    is_trained: bool = True,
 ) -> LoadedModel:
     """The recipe's model, or the live `model` given instead, on `device` in `dtype`, in evaluation mode.
 
     lengths: tokens of the rows, on which attention is tried on a GPU. A live model is changed in place. Nothing is
-    changed in the part of the config that is saved. Raises RecipeError naming every problem of the folder, every weight
-    that is missing and every one of another shape.
+    changed in the part of the config that is saved. is_trained: its weights as they came are wanted, too. Raises
+    RecipeError naming every problem of the folder, every weight that is missing and every one of another shape.
     """
     register_attention()
     problem = varlen_problem(device, dtype)
@@ -108,7 +110,7 @@ def load_model(
     is_quantised = recipe.model.quantization != NONE
     if model is None:
         loaded, original, notes = read_whole(recipe.model, dtype, device)
-        base = UNREAD if is_quantised else finest_base(recipe.model, loaded, original)
+        base = UNREAD if is_quantised or not is_trained else finest_base(recipe.model, loaded, original)
     elif is_quantised:
         raise RecipeError(
             f"model.quantization: {recipe.model.quantization} is made while weights are read, and the model was handed "
@@ -122,7 +124,7 @@ def load_model(
     names, tried = attention_names(recipe.model.attention, loaded, lengths, loaded.device, kind)
     attention = attach_attention(loaded, names, dtype)
     told_of = [*notes, *tried, *attention_notes(attention, names), *model_notes(loaded)]
-    told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat)) if line]
+    told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat), _slow(loaded)) if line]
     if recipe.training.fp8:
         told_of.append(_in_eight_bits(loaded))
     found = tuple(told_of)
@@ -175,7 +177,13 @@ def finest_base(chosen: Model, model: PreTrainedModel, original: torch.dtype) ->
         return base
     whole, _, _ = read_whole(chosen, torch.promote_types(original, next(model.parameters()).dtype), torch.device("cpu"))
     exact = dict(whole.named_parameters())
-    return replace(base, held={name: exact[name].detach() for name in lost})
+    return replace(base, held={name: _narrowed(exact[name].detach(), original) for name in lost})
+
+
+def _narrowed(weight: Tensor, original: torch.dtype) -> Tensor:
+    """The weight in the format it came in, where that is what it tells."""
+    narrow = weight.to(original)
+    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
 
 
 def _loading_problems(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:
@@ -236,6 +244,11 @@ def attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.
             return name
     model.set_attn_implementation(own)
     return own
+
+
+def _slow(model: PreTrainedModel) -> str | None:
+    """What a user should be told of products that could be faster on this processor."""
+    return onednn.note() if model.device.type == "cpu" and model.dtype == torch.float32 else None
 
 
 def _rounding(model: PreTrainedModel, chosen: Qat) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,6 +28,20 @@ def prepare_processor(device: torch.device) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     _keep_freed_memory()
+
+
+@cache
+def is_slow_for_mkl() -> bool:
+    """Whether MKL does not choose the best of its kernels for float32 products on this processor."""
+    if not torch.backends.mkl.is_available():
+        return False
+    return chooses_slow_kernels(_read("/proc/cpuinfo") or "", has_avx512=torch.cpu._is_avx512_supported())
+
+
+def chooses_slow_kernels(cpuinfo: str, *, has_avx512: bool) -> bool:
+    """Whether MKL leaves AVX512 idle, since another than Intel has made the processor that /proc/cpuinfo tells of."""
+    maker = re.search(r"^vendor_id\s*:\s*(\S+)", cpuinfo, re.MULTILINE)
+    return has_avx512 and maker is not None and maker[1] != "GenuineIntel"
 
 
 def usable_cores() -> int:

@@ -24,7 +24,7 @@ def load_saved(recipe: Recipe, live: PreTrainedModel | None = None) -> PreTraine
     device = choose_device()
     prepare_processor(device)
     dtype = choose_dtype(recipe.model.dtype, device) if live is None else next(live.parameters()).dtype
-    model = load_model(recipe, device, dtype, live).model
+    model = load_model(recipe, device, dtype, live, is_trained=False).model
     if recipe.lora.adapter is not None:
         ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe).attach(model)
     return model.eval()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
+from training_hub.backends.torch_engine.fused.products import add_product_, linear
 from training_hub.backends.torch_engine.quantization import dense
 
 ADAPTER = "default"
@@ -110,7 +111,7 @@ class _LowRank(torch.autograd.Function):
         outputs = []
         for base, scale, up_NR, part in zip(bases, scales, ups, _parts(low_TR, downs), strict=True):
             # Not in place: selective checkpointing keeps the first product, and what is kept must stay as it is.
-            y_TN = torch.nn.functional.linear(x_TM, dense(base, x.dtype), base.bias)
+            y_TN = linear(x_TM, dense(base, x.dtype), base.bias)
             outputs.append(torch.addmm(y_TN, part, up_NR.T, alpha=scale).view(*x.shape[:-1], -1))
         ctx.save_for_backward(x_TM, low_TR, *factors)
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
@@ -140,7 +141,7 @@ def _of_input(ctx: Any, gradients: list[Tensor | None], low_grad_TR: Tensor, dow
     total_TM = low_grad_TR @ _stacked(downs)
     for g_TN, base in zip(gradients, ctx.bases, strict=True):
         if g_TN is not None:
-            total_TM.addmm_(g_TN, dense(base, g_TN.dtype))
+            add_product_(total_TM, g_TN, dense(base, g_TN.dtype))
     return total_TM.view(ctx.shape)
 
 

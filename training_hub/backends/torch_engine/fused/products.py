@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as plain_linear
 
+from training_hub.backends.torch_engine.fused import onednn
+
 HOLDER = "training_hub_gradient_holder"
 """Attribute of a parameter: the tensor whose `grad` is the float32 sum of its gradients over the packs of a step."""
 
@@ -42,7 +44,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Where the weight has a holder, backward adds to that and gives autograd no gradient of the weight.
     """
     if holder_of(weight) is None or not torch.is_grad_enabled():
-        return plain_linear(x, weight, bias)
+        fast = onednn.linear(x, weight, bias)
+        return plain_linear(x, weight, bias) if fast is None else fast
     result: Tensor = _Linear.apply(x, weight, bias)
     return result
 
@@ -76,12 +79,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32. CUDA multiplies 16-bit numbers straight into it; a CPU rounds the product once."""
     if left.is_cuda and left.element_size() == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
+    return onednn.multiply(left, right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total`, which is in their own format or in float32."""
-    if total.dtype == left.dtype:
+    if total.dtype == left.dtype and not onednn.pays(left, right):
         total.addmm_(left, right)
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -94,7 +94,7 @@ def load_teacher(
         dtype = choose_dtype(facts.chosen.dtype, device)
         console.say(f"teacher: loading {facts.chosen.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         own = recipe.model_copy(update={"model": facts.chosen, "qat": Qat()})
-        loaded = load_model(own, device, dtype, lengths=lengths)
+        loaded = load_model(own, device, dtype, lengths=lengths, is_trained=False)
     broken = nonfinite_tensors(loaded.model.state_dict())
     if broken:
         raise TrainingError([*broken, f"The teacher {facts.chosen.path} came with them. Download or convert it again."])
