@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
         threading.Thread(target=signal_at, args=(Path(recipe.output), order["step"]), daemon=True).start()
     if rank == order.get("signalled_in_save"):
         threading.Thread(target=signal_in_save, args=(Path(recipe.output),), daemon=True).start()
+    if rank == order.get("limited"):
+        threading.Thread(target=limit_at, args=(Path(recipe.output), order["step"]), daemon=True).start()
     try:
         result = run(recipe, Given())
     except HubError as error:
@@ -48,6 +51,8 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     except Exception as error:  # the crew goes on; the test sees which error it was, and the log where
         traceback.print_exc()
         return {"error": type(error).__name__, "problems": [str(error)]}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return {**as_json(result), "history": list(result.history)}
 
 
@@ -70,6 +75,13 @@ def signal_at(output: Path, step: int) -> None:
     while not file.exists() or file.read_text().count("\n") < step:
         time.sleep(0.002)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def limit_at(output: Path, step: int) -> None:
+    """Let no file of this process grow beyond 20 kB any more, as if its disk were full."""
+    while not (output / "checkpoints" / f"step-{step - 1}").exists():
+        time.sleep(0.0005)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
 def signal_in_save(output: Path) -> None:

@@ -335,6 +335,11 @@ class Checkpoint(Section):
     final: bool = True
     """Write the final model as a Hugging Face folder."""
 
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """disabled: training stands still until a checkpoint is on disk. async: until its numbers are copied into the
+    host's memory, from which they are written while training goes on. async_with_pinned_mem: the copies have memory
+    that is kept between saves; beside a GPU it is page-locked, and the next step begins before all is copied."""
+
     resume: Literal["auto", "restart", "never"] = "auto"
     """auto: go on with an unfinished run of the same recipe in the output folder, refuse a different one.
     restart: move what is there aside and begin anew. never: refuse a folder that holds a run."""

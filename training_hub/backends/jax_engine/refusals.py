@@ -40,6 +40,11 @@ CHECKS: tuple[Check, ...] = (
     ("distillation.teacher", lambda value: value is not None, "this engine has no teachers; leave it out, " + TORCH),
     ("qat.weight_dtype", lambda value: value is not None, "no layer rounds here; leave it out, " + TORCH),
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
+    (
+        "checkpoint.async_mode",
+        lambda value: value != "disabled",
+        "checkpoints are written between two steps here; write disabled, " + TORCH,
+    ),
     ("monitoring.profile", bool, "steps are not taken apart here; write false, " + TORCH),
     ("processes.nodes", lambda value: value != 1, "this engine runs in one process; write 1, " + TORCH),
     ("processes.procs", lambda value: value != 1, "one process has all devices of its node; write 1."),

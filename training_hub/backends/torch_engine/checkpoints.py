@@ -6,8 +6,8 @@ Random state is not among them because there is none: dropout is seeded by (seed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,40 @@ class State:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class OpenStep:
+    """A step in the making, in a folder that has no name yet. give_name: for process 0, once all have written.
+
+    known: what the manifest will say of the files of all.
+    """
+
+    folder: Path
+    rank: int
+    known: dict[str, FileFacts]
+    give_name: Callable[[], None]
+
+    def write(self, own: Mapping[str, Pieces]) -> dict[str, Any]:
+        """Write the pieces of a process; what the manifest says of its files, or the problem it met, as plain JSON."""
+        files = {}
+        try:
+            for name, pieces in own.items():
+                if not pieces.tensors:
+                    continue
+                path = self.folder / piece_file(name, self.rank)
+                write_pieces(path, pieces)
+                files[path.name] = asdict(facts_of_file(path))
+        except (OSError, SafetensorError) as error:
+            return {"problem": f"rank {self.rank}: {error}", "files": {}}
+        return {"problem": "", "files": files}
+
+    def take(self, told: Iterable[dict[str, Any]]) -> None:
+        """Note what `write` gave in each process. Raises OSError where the disk refused one of them."""
+        for one in told:
+            if one["problem"]:
+                raise OSError(one["problem"])
+            self.known.update({name: FileFacts(**facts) for name, facts in one["files"].items()})
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder."""
 
@@ -80,6 +114,15 @@ class Checkpoints:
 
         The step gets its name once all have written. Raises, in every process, where the disk refuses one of them.
         """
+        with self.opened_together(state, recipe_yaml, group, protected) as step:
+            step.take(group.gather(step.write(own)))
+            group.on_main(f"saving step {state.step}", step.give_name)
+
+    @contextmanager
+    def opened_together(
+        self, state: State, recipe_yaml: str, group: Group, protected: Collection[int] = ()
+    ) -> Iterator[OpenStep]:
+        """A step that all processes write into, each its pieces. All must call this; it is gone at an error."""
         known: dict[str, FileFacts] = {}
         with ExitStack() as stack:
 
@@ -87,16 +130,12 @@ class Checkpoints:
                 aside = write_checkpoint(self.root, state.step, state.facts, recipe_yaml, known)
                 return str(stack.enter_context(aside))
 
-            def end() -> None:
+            def give_name() -> None:
                 stack.close()
                 prune(self.root, state.step, self.keep_last, protected)
 
-            aside = Path(group.on_main(f"a folder for step {state.step}", begin))
-            for told in group.gather(_written(aside, own, group.rank)):
-                if told["problem"]:
-                    raise OSError(told["problem"])
-                known.update({name: FileFacts(**facts) for name, facts in told["files"].items()})
-            group.on_main(f"saving step {state.step}", end)
+            folder = Path(group.on_main(f"a folder for step {state.step}", begin))
+            yield OpenStep(folder, group.rank, known, give_name)
 
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending; by name, never by time of change."""
@@ -132,18 +171,3 @@ class Checkpoints:
         """The shapes of the weights of `step`, without reading one."""
         with opened(files_of(self.folder(step), "model")) as files:
             return files.shapes
-
-
-def _written(folder: Path, own: Mapping[str, Pieces], rank: int) -> dict[str, Any]:
-    """Write the pieces of a process; what the manifest says of its files, or the problem it met, as plain JSON."""
-    files = {}
-    try:
-        for name, pieces in own.items():
-            if not pieces.tensors:
-                continue
-            path = folder / piece_file(name, rank)
-            write_pieces(path, pieces)
-            files[path.name] = asdict(facts_of_file(path))
-    except (OSError, SafetensorError) as error:
-        return {"problem": f"rank {rank}: {error}", "files": {}}
-    return {"problem": "", "files": files}

@@ -64,8 +64,9 @@ from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
 from training_hub.backends.torch_engine.rounding import round_no_more
-from training_hub.backends.torch_engine.saving import resume
+from training_hub.backends.torch_engine.saving import resume, settle, settled
 from training_hub.backends.torch_engine.scoring import examine, score
+from training_hub.backends.torch_engine.staging import staging_of
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
@@ -212,6 +213,7 @@ class TorchEngine:
             closing_masters(run),
             StopRequest() as stop,
             audience as watchers,
+            settled(run),
         ):
             dry_step(run)
             if recipe.training.preflight and run.step == 0:
@@ -220,6 +222,7 @@ class TorchEngine:
                 for watch in watchers:
                     watch(report)
                 run.stop_reason = asked_to_stop(watchers)
+            settle(run)
             if group.is_main:
                 for line in speed_lines(run, folder):
                     console.say(line)
@@ -338,6 +341,7 @@ def assemble(
         exam=exam_of(recipe, materials),
         thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
         layout=layout,
+        staging=staging_of(recipe.checkpoint.async_mode, device),
         packs_validation=asked[1] and may_pack,
         validation_sets=sets_of(materials.prepared, device),
     )

@@ -27,10 +27,12 @@ from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
-from training_hub.backends.torch_engine.saving import save
+from training_hub.backends.torch_engine.saving import save, settle
+from training_hub.backends.torch_engine.staging import Staging
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.waiting import DataWait
 from training_hub.backends.torch_engine.work import Scale
+from training_hub.backends.torch_engine.writing import Writer
 from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore
@@ -49,6 +51,7 @@ class Run:
     many steps up to now were left out without a break; stop_reason is what a watcher of the user's ends it for.
 
     objective: what is minimised. plain: cross-entropy, by which validation and watch measure whatever is minimised.
+    staging: copies from which `writer` writes a checkpoint while training goes on; None where that stands still.
     """
 
     recipe: Recipe
@@ -69,6 +72,8 @@ class Run:
     skipped_in_row: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
+    staging: Staging | None = None
+    writer: Writer = field(default_factory=Writer)
     validation_before: float | None = None
     watch: Watch | None = None
     exam: Exam | None = None
@@ -127,7 +132,11 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         is_best = report.validation_loss is not None and run.best.note(measured(report), run.step)
         is_due = is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best)
         # Clocks differ, and a signal may have reached one process only: what one is asked for, all do.
-        number, must_save, must_end = run.group.highest([stop.number or 0, int(is_due), int(bool(run.stop_reason))])
+        number, must_save, must_end, has_failed = run.group.highest(
+            [stop.number or 0, int(is_due), int(bool(run.stop_reason)), int(run.writer.has_failed)]
+        )
+        if has_failed:
+            settle(run)
         if number or must_save:
             save(run)
             number = run.group.highest([stop.number or 0])[0]  # one may have come while it was saved
@@ -137,6 +146,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
                 run.console.say(f"stopped: {reason}")
                 return
             if number:
+                settle(run)
                 raise interrupted(number, run.step, run.feed.total_steps, run.checkpoints.folder(run.step))
 
 
@@ -163,6 +173,8 @@ def take_step(run: Run, batch: Batch, meter: ThroughputMeter, began: float) -> S
     rate = learning_rate(run.recipe.lr_scheduler, run.recipe.optimizer.lr, batch.step, run.feed.total_steps)
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if is_finite:
+        if run.staging is not None:
+            run.staging.hold_device()
         with record_function(OPTIMIZER):
             run.adaptation.before_step(rate)
             run.updater.step(rate)
@@ -295,6 +307,7 @@ def dry_step(run: Run) -> None:
 def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError:
     """The error about a step whose loss or gradient is not finite; names the rows that do it alone."""
     run.updater.masters.drop_gradients()
+    settle(run)
     indices = [int(index) for one in batch.packs for index in one.samples]
     losses = [(index, _loss_alone(run, index)) for index in run.layout.passes(indices)]
     guilty = [index for index, loss in losses if index is not None and not math.isfinite(loss)]

@@ -76,6 +76,7 @@ def estimate(
     checkpointing: str = NONE,
     teacher: TeacherLoad | None = None,
     share: Share = EVERYTHING,
+    is_staged: bool = False,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
@@ -83,6 +84,8 @@ def estimate(
     accumulates: steps have several packs, so that the gradients of the first are there in the forward pass of the next.
     checkpointing: how layers forget what they made; one layer's activations are there again in its backward pass.
     teacher: what a second model takes beside. share: what this process has of a model that is divided.
+    is_staged: checkpoints are copied into the host's memory first; `staged` is what that takes there, which beside a
+    GPU is not in `total`.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
@@ -107,6 +110,8 @@ def estimate(
         "activations": None,
         "logits": logit_bytes(blank, dtype, device, int((part.weights != 0).sum()), on_kernels=on_kernels),
     }
+    if is_staged:
+        parts["staged"] = _staged_bytes(parts, sum(p.numel() for p in trained), own.numel(), holdings, exact, share)
     if share.slices > 1:
         parts = divided_parts(parts, blank, share, dtype, apart, holdings.spared)
         parts |= _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
@@ -131,9 +136,16 @@ def estimate(
     parts["gaps"] = GAPS.get(device.type, 0.0) * sum(parts[name] or 0 for name in COMING_AND_GOING)
     sizes = {name: value / GIB if value is not None else None for name, value in parts.items()}
     most = most_at_once(parts, accumulates=accumulates, passing=teacher.passing if teacher else 0)
+    most += parts.get("staged", 0) if device.type == "cpu" else 0
     if teacher is not None and teacher.before:
         most = max(most, parts["libraries"] + teacher.before)
     return {**sizes, "total": most / GIB, "note": note}
+
+
+def _staged_bytes(parts: Estimate, trained: int, own: int, holdings: Holdings, exact: int, share: Share) -> float:
+    """What a checkpoint holds of this process: weights as the optimizer moves them, and what it keeps of each."""
+    numbers = trained * exact + parts["optimizer"]
+    return numbers / share.slices + (own + holdings.saved) * exact
 
 
 def most_at_once(parts: Estimate, *, accumulates: bool, passing: int = 0) -> float:

@@ -131,6 +131,16 @@ class Group:
             self.store.set(f"{turn}/{self.rank}", json.dumps(found))
         return [self._await(f"{turn}/{rank}", rank, what) for rank in range(self.world_size)]
 
+    def leave(self, key: str, value: Any) -> None:
+        """Leave word, plain JSON, for those who ask for what all have `left`; nobody waits."""
+        if self.world_size > 1:
+            self.store.set(f"{key}/{self.rank}", json.dumps(value))
+
+    def left(self, key: str) -> list[Any] | None:
+        """What all processes left there, in the order of their ranks; None until all have."""
+        keys = [f"{key}/{rank}" for rank in range(self.world_size)]
+        return [json.loads(self.store.get(key)) for key in keys] if self.store.check(keys) else None
+
     def on_main(self, what: str, work: Callable[[], T]) -> T:
         """What `work`, done by process 0 alone, gives, as plain JSON; the others wait for as long as that is alive.
 

@@ -153,6 +153,7 @@ def memory_of(
         memory = estimate(
             model, recipe.optimizer, dtype, device, largest,
             accumulates=accumulates, holdings=holdings, checkpointing=how, teacher=teacher, share=share,
+            is_staged=recipe.checkpoint.async_mode != "disabled",
         )  # fmt: skip
         if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
             break

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,49 +17,145 @@ from torch.distributed.tensor import DTensor
 
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.errors import broken
-from training_hub.backends.torch_engine.checkpoints import State
+from training_hub.backends.torch_engine.checkpoints import OpenStep, State
 from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of, whole_cut
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.tensor_files import Pieces
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.errors import LaunchError
 from training_hub.recipe.load import dump
 
 if TYPE_CHECKING:
     from training_hub.backends.torch_engine.loop import Run
 
+LOOK_SECONDS = 0.05
+
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the step the run has reached, once."""
+    """Write a checkpoint of the step the run has reached, once; with checkpoint.async_mode, begin to."""
     if run.saved_step == run.step and run.step > 0:
         return
+    settle(run)
     if run.layout.is_divided:
-        _write_together(run)
+        _save_together(run)
     else:
-        run.group.on_main(f"saving step {run.step}", lambda: _write_alone(run))
+        run.group.on_main(f"saving step {run.step}", lambda: _save_alone(run))
     run.saved_at, run.saved_step = time.monotonic(), run.step
 
 
-def _write_alone(run: Run) -> None:
+def settle(run: Run) -> None:
+    """Wait until what `save` began is written; raise, in every process, what kept it from that."""
+    if run.staging is not None:
+        run.group.on_main(f"writing step {run.saved_step}", run.writer.wait)
+        run.writer.wait()
+
+
+@contextmanager
+def settled(run: Run) -> Iterator[None]:
+    """However the block ends, what `save` began is written, or the reason told why not; only a further Ctrl-C does not
+    wait for it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LaunchError):  # others are lost, and with them what they have not written
+            run.writer.gives_up.set()
+        try:
+            run.writer.wait()
+        except Exception as other:
+            run.console.say(f"checkpoint step-{run.saved_step} was not written either: {other}")
+        raise
+
+
+def _save_alone(run: Run) -> None:
     """Write the checkpoint; all processes hold the same, so one does."""
-    state = _state(run)
+    state, recipe_yaml, protected, staging = _state(run), dump(run.recipe), _protected(run), run.staging
     problems = nonfinite_tensors({**state.weights, **state.optimizer})
     if problems:
         raise broken(problems, run.step, run.recipe, run.checkpoints.steps())
-    size = _bytes(state.weights.values()) + _bytes(state.optimizer.values())
-    with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
-        run.checkpoints.save(state, dump(run.recipe), _protected(run))
+
+    def write(state: State) -> None:
+        size = _bytes(state.weights.values()) + _bytes(state.optimizer.values())
+        with disk_errors_explained(f"checkpoint step-{state.step}", run.checkpoints.folder(state.step), size):
+            run.checkpoints.save(state, recipe_yaml, protected)
+
+    if staging is None:
+        write(state)
+        return
+    weights, optimizer = staging.copy("model", state.weights), staging.copy("optimizer", state.optimizer)
+    copied = replace(state, weights=weights, optimizer=optimizer)
+
+    def write_copies() -> None:
+        staging.wait()
+        write(copied)
+
+    run.writer.start(write_copies)
 
 
-def _write_together(run: Run) -> None:
+def _save_together(run: Run) -> None:
     """Write the checkpoint; each process holds pieces, and writes those that no process before it holds."""
-    state, group = _state(run), run.group
+    state, group, staging = _state(run), run.group, run.staging
     problems = nonfinite_tensors({**state.weights, **state.optimizer})
     problems = [line for some in group.gather(problems) for line in some]
     if problems:
         raise broken(problems, run.step, run.recipe, run.checkpoints.steps())
     own = {"model": _pieces(run, state.weights), "optimizer": _pieces(run, state.optimizer)}
     size = sum(_bytes(pieces.tensors.values()) for pieces in own.values())
-    with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
-        run.checkpoints.save_together(state, own, dump(run.recipe), group, _protected(run))
+    explained = partial(disk_errors_explained, f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size)
+    if staging is None:
+        with explained():
+            run.checkpoints.save_together(state, own, dump(run.recipe), group, _protected(run))
+        return
+    with explained(), ExitStack() as opened:
+        step = opened.enter_context(run.checkpoints.opened_together(state, dump(run.recipe), group, _protected(run)))
+        copies = {name: Pieces(staging.copy(name, pieces.tensors), pieces.cuts) for name, pieces in own.items()}
+        kept_open = opened.pop_all()
+
+    def write_copies() -> None:
+        with explained(), kept_open:
+            staging.wait()
+            _write_beside(group, step, copies, f"written/{state.step}", run.writer.gives_up)
+
+    run.writer.start(write_copies)
+
+
+def _write_beside(group: Group, step: OpenStep, own: Mapping[str, Pieces], key: str, gives_up: threading.Event) -> None:
+    """Write this process's pieces; in process 0 also wait for those of the others, and give the step its name.
+
+    No collective: the main threads make theirs meanwhile, in an order of their own.
+    """
+    told: dict[str, Any] = {"problem": f"rank {group.rank} could not write its pieces", "files": {}}
+    try:
+        told = step.write(own)
+    finally:
+        group.leave(key, told)
+    if group.is_main:
+        step.take(_all_told(group, key, step.folder, gives_up))
+        step.give_name()
+
+
+def _all_told(group: Group, key: str, folder: Path, gives_up: threading.Event) -> list[dict[str, Any]]:
+    """What each process told of its pieces. Raises LaunchError where nothing more comes: no file has grown for
+    comm.timeout_seconds, or the run has lost a process."""
+    size, since = -1, time.monotonic()
+    while True:
+        is_last = gives_up.is_set()
+        told = group.left(key)
+        if told is not None:
+            return told
+        now = _bytes_in(folder)
+        if now != size:
+            size, since = now, time.monotonic()
+        if is_last or time.monotonic() - since > group.timeout_seconds:
+            raise LaunchError(f"{folder}: not all processes have written their pieces, and no more come.")
+        gives_up.wait(LOOK_SECONDS)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def _state(run: Run) -> State:
@@ -67,7 +169,7 @@ def _state(run: Run) -> State:
         "watch": run.watch.state() if run.watch is not None else None,
     }
     weights = {name: local_of(weight) for name, weight in run.updater.masters.saved().items()}
-    return State(run.step, weights, run.updater.state(), facts)
+    return State(run.step, weights, run.updater.state(), deepcopy(facts))  # it may be written while the run goes on
 
 
 def _protected(run: Run) -> list[int]:

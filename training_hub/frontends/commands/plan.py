@@ -23,6 +23,7 @@ MEMORY = (
     ("activations", "activations of the largest pack"),
     ("logits", "a chunk of logits, or copies of the head's gradient"),
     ("teacher", "teacher: its weights, states and a chunk of its logits, or what is kept of its word"),
+    ("staged", "copies of what a checkpoint holds, in the host's memory"),
     ("gaps", "lost by the allocator between blocks"),
     ("total", "at the fullest moment of a step"),
 )

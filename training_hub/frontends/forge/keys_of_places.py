@@ -157,11 +157,9 @@ PLACE: Mapping[str, Key] = MappingProxyType(
         ),
         "checkpoint.async_mode": Key(
             "disabled",
-            "disabled, async or async_with_pinned_mem.",
+            "disabled, async or async_with_pinned_mem: whether training goes on while a checkpoint is written.",
             TEXT,
-            only=("disabled",),
-            reason="checkpoints are written before the next step begins",
-            follows="checkpoint.async_mode",
+            path="checkpoint.async_mode",
         ),
         "checkpoint.keep_latest_k": Key(
             10,
