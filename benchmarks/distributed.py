@@ -1,9 +1,11 @@
 """Two processes of one thread against one process of two threads: the same run, on the same two cores, in turn.
 
-    python benchmarks/distributed.py --output benchmarks/DISTRIBUTED.md
+    python benchmarks/distributed.py      # all layouts, float32 and bfloat16; 25 minutes on two quiet cores
 
-Each round runs both sides, the first of them alternately. Tokens per second are those of the steps after the first
-two. Processor seconds are user and system time of all processes of a side, from start to end.
+Each round runs every side once, in an order that turns by one from round to round. Tokens per second are those of the
+steps after the first two. Processor seconds are user and system time of all processes of a side, from start to end.
+Each run is a line of benchmarks/distributed.jsonl with versions and machine, from which DISTRIBUTED.md is written.
+GSM8K is read from the folder named by TRAINING_HUB_TEST_DATA; without it rows are made up.
 """
 
 from __future__ import annotations
@@ -22,20 +24,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from materials import SIZES, made_up, make_model, texts_of, write_rows
+from materials import SIZES, gsm8k, made_up, make_model, texts_of, write_rows
 
-SIDES = {"1 process x 2 threads": (1, 2), "2 processes x 1 thread": (2, 1)}
+ONE = "one process"
+SIDES: dict[str, dict[str, int]] = {
+    ONE: {},
+    "replicas": {},
+    "slices (FSDP2)": {"data_parallel_shard_degree": 2},
+    "heads (TP)": {"tensor_parallel_degree": 2},
+    "tokens (CP)": {"context_parallel_degree": 2},
+}
+"""Sides, and the degrees of parallelism of those that are two processes."""
+
+DTYPES = ("float32", "bfloat16")
 WARM_STEPS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", default="28m", choices=SIZES)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--one", nargs=3, metavar=("FOLDER", "PROCS", "RUN"), help="do one run; used by this script")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of both files")
+    parser.add_argument("--one", nargs=4, metavar=("FOLDER", "SIDE", "DTYPE", "RUN"), help="used by this script")
     asked = parser.parse_args()
     if asked.one:
         one(asked, *asked.one)
@@ -44,39 +58,50 @@ def main() -> None:
 
 
 def compare(asked: argparse.Namespace) -> None:
-    """All rounds, and the page about them."""
+    """All rounds, their lines, and the page about them."""
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
-        rows = made_up(asked.batch * asked.steps)
+        test_data = os.environ.get("TRAINING_HUB_TEST_DATA")
+        needed = asked.batch * asked.steps
+        rows = gsm8k(Path(test_data))[:needed] if test_data else made_up(needed)
         make_model(Path(place) / "model", asked.size, texts_of(rows))
         write_rows(Path(place) / "rows.jsonl", rows)
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for number in range(asked.rounds):
-            for side in list(SIDES)[:: 1 if number % 2 == 0 else -1]:
-                found[side].append(measured(asked, Path(place), side, number))
-                print(side, found[side][-1], flush=True)
-    page = written(asked, found)
+            first = number % len(asked.sides)
+            for side in [*asked.sides[first:], *asked.sides[:first]]:
+                for dtype in asked.dtypes:
+                    about = {"side": side, "dtype": dtype, "round": number, "size": asked.size, "batch": asked.batch}
+                    what = "GSM8K" if test_data else "made up"
+                    found.append({**about, "rows": what, **measured(asked, Path(place), side, dtype, number)})
+                    print(f"{side} {dtype}: {found[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    (asked.output / "distributed.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found), encoding="utf-8")
+    page = written(found)
     print(page)
-    if asked.output:
-        asked.output.write_text(page, encoding="utf-8")
+    (asked.output / "DISTRIBUTED.md").write_text(page, encoding="utf-8")
 
 
-def measured(asked: argparse.Namespace, place: Path, side: str, number: int) -> dict[str, Any]:
+def measured(asked: argparse.Namespace, place: Path, side: str, dtype: str, number: int) -> dict[str, Any]:
     """One run of a side in a process of its own."""
-    procs, threads = SIDES[side]
     words = ["--steps", str(asked.steps), "--batch", str(asked.batch)]
-    words += ["--one", str(place), str(procs), f"{procs}-{number}"]
+    words += ["--one", str(place), side, dtype, f"{list(SIDES).index(side)}-{dtype}-{number}"]
     # Idle threads that spin take cores away from whatever else runs on the machine, and from each other.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2" if side == ONE else "1", "OMP_WAIT_POLICY": "PASSIVE"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, __file__, *words], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {**json.loads(done.stdout.splitlines()[-1]), "processor_seconds": seconds}
+    about = {
+        "machine": machine(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
+        "date": str(datetime.date.today()),
+    }
+    return {**json.loads(done.stdout.splitlines()[-1]), "processor_seconds": seconds, **about}
 
 
-def one(asked: argparse.Namespace, folder: str, procs: str, name: str) -> None:
+def one(asked: argparse.Namespace, folder: str, side: str, dtype: str, name: str) -> None:
     from training_hub.launch import run
     from training_hub.recipe import Recipe
 
@@ -85,12 +110,13 @@ def one(asked: argparse.Namespace, folder: str, procs: str, name: str) -> None:
         Recipe.model_validate(
             {
                 "output": str(place / name),
-                "model": {"path": str(place / "model"), "dtype": "float32"},
+                "model": {"path": str(place / "model"), "dtype": dtype},
                 "data": {"path": str(place / "rows.jsonl"), "cache_dir": str(place / "cache")},
                 "training": {"global_batch_size": asked.batch, "steps": asked.steps, "preflight": False},
                 "checkpoint": {"minutes": None, "final": False},
                 "monitoring": {"console": "off"},
-                "processes": {"procs": int(procs)},
+                "processes": {"procs": 1 if side == ONE else 2},
+                "parallelism": SIDES[side],
             }
         )
     )
@@ -99,37 +125,53 @@ def one(asked: argparse.Namespace, folder: str, procs: str, name: str) -> None:
     print(json.dumps({"tokens_per_second": rate, "losses": [row["loss"] for row in result.history]}))
 
 
-def written(asked: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
-    """The page: medians and spread of each side, and how far their losses are apart."""
-    losses = [[one["losses"] for one in runs] for runs in found.values()]
-    apart = max(abs(a - b) for one, other in zip(*losses, strict=True) for a, b in zip(one, other, strict=True))
+def written(found: list[dict[str, Any]]) -> str:
+    """The page: for each format medians and spread of each side, its ratio to one process, and how far losses lie
+    apart."""
+    one = found[-1]
     lines = [
         "# Two processes against one",
         "",
         "```",
-        "python benchmarks/distributed.py --output benchmarks/DISTRIBUTED.md",
+        "python benchmarks/distributed.py",
         "```",
         "",
-        f"A Llama of {asked.size} parameters in float32, {asked.batch} made-up chats a step, {asked.steps} steps of "
-        f"which the first {WARM_STEPS} are not counted, both sides in turn. gloo sums all gradients once a step.",
+        f"A Llama of {one['size']} parameters, {one['batch']} rows a step ({one['rows']}), {len(one['losses'])} steps, "
+        f"of which the first {WARM_STEPS} are not counted, {1 + one['round']} rounds of all sides in turn. One process "
+        "has two threads, two have one each, on the same two cores; gloo is what they talk through. The ratio is that "
+        "of the medians, in brackets the lowest and highest of the rounds.",
         "",
-        f"{machine()}; python {platform.python_version()}, torch {version('torch')}, transformers "
-        f"{version('transformers')}; {datetime.date.today()}.",
-        "",
-        "| side | tokens/s, median (all) | processor seconds of a run, median |",
-        "|---|---|---|",
+        f"{one['machine']}, load {one['load']:.0f} at the end; "
+        + ", ".join(f"{name} {number}" for name, number in one["versions"].items())
+        + f"; {one['date']}. Every run is a line of `distributed.jsonl`.",
     ]
-    for side, runs in found.items():
-        rates = [one["tokens_per_second"] for one in runs]
-        all_of_them = ", ".join(f"{rate:,.0f}" for rate in rates)
-        busy = statistics.median(one["processor_seconds"] for one in runs)
-        lines.append(f"| {side} | {statistics.median(rates):,.0f} ({all_of_them}) | {busy:.0f} |")
-    first, second = (statistics.median(one["tokens_per_second"] for one in runs) for runs in found.values())
-    lines += [
-        "",
-        f"Two processes over one: {second / first:.2f}. Losses of the two sides differ by at most {apart:.1e}.",
-    ]
+    for dtype in dict.fromkeys(each["dtype"] for each in found):
+        lines += ["", *_table([each for each in found if each["dtype"] == dtype], dtype)]
     return "\n".join(lines) + "\n"
+
+
+def _table(found: list[dict[str, Any]], dtype: str) -> list[str]:
+    lines = [
+        f"| {dtype} | tokens/s, median (all) | over one process | processor seconds of a run | losses apart |",
+        "|---|---|---|---|---|",
+    ]
+    alone = [each for each in found if each["side"] == ONE]
+    for side in dict.fromkeys(each["side"] for each in found):
+        runs = [each for each in found if each["side"] == side]
+        rates = [each["tokens_per_second"] for each in runs]
+        cells = [side, f"{statistics.median(rates):,.0f} ({', '.join(f'{rate:,.0f}' for rate in rates)})"]
+        if alone:
+            base = [each["tokens_per_second"] for each in alone]
+            each_round = [rate / other for rate, other in zip(rates, base, strict=True)]
+            ratio = statistics.median(rates) / statistics.median(base)
+            cells.append(f"{ratio:.2f} ({min(each_round):.2f} to {max(each_round):.2f})")
+        else:
+            cells.append("")
+        cells.append(f"{statistics.median(each['processor_seconds'] for each in runs):.0f}")
+        pairs = zip(runs[0]["losses"], alone[0]["losses"] if alone else runs[0]["losses"], strict=True)
+        cells.append(f"{max(abs(a - b) for a, b in pairs):.0e}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def machine() -> str:
@@ -139,8 +181,7 @@ def machine() -> str:
         name = names[0].partition(":")[2].strip()
     except (OSError, IndexError):
         name = platform.processor()
-    load = f", load {os.getloadavg()[0]:.0f} at the end" if hasattr(os, "getloadavg") else ""
-    return f"{cores} cores of {name}{load}"
+    return f"{cores} cores of {name}"
 
 
 if __name__ == "__main__":

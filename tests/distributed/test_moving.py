@@ -1,4 +1,4 @@
-"""Optimizers move weights that lie in pieces exactly as they move whole ones, and keep as much in all as one would."""
+"""Optimizers move weights that lie in pieces as they move whole ones; those that want them whole, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = [*({"name": name} for name in (*ELEMENTWISE, *OF_WHOLE) if is_here(name)),
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_processes_make_the_steps_of_one_bit_for_bit(layout, dtype, two):
+def test_two_processes_make_the_steps_of_one(layout, dtype, two):
     for settings in ALL:
         assert two.call("tests.distributed.moving:apart", layout, dtype, settings) == [[], []], settings
 

@@ -59,8 +59,9 @@ class Owners:
         read: this process's piece of a weight and of its gradient, which all have or none. write: takes a piece back.
         """
         for some in self._rounds:
-            pieces = {one.name: read(one.name) for one in some if self._rank in one.cuts}
-            moved = [one for one in some if one.name in pieces and pieces[one.name][1] is not None]
+            shared = [one for one in some if self._rank in one.cuts]  # replicas have others of the same name
+            pieces = {one.name: read(one.name) for one in shared}
+            moved = [one for one in shared if pieces[one.name][1] is not None]
             own = next((one for one in moved if one.owner == self._rank), None)
             self._bring(moved, own, pieces)
             if own is not None:
