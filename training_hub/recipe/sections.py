@@ -335,6 +335,10 @@ class Checkpoint(Section):
     final: bool = True
     """Write the final model as a Hugging Face folder."""
 
+    max_shard_size: str = "50GB"
+    """Largest file of weights in the final model (and in the merged one of lora.merge): a number with KB, MB, GB or TB,
+    which count by thousands. A larger model lies in model-00001-of-0000N.safetensors with an index beside them."""
+
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """disabled: training stands still until a checkpoint is on disk. async: until its numbers are copied into the
     host's memory, from which they are written while training goes on. async_with_pinned_mem: the copies have memory
