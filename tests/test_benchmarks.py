@@ -135,6 +135,18 @@ def test_two_processes_and_one_are_timed_on_the_same_run(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_saves_are_timed_in_each_mode(tmp_path: Path):
+    words = ("--rounds", "1", "--steps", "7", "--batch", "4", "--size", "tiny")
+    run("saving.py", *words, "--output", str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")][1:] == [
+        "disabled",
+        "async",
+        "async_with_pinned_mem",
+    ]
+
+
+@pytest.mark.slow
 def test_both_engines_train_the_same_in_the_comparison_of_engines(tmp_path: Path):
     if find_spec("jax") is None:
         pytest.skip("jax is not installed")

@@ -13,6 +13,7 @@ from training_hub.backends.torch_engine.checkpointing import USABLE
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.plan import feed_settings, memory_of
 from training_hub.data.feed import Feed
+from training_hub.errors import HubError
 from training_hub.monitoring.console import open_console
 
 CPU = torch.device("cpu")
@@ -31,6 +32,13 @@ def test_a_run_with_activation_checkpointing_ends_at_the_same_bits(tiny_model_fo
     first, second = final_weights(found), final_weights(plain)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert found.plan["activation_checkpointing"] == how
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, beside which it works")
+def test_offloading_is_refused_where_there_is_no_gpu_to_spare(tiny_model_folder, chat_file, tmp_path):
+    with pytest.raises(HubError, match=r"offload: there is no GPU here(.|\n)*Write full"):
+        train(tiny_model_folder, chat_file, tmp_path / "run", training={"activation_checkpointing": "offload"})
+    assert not (tmp_path / "run" / "plan.json").exists()
 
 
 def test_auto_keeps_everything_where_it_fits_and_forgets_as_little_as_it_must(tiny_model_folder, chat_file, tmp_path):

@@ -115,6 +115,16 @@ def problems_of(settings: dict[str, Any], **arguments: Any) -> list[str]:
             ["checkpoint.keep_best", "data.validation_fraction: 0.05"],
         ),
         (
+            {"checkpoint.max_shard_size": "5 GiB"},
+            {"checkpoint.max_shard_size": "5 GB"},
+            ["checkpoint.max_shard_size: found '5 GiB'", "KB, MB, GB or TB", "checkpoint.max_shard_size: 50GB"],
+        ),
+        (
+            {"algorithm": "lora_sft", "checkpoint.max_shard_size": "5GB"},
+            {"algorithm": "lora_sft", "checkpoint.max_shard_size": "5GB", "lora.merge": True},
+            ["checkpoint.max_shard_size: 5GB would change nothing", "lora.merge: true"],
+        ),
+        (
             {"distillation.temperature": 2.0},
             {"distillation.temperature": 2.0, "distillation.teacher": "t"},
             ["distillation.temperature", "distillation.teacher: path/to/teacher"],

@@ -43,6 +43,7 @@ HIGH_RATE = 1e-2
 # Setting -> (the setting it depends on, the values under which it does something).
 NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "data.block_size": ("data.pretraining", (True,)),
+    "checkpoint.max_shard_size": ("checkpoint.final", (True,)),
     "data.cache_dir": ("data.cache", (True,)),
     "data.cache_size": ("data.cache", (True,)),
     "data.max_bad_share": ("data.on_bad_row", ("skip",)),

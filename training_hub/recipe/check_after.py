@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from training_hub.recipe.hub import REPO_ID
 
 if TYPE_CHECKING:
     from training_hub.recipe.recipe import Recipe
+
+SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B")
+"""A size of a file, as transformers reads it; more than nothing."""
 
 
 def _generation(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
@@ -80,4 +84,20 @@ def _hub(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
         )
 
 
-CHECKS = (_generation, _best, _hub)
+def _shards(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    path, chosen = "checkpoint.max_shard_size", recipe.checkpoint.max_shard_size
+    if not SIZE.fullmatch(chosen):
+        yield Contradiction(
+            (path,),
+            f"{names(path)}: found {chosen!r}; allowed: a number with KB, MB, GB or TB. Write "
+            f"{names.write(path, '50GB')}.",
+        )
+    elif recipe.algorithm == "lora_sft" and not recipe.lora.merge and not is_default(recipe, path):
+        yield Contradiction(
+            (path, "lora.merge"),
+            f"{names(path)}: {chosen} would change nothing, since the final model is an adapter in one file. Write "
+            f"{names.write('lora.merge', True)}, or leave {path} out.",
+        )
+
+
+CHECKS = (_generation, _best, _hub, _shards)

@@ -222,10 +222,11 @@ class Training(Section):
     """Tokens that go through a device at once. Bounds memory and never changes the result. Default: the larger of
     8192 and max_seq_len."""
 
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
     """What layers forget in forward and make again in backward; changes memory and time, never the result.
-    full: all but their input. selective: not the results of matrix products and of torch's attention. auto: as little
-    as the device's free memory allows, by the plan's estimate."""
+    full: all but their input. selective: not the results of matrix products and of torch's attention. offload: as full,
+    and the inputs wait in the host's memory, beside a GPU. auto: as little as the device's free memory allows, by the
+    plan's estimate, of none, selective and full."""
 
     fp8: bool = False
     """Multiply the matrices of linear layers in 8-bit floating point, forward and for the gradient of their input; the
@@ -334,6 +335,10 @@ class Checkpoint(Section):
 
     final: bool = True
     """Write the final model as a Hugging Face folder."""
+
+    max_shard_size: str = "50GB"
+    """Largest file of weights in the final model (and in the merged one of lora.merge): a number with KB, MB, GB or TB,
+    which count by thousands. A larger model lies in model-00001-of-0000N.safetensors with an index beside them."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """disabled: training stands still until a checkpoint is on disk. async: until its numbers are copied into the

@@ -8,7 +8,14 @@ import torch
 from tests.backends.torch_engine.test_memory import really_saved
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
-from training_hub.backends.torch_engine.checkpointing import HOW, checkpoint_layers, free_gib
+from training_hub.backends.torch_engine.checkpointing import (
+    HOW,
+    OFFLOAD,
+    checkpoint_layers,
+    free_gib,
+    num_layers,
+    way_problem,
+)
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
 from training_hub.backends.torch_engine.memory import blank_like, saved_bytes
@@ -42,7 +49,7 @@ def loss_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_keep_every_bit(family, dtype, swapped):
     loss, gradients = loss_and_gradients(ready(family, "none", dtype, swapped=swapped))
-    for how in HOW[1:]:
+    for how in (*HOW[1:], OFFLOAD):
         other, found = loss_and_gradients(ready(family, how, dtype, swapped=swapped))
         assert torch.equal(other, loss)
         assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
@@ -82,6 +89,50 @@ def test_selective_multiplies_nothing_twice_and_full_does():
             loss_and_gradients(model)
         products[how] = ran.products
     assert products["selective"] == products["none"] < products["full"]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_what_waits_in_the_hosts_memory_is_the_input_of_each_layer_and_nothing_else(family):
+    """Hooks that count stand in for those that copy from a GPU: what they are given, and asked for, is the same."""
+    went: list[torch.Tensor] = []
+    came: list[torch.Tensor] = []
+
+    def away():
+        def pack(tensor):
+            went.append(tensor.clone())
+            return went[-1]
+
+        def unpack(tensor):
+            came.append(tensor)
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    loss, gradients = loss_and_gradients(ready(family, "none"))
+    model = ready(family, "none")
+    layers, width = num_layers(model), model.config.hidden_size
+    checkpoint_layers(model, OFFLOAD, away=away)
+    other, found = loss_and_gradients(model)
+    assert [tuple(tensor.shape) for tensor in went] == [(1, sum(LENGTHS), width)] * layers
+    assert [id(tensor) for tensor in came] == [id(tensor) for tensor in reversed(went)]
+    assert torch.equal(other, loss)
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+
+
+def test_offloading_is_estimated_to_keep_the_inputs_of_layers_less_than_full_does():
+    deep = tiny_model("llama", num_hidden_layers=8)
+    full, offload = (
+        saved_bytes(blank_like(deep), random_pack(LENGTHS), is_copied=False, checkpointing=how)
+        for how in ("full", OFFLOAD)
+    )
+    inputs = 8 * sum(LENGTHS) * deep.config.hidden_size * 4
+    # Beside what is kept both have what one of eight layers made, twice: everything less what is kept.
+    assert full - offload == pytest.approx(inputs * (1 - 2 / 8))
+
+
+def test_there_must_be_a_gpu_to_keep_less_on():
+    assert way_problem("full", CPU) is None
+    assert "no GPU here" in str(way_problem(OFFLOAD, CPU))
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3"])

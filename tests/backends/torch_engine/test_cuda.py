@@ -10,10 +10,11 @@ import torch
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, FUNCTIONS, VARLEN, register_attention
 from training_hub.backends.torch_engine.attention_trial import Heads, told, try_each
-from training_hub.backends.torch_engine.checkpointing import HOW, checkpoint_layers
+from training_hub.backends.torch_engine.checkpointing import HOW, OFFLOAD, checkpoint_layers
 from training_hub.backends.torch_engine.fused.swap import OnKernels, run_on_kernels
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
+from training_hub.backends.torch_engine.staging import Staging
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 
@@ -48,6 +49,36 @@ def test_triton_kernels_leave_loss_and_gradients(family):
     assert other == pytest.approx(loss, rel=1e-4)
     for name, gradient in gradients.items():
         assert float((found[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()) + 1e-6
+
+
+def test_offloading_keeps_less_on_the_device_than_full_checkpointing_and_the_same_numbers():
+    found, kept = {}, {}
+    for how in ("full", OFFLOAD):
+        model = on_gpu("llama", torch.float32)
+        assert checkpoint_layers(model, how)
+        before = torch.cuda.memory_allocated()
+        loss = CrossEntropy()(model, to_device(random_pack(LENGTHS), GPU)).total
+        kept[how] = torch.cuda.memory_allocated() - before
+        loss.backward()
+        found[how] = [loss.detach(), *(p.grad for p in model.parameters())]
+    assert kept[OFFLOAD] < kept["full"]
+    assert all(torch.equal(one, other) for one, other in zip(found["full"], found[OFFLOAD], strict=True))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_copies_for_a_checkpoint_are_of_the_numbers_before_the_next_update(keeps):
+    state = {"w": torch.arange(2**22, dtype=torch.float32, device=GPU), "step": torch.tensor(3.0)}
+    wanted = {name: tensor.cpu().clone() for name, tensor in state.items()}
+    staging = Staging(GPU, keeps=keeps)
+    for _ in range(3):
+        copies = staging.copy("model", state)
+        staging.hold_device()
+        for tensor in state.values():
+            tensor.add_(1)
+        staging.wait()
+        assert all(torch.equal(copies[name], wanted[name]) for name in wanted)
+        assert all(copy.device.type == "cpu" for copy in copies.values())
+        wanted = {name: tensor + 1 for name, tensor in wanted.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from training_hub.backends.torch_engine import export as export_module
 from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.base_weights import Written
-from training_hub.backends.torch_engine.export import export, is_rounding
+from training_hub.backends.torch_engine.export import WholeModel, export, is_rounding
 from training_hub.errors import TrainingError
 
 
@@ -47,6 +47,24 @@ def test_it_loads_strictly_with_transformers_and_gives_the_same_logits(tiny_mode
     ids = torch.tensor([[1, 5, 9, 200]])
     assert torch.equal(loaded(ids).logits, made(ids).logits)
     assert loaded.config.tie_word_embeddings is is_tied
+
+
+def test_a_model_larger_than_a_file_may_be_is_parted_as_transformers_does_it(tiny_model_folder, tmp_path):
+    made = model()
+    tensors = Full()
+    tensors.attach(made)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    state = tensors.export(dict(made.named_parameters()), Written(torch.float32))
+    files = WholeModel(max_shard_size="60KB")
+    export(made, state, torch.float32, tmp_path / "final", tokenizer, None, (), files=files)
+    shards = sorted((tmp_path / "final").glob("model-*.safetensors"))
+    assert [path.name for path in shards] == [f"model-0000{n}-of-0000{len(shards)}.safetensors" for n in (1, 2, 3)]
+    assert all(path.stat().st_size < 60_000 + 4096 for path in shards), "numbers, and a header of names"
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(state)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not any(report.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_float32_masters_of_a_bfloat16_model_are_written_in_full(tiny_model_folder, tmp_path):

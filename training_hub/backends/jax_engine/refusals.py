@@ -41,6 +41,12 @@ CHECKS: tuple[Check, ...] = (
     ("qat.weight_dtype", lambda value: value is not None, "no layer rounds here; leave it out, " + TORCH),
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
     (
+        "training.activation_checkpointing",
+        lambda value: value == "offload",
+        "JAX keeps what it keeps on its device here; write full, " + TORCH,
+    ),
+    ("checkpoint.max_shard_size", lambda value: value != "50GB", "a model is one file here; leave it out, " + TORCH),
+    (
         "checkpoint.async_mode",
         lambda value: value != "disabled",
         "checkpoints are written between two steps here; write disabled, " + TORCH,

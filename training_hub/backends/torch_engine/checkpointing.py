@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from training_hub.backends.shared.host_memory import free_host_gib
@@ -20,6 +21,9 @@ NONE, SELECTIVE, FULL = "none", "selective", "full"
 HOW = (NONE, SELECTIVE, FULL)
 """What is kept of a layer: everything; its input and the results of its products and of torch's attention; its input.
 Each takes less memory than the one before, and more time."""
+
+OFFLOAD = "offload"
+"""Of a layer its input is kept, beside the device: in page-locked memory of the host."""
 
 USABLE = 0.92
 """Share of free memory that a plan may fill; the rest is for what an allocator loses between blocks."""
@@ -33,20 +37,44 @@ ATTENTIONS = (
     "torch_attn._varlen_attn",
 )
 
+Away = Callable[[], AbstractContextManager[Any]]
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
-def checkpoint_layers(model: nn.Module, how: str, contexts: Contexts | None = None) -> bool:
+def checkpoint_layers(model: nn.Module, how: str, contexts: Contexts | None = None, away: Away | None = None) -> bool:
     """Let every decoder layer of a transformers model forget as `how` says, in place; False where it has none.
 
     contexts: for `selective`, what is entered in forward and in recomputing in place of the one that keeps products.
+    away: for `offload`, what is entered in place of the one that moves tensors to the host.
     """
     options: dict[str, Any] = {"context_fn": contexts or keeping_products} if how == SELECTIVE else {}
+    run: Callable[..., Any] = partial(checkpoint, use_reentrant=False, **options)
     layers = list(_layers(model))
     for layer in layers:
         layer.gradient_checkpointing = how != NONE
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **options)
+        layer._gradient_checkpointing_func = partial(_inputs_away, away or to_host, run) if how == OFFLOAD else run
     return bool(layers)
+
+
+def to_host() -> AbstractContextManager[Any]:
+    """What autograd keeps is moved to the host's memory, and back for the backward pass."""
+    return save_on_cpu(pin_memory=torch.cuda.is_available())
+
+
+def _inputs_away(away: Away, run: Callable[..., Any], layer: Callable[..., Any], *inputs: Any) -> Any:
+    # The layer itself runs within the hooks of its checkpoint, which keep nothing: what is away are its inputs.
+    with away():
+        return run(layer, *inputs)
+
+
+def way_problem(how: str, device: torch.device) -> str | None:
+    """Why layers cannot forget so on this device, and what to write."""
+    if how != OFFLOAD or device.type == "cuda":
+        return None
+    return (
+        f"training.activation_checkpointing: {how}: there is no GPU here whose memory it could spare. Write full, "
+        "which keeps as much."
+    )
 
 
 def layers_of(model: nn.Module) -> list[Any]:

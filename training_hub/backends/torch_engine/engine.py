@@ -24,7 +24,7 @@ from training_hub.backends.torch_engine.adaptations.osft.importance import layer
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
 from training_hub.backends.torch_engine.by_source import BySource, sets_of
-from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib
+from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib, way_problem
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.dividing import divide, load_for, refuse_broken_model
 from training_hub.backends.torch_engine.exam import exam_of
@@ -135,8 +135,9 @@ class TorchEngine:
         return [problem] if problem else []
 
     def _number_problems(self, recipe: Recipe) -> list[str]:
-        problem = eight_bit.problem_on(choose_device()) if recipe.training.fp8 else None
-        return [problem] if problem else []
+        device, how = choose_device(), recipe.training.activation_checkpointing
+        problems = [eight_bit.problem_on(device) if recipe.training.fp8 else None, way_problem(how, device)]
+        return [problem for problem in problems if problem]
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
         """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.

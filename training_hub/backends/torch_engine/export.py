@@ -29,14 +29,15 @@ PROBE_LENGTH = 16
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A folder that holds every weight, read by transformers alone."""
+    """A folder that holds every weight, read by transformers alone; in files of at most `max_shard_size`."""
 
     trust_remote_code: bool = False
+    max_shard_size: str = "50GB"
     dtype: torch.dtype | None = None
 
     def save(self, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
         """Weights, config and generation config, as save_pretrained writes them."""
-        model.save_pretrained(folder, state_dict=dict(tensors))
+        model.save_pretrained(folder, state_dict=dict(tensors), max_shard_size=self.max_shard_size)
         _set_dtype(folder / "config.json", dtype)
 
     def load(self, model: Any, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
@@ -87,12 +88,7 @@ def export(
         write_whole(folder, {"dtype": str(dtype)}, replace=True) as aside,
     ):
         files.save(model, tensors, dtype, aside)
-        set_stop_ids(aside / "generation_config.json", stop_ids)
-        save_tokenizer(tokenizer, chat_template, aside)
-        for name, more in (beside or {}).items():
-            save_file({key: tensor.detach().cpu() for key, tensor in more.items()}, aside / name)
-        for name, content in (documents or {}).items():
-            (aside / name).write_bytes(content)
+        put_beside(aside, tokenizer, chat_template, stop_ids, beside or {}, documents or {})
         return verify(aside, model, tensors, dtype, files, said)
 
 
@@ -109,6 +105,23 @@ def is_rounding(one: Tensor, other: Tensor) -> bool:
     share = sum(kind.eps / 2 for kind in low)
     allowed = torch.maximum(here.abs(), there.abs()).clamp_min(max(kind.smallest_normal for kind in low)) * share
     return bool(((here - there).abs() <= allowed).all())
+
+
+def put_beside(
+    folder: Path,
+    tokenizer: Any,
+    chat_template: str | None,
+    stop_ids: Sequence[int],
+    beside: Mapping[str, dict[str, Tensor]],
+    documents: Mapping[str, bytes],
+) -> None:
+    """Write into a folder of weights what else belongs into it; the arguments are those of `export`."""
+    set_stop_ids(folder / "generation_config.json", stop_ids)
+    save_tokenizer(tokenizer, chat_template, folder)
+    for name, more in beside.items():
+        save_file({key: tensor.detach().cpu() for key, tensor in more.items()}, folder / name)
+    for name, content in documents.items():
+        (folder / name).write_bytes(content)
 
 
 def refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
@@ -143,12 +156,17 @@ def verify(
     here = probed_logits(model, next(model.parameters()).device) if said is None else said
     there = loaded.eval()(input_ids=_probe(model).to(loaded.device), use_cache=False).logits.float().cpu()
     difference = float((here - there).abs().max())
-    if not math.isfinite(difference):
+    refuse_nonfinite_logits(difference)
+    return difference
+
+
+def refuse_nonfinite_logits(largest: float) -> None:
+    """Raise TrainingError where the largest of some logits, or of their differences, is not finite."""
+    if not math.isfinite(largest):
         raise TrainingError(
             "the final model computes logits that are not finite, though its weights are: they have become too large. "
             "It is not written. Write a lower optimizer.lr, and training.on_nonfinite: stop to see the step."
         )
-    return difference
 
 
 def _other_bits(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[str]:

@@ -12,13 +12,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from training_hub.backends.shared.outcome import card_of, final_step
+from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.base_weights import BaseWeights, Settled, Written
-from training_hub.backends.torch_engine.export import WholeModel, export, probed_logits
+from training_hub.backends.torch_engine.export import (
+    WholeModel,
+    export,
+    probed_logits,
+    put_beside,
+    refuse_nonfinite_logits,
+)
+from training_hub.backends.torch_engine.export_together import export_together
 from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.materials import Materials, rows_kept_back, stop_ids
 from training_hub.backends.torch_engine.model import LoadedModel
 from training_hub.backends.torch_engine.model_files import ModelFiles
+from training_hub.backends.torch_engine.quiet import library_bars
 from training_hub.backends.torch_engine.rounding import RoundingModel
 from training_hub.backends.torch_engine.saving import take_over
 from training_hub.recipe.folder import RunFolder
@@ -37,6 +46,8 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         return run.group.on_main(what, lambda: write() if take_chosen_step(run, console) else None)
     if not take_chosen_step(run, console):
         return None
+    if isinstance(run.adaptation, Full) and run.layout.pipeline is None:
+        return _write_together(run, loaded, materials, folder, console)
     held = gather_whole(run, _written(run, loaded), _readable(loaded.base, console))
     return run.group.on_main(what, lambda: write(held))
 
@@ -61,16 +72,43 @@ def _write(
     if run.exam is not None:
         run.exam.show(final_step(run))
     dtype = saved_dtype(run, loaded)
-    name = str(dtype).removeprefix("torch.")
-    total, trained = held.numbers if held is not None else numbers_of(run)
-    card = card_of(run, folder, name, total, trained)
-    difference = write_model(run, loaded, materials, folder.final, card, held)
+    numbers = held.numbers if held is not None else numbers_of(run)
+    difference = write_model(run, loaded, materials, folder.final, _card(run, folder, dtype, numbers), held)
     console.say(
-        f"final: {folder.final} ({name}), loaded again and equal; logits differ from "
+        f"final: {folder.final} ({_named(dtype)}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
     )
     run.adaptation.further(folder.final, rows_kept_back(materials), console)
     return str(folder.final)
+
+
+def _write_together(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> str:
+    """The same by all processes of a divided model, none of which ever holds more of it than a file."""
+    dtype, numbers = saved_dtype(run, loaded), numbers_of(run)
+    template = materials.template.source if materials.template else None
+
+    def beside(aside: Path) -> None:
+        documents = _card(run, folder, dtype, numbers)
+        put_beside(aside, materials.tokenizer.hf, template, stop_ids(materials), run.adaptation.beside(), documents)
+
+    with run.updater.averaged(), library_bars():
+        refuse_nonfinite_logits(float(probed_logits(run.model, run.device).abs().max()))
+        run.layout.let_go(run.model)
+        base, written = _readable(loaded.base, console), _written(run, loaded)
+        count = export_together(run, base, written, folder.final, beside, run.recipe.checkpoint.max_shard_size)
+    files = "1 file" if count == 1 else f"{count} files"
+    console.say(
+        f"final: {folder.final} ({_named(dtype)}), in {files} of weights; each process read its own again: equal"
+    )
+    return str(folder.final)
+
+
+def _card(run: Run, folder: RunFolder, dtype: torch.dtype, numbers: tuple[int, int]) -> dict[str, bytes]:
+    return card_of(run, folder, _named(dtype), *numbers)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def saved_dtype(run: Run, loaded: LoadedModel) -> torch.dtype:
@@ -134,7 +172,7 @@ def _readable(base: BaseWeights, console: Console) -> BaseWeights:
 
 def _files(run: Run) -> ModelFiles:
     """How the model is written and read again. An adapter is read beside the base in memory, which rounds already."""
-    whole = WholeModel(run.recipe.model.trust_remote_code)
+    whole = WholeModel(run.recipe.model.trust_remote_code, run.recipe.checkpoint.max_shard_size)
     if run.recipe.qat.weight_dtype is not None:
         return run.adaptation.files or RoundingModel(whole, run.recipe.qat)
     return run.adaptation.files or whole

@@ -306,7 +306,12 @@ def _saved_bytes(
     blank.train()
     saved: dict[int, Tensor] = {}
     # Without kernels of ours attention is an operation of torch, whose result `selective` keeps.
-    checkpoint_layers(blank, checkpointing, lambda: (_Keeping(saved, with_attention=not on_kernels), nullcontext()))
+    checkpoint_layers(
+        blank,
+        checkpointing,
+        lambda: (_Keeping(saved, with_attention=not on_kernels), nullcontext()),
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing),
+    )
     own = {id_of(parameter) for parameter in blank.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:

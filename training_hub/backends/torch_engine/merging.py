@@ -103,6 +103,7 @@ def merge_for(recipe: Recipe, given: Given, adapter: Path, console: Console) -> 
         save_dtype=recipe.model.save_dtype,
         rows=rows,
         trust_remote_code=recipe.model.trust_remote_code,
+        max_shard_size=recipe.checkpoint.max_shard_size,
     )
     return asdict(found)
 
@@ -116,6 +117,7 @@ def merge(
     save_dtype: str = "auto",
     rows: Sequence[Sequence[int]] = (),
     trust_remote_code: bool = False,
+    max_shard_size: str = "50GB",
 ) -> Deviation:
     """Write the model of `adapter` and its base as one into the new folder `output`, with merge.json; atomic.
 
@@ -148,7 +150,7 @@ def merge(
         chosen = Model(path=str(path), revision=origin["revision"])
         with base_of(chosen, merged).opened() as came:
             tensors = _as(merged.state_dict(), written, came)
-        WholeModel(trust_remote_code).save(merged, tensors, dtype, aside)
+        WholeModel(trust_remote_code, max_shard_size).save(merged, tensors, dtype, aside)
         tokenizer.save_pretrained(aside)
         _take_generation_config(adapter, aside)
         del model, merged

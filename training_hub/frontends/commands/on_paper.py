@@ -60,6 +60,10 @@ def run(recipe: Recipe, options: Namespace) -> int:
     return 0
 
 
+COUNTED = ("auto", "none", "selective", "full")
+"""Ways to forget activations whose memory and time are known from the shape of a model."""
+
+
 def compare(recipe: Recipe, options: Namespace) -> Comparison:
     """What the options ask for. Raises RecipeError listing what is wrong with them."""
     problems: list[str] = []
@@ -77,6 +81,10 @@ def compare(recipe: Recipe, options: Namespace) -> Comparison:
     if recipe.algorithm != "sft":
         problems.append(
             f"algorithm: {recipe.algorithm}; layouts are compared for sft, in which every weight is trained."
+        )
+    if (how := recipe.training.activation_checkpointing) not in COUNTED:
+        problems.append(
+            f"training.activation_checkpointing: {how}; on paper there are {', '.join(COUNTED)}. Write auto."
         )
     if problems:
         raise RecipeError(problems)

@@ -180,7 +180,13 @@ class Lora(OfParameters):
             remove(merged)
         chosen = self._recipe.model
         merge(
-            final, merged, console, save_dtype=chosen.save_dtype, rows=rows, trust_remote_code=chosen.trust_remote_code
+            final,
+            merged,
+            console,
+            save_dtype=chosen.save_dtype,
+            rows=rows,
+            trust_remote_code=chosen.trust_remote_code,
+            max_shard_size=self._recipe.checkpoint.max_shard_size,
         )
 
     @property
