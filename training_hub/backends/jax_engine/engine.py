@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training_hub.algorithms import find_algorithm
-from training_hub.backends import Given
+from training_hub.backends import Given, Voice
 from training_hub.backends.jax_engine.refusals import missing_packages, refusals
 from training_hub.backends.jax_engine.shapes import config_problems, read_config, shape_of
 from training_hub.backends.shared.model_folder import folder_problems, hub_problem
@@ -61,6 +61,12 @@ class JaxEngine:
         from training_hub.backends.jax_engine.scoring import examine
 
         return examine(recipe, given, console, own)
+
+    def voice(self, recipe: Recipe) -> Voice:
+        """The model of model.path, to be talked to."""
+        from training_hub.backends.jax_engine.scoring import open_voice
+
+        return open_voice(recipe)
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
         """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.

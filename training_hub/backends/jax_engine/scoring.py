@@ -1,9 +1,12 @@
-"""How well a saved model does rows: the loss on their trained tokens."""
+"""Saved models: how well they do rows, and what they say."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +14,26 @@ import numpy as np
 from training_hub.backends import Given
 from training_hub.backends.jax_engine import weights as files
 from training_hub.backends.jax_engine.batches import Sizes
-from training_hub.backends.jax_engine.build import attention_of, build_of, keep_programs, machine_of
+from training_hub.backends.jax_engine.build import Machine, attention_of, build_of, keep_programs, machine_of
 from training_hub.backends.jax_engine.forward import Forward
 from training_hub.backends.jax_engine.full import Adaptation, Full
+from training_hub.backends.jax_engine.generate import Speech
 from training_hub.backends.jax_engine.loop import Tree, evaluate
 from training_hub.backends.jax_engine.lora import LowRank
 from training_hub.backends.jax_engine.materials import Materials, load_materials
 from training_hub.backends.jax_engine.mesh import Mesh, mesh_of
 from training_hub.backends.jax_engine.objective import PLAIN
 from training_hub.backends.jax_engine.session import feed_of
+from training_hub.backends.jax_engine.shapes import Shape, folder_of, read_config, shape_of
 from training_hub.backends.jax_engine.step import Steps
+from training_hub.backends.shared import voice
+from training_hub.backends.shared.answers import Answer, Decoding, Prompt
+from training_hub.backends.shared.materials import Limits, limits_of
+from training_hub.backends.shared.voice import Stream, Voice
 from training_hub.data.feed import Feed
 from training_hub.evaluation.metrics import perplexity
 from training_hub.evaluation.predictions import Sitting
+from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
 from training_hub.types import Console
 
@@ -67,20 +77,56 @@ def mean_loss(saved: Saved, materials: Materials) -> float:
 def load_saved(recipe: Recipe, materials: Materials, console: Console) -> Saved:
     """The model of model.path on the devices, in the format that a run of it would choose, with the adapter of
     lora.adapter where there is one."""
+    machine = machine_of(recipe)
+    forward, mesh, trained, frozen = _load(
+        recipe, machine, materials.shape, materials.source, materials.longest, console
+    )
+    feed = feed_of(recipe, materials, machine)
+    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
+    steps = Steps(forward, PLAIN, mesh)
+    return Saved(recipe, steps, trained, frozen, feed, sizes, mesh, console, recipe.data.packing)
+
+
+def open_voice(recipe: Recipe) -> Voice:
+    """The model of model.path with its tokenizer and the template of data.chat_template, or its own.
+
+    Raises RecipeError or DataError naming what is wrong with it.
+    """
+
+    def load() -> tuple[Stream, Limits]:
+        console, config = open_console(recipe.monitoring.console, sys.stderr), read_config(recipe.model)
+        shape, source = shape_of(config), folder_of(recipe.model)
+        forward, _, trained, frozen = _load(recipe, machine_of(recipe), shape, source, 1, console)
+        return partial(_stream, Speech(forward), (trained, frozen)), limits_of(config)
+
+    return voice.open_voice(recipe, load)
+
+
+def _stream(
+    speech: Speech, weights: tuple[Tree, Tree], prompt: Prompt, decoding: Decoding, hear: Callable[[int], None]
+) -> Answer:
+    def heard(tokens_B: np.ndarray, goes_on_B: np.ndarray) -> None:
+        if goes_on_B[0]:
+            hear(int(tokens_B[0]))
+
+    return speech.together(weights, [prompt], decoding, [0], heard)[0]
+
+
+def _load(
+    recipe: Recipe, machine: Machine, shape: Shape, source: Path, longest: int, console: Console
+) -> tuple[Forward, Mesh, Tree, Tree]:
+    """The forward pass over samples of up to `longest` tokens, the devices, and on them what trains and what stays."""
     keep_programs(recipe)
-    machine, shape = machine_of(recipe), materials.shape
-    adaptation: Adaptation = Full(shape, materials.source)
+    adaptation: Adaptation = Full(shape, source)
     if recipe.lora.adapter is not None:
         adaptation = LowRank(recipe, shape, machine.dtype)
-    mesh, feed = mesh_of(recipe.parallelism, shape), feed_of(recipe, materials, machine)
-    loaded = files.load(materials.source, shape, console)
+    mesh = mesh_of(recipe.parallelism, shape)
+    loaded = files.load(source, shape, console)
     for line in loaded.notes:
         console.say(f"model: {line}")
     trained, frozen = (mesh.place(_lowered(half, machine.dtype)) for half in adaptation.split(loaded.weights))
-    build = build_of(shape, attention_of(shape, machine, materials.longest), machine, mesh, adaptation)
-    steps = Steps(Forward(build, "none", machine.is_scanned), PLAIN, mesh)
-    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
-    return Saved(recipe, steps, trained, frozen, feed, sizes, mesh, console, recipe.data.packing)
+    build = build_of(shape, attention_of(shape, machine, longest), machine, mesh, adaptation)
+    return Forward(build, "none", machine.is_scanned), mesh, trained, frozen
 
 
 def _lowered(weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:

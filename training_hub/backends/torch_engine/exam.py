@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training_hub.backends.shared.answers import Answer, Decoding, Prompt
 from training_hub.backends.shared.materials import limits_of
-from training_hub.backends.torch_engine.generate import Answer, Decoding, Prompt, answers
+from training_hub.backends.torch_engine.generate import answers
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.materials import Materials, stop_ids
 from training_hub.data.questions import Question, questions_of

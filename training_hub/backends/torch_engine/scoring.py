@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from training_hub.backends import Given
+from training_hub.backends.shared.answers import Decoding, Prompt
 from training_hub.backends.torch_engine.exam import examiner_of
-from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
+from training_hub.backends.torch_engine.generate import answers
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.plan import feed_settings
