@@ -24,6 +24,7 @@ from training_hub.backends.jax_engine.noise import GENERATOR
 from training_hub.backends.jax_engine.products import ein
 from training_hub.backends.jax_engine.step import Merge, Tree
 from training_hub.backends.shared.answers import TOKENS_AT_ONCE, Advance, Answer, Decoding, Prompt, batches, cut
+from training_hub.backends.shared.materials import Limits
 
 Kept = list[tuple[Array, Array]]
 """The keys and values [B, S, G, d] of each layer."""
@@ -39,9 +40,13 @@ Hear = Callable[[np.ndarray, np.ndarray], None]
 
 
 class Speech:
-    """The compiled functions by which a model answers. merge: the model's weights, from what trains and what stays."""
+    """The compiled functions by which a model answers.
 
-    def __init__(self, forward: Forward, merge: Merge = dict):
+    limits: what it can read. merge: the model's weights, from what trains and what stays.
+    """
+
+    def __init__(self, forward: Forward, limits: Limits, merge: Merge = dict):
+        self.limits = limits
         self.forward = replace(forward, forget="none", is_scanned=False)
         self._read = jax.jit(partial(_read, self.forward, merge), donate_argnums=(2,))
         self._choose = jax.jit(_choose, static_argnames=("temperature", "top_p"))

@@ -15,6 +15,7 @@ from training_hub.backends import Given
 from training_hub.backends.jax_engine import weights as files
 from training_hub.backends.jax_engine.batches import Sizes
 from training_hub.backends.jax_engine.build import Machine, attention_of, build_of, keep_programs, machine_of
+from training_hub.backends.jax_engine.exam import ask, examiner_of
 from training_hub.backends.jax_engine.forward import Forward
 from training_hub.backends.jax_engine.full import Adaptation, Full
 from training_hub.backends.jax_engine.generate import Speech
@@ -27,7 +28,8 @@ from training_hub.backends.jax_engine.session import feed_of
 from training_hub.backends.jax_engine.shapes import Shape, folder_of, read_config, shape_of
 from training_hub.backends.jax_engine.step import Steps
 from training_hub.backends.shared import voice
-from training_hub.backends.shared.answers import Answer, Decoding, Prompt
+from training_hub.backends.shared.answers import Advance, Answer, Decoding, Prompt
+from training_hub.backends.shared.exam import share_right
 from training_hub.backends.shared.materials import Limits, limits_of
 from training_hub.backends.shared.voice import Stream, Voice
 from training_hub.data.feed import Feed
@@ -35,6 +37,7 @@ from training_hub.evaluation.metrics import perplexity
 from training_hub.evaluation.predictions import Sitting
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
+from training_hub.recipe.evaluation import rows_generated
 from training_hub.types import Console
 
 
@@ -53,20 +56,42 @@ class Saved:
     packs_validation: bool
 
 
-def score(recipe: Recipe, console: Console) -> dict[str, float]:
-    """Scores of the model of model.path on the rows of data.path: `rows`, and `loss`, the mean over all trained tokens
-    in nats."""
+def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
+    """Scores of the model of model.path on the rows of data.path: `loss`, the mean over all trained tokens in nats,
+    `rows`, and where it generates `exact_match`, the share of rows answered as the row says."""
     materials = load_materials(recipe, Given(), console)
-    loss = mean_loss(load_saved(recipe, materials, console), materials)
-    return {"rows": float(len(materials.prepared.train)), "loss": loss}
+    saved, store = load_saved(recipe, materials, console), materials.prepared.train
+    found = {"rows": float(len(store)), "loss": mean_loss(saved, materials)}
+    if generates:
+        speech = Speech(saved.steps.forward, limits_of(materials.config))
+
+        def answer(prompts: Sequence[Prompt], decoding: Decoding, advance: Advance) -> list[Answer]:
+            return speech.answers((saved.trained, saved.frozen), prompts, decoding, advance=advance)
+
+        found["exact_match"] = share_right(store, materials.stop_ids, materials.tokenizer, answer, console)
+    return found
 
 
 def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()) -> Sitting:
-    """Scores of the model of model.path on the rows of data.path, or of `given`: `rows`, `loss` and `perplexity`."""
-    materials = load_materials(recipe, given, console)
-    loss = mean_loss(load_saved(recipe, materials, console), materials)
-    rows = float(len(materials.prepared.train))
-    return Sitting((), {"rows": rows, "loss": loss, "perplexity": perplexity(loss)})
+    """What the model of model.path says to the rows of data.path, or of `given`, and its scores: also `loss`,
+    `perplexity` and `rows`.
+
+    recipe.evaluation says by what answers are compared and how they are made; where `generate` is false none are. own:
+    metrics of the user's, as functions. Raises DataError for rows that ask nothing, before a weight is loaded.
+    """
+    materials, asked = load_materials(recipe, given, console), recipe.evaluation
+    store = materials.prepared.train
+    most = None if asked.generate is True else rows_generated(asked)
+    examiner = examiner_of(recipe, materials, store, most, own) if asked.generate else None
+    saved = load_saved(recipe, materials, console)
+    loss = mean_loss(saved, materials)
+    scores = {"rows": float(len(store)), "loss": loss, "perplexity": perplexity(loss)}
+    if examiner is None:
+        return Sitting((), scores)
+    speech = Speech(saved.steps.forward, limits_of(materials.config))
+    what = f"answering: {recipe.model.path}"
+    sitting = examiner.judge(ask(examiner, speech, (saved.trained, saved.frozen), console, what))
+    return Sitting(sitting.predictions, {**scores, "rows": float(len(sitting.predictions)), **sitting.scores})
 
 
 def mean_loss(saved: Saved, materials: Materials) -> float:
@@ -97,7 +122,8 @@ def open_voice(recipe: Recipe) -> Voice:
         console, config = open_console(recipe.monitoring.console, sys.stderr), read_config(recipe.model)
         shape, source = shape_of(config), folder_of(recipe.model)
         forward, _, trained, frozen = _load(recipe, machine_of(recipe), shape, source, 1, console)
-        return partial(_stream, Speech(forward), (trained, frozen)), limits_of(config)
+        limits = limits_of(config)
+        return partial(_stream, Speech(forward, limits), (trained, frozen)), limits
 
     return voice.open_voice(recipe, load)
 
