@@ -28,7 +28,8 @@ import torch
 import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
+from training_hub.backends.shared.answers import Decoding, Prompt
+from training_hub.backends.torch_engine.generate import answers
 
 FILE = Path(__file__).parent / "generation" / "RESULTS.md"
 VOCABULARY = 8192

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.invariants.run import train
-from training_hub.backends.torch_engine.voice import _Pieces
+from training_hub.backends.shared.voice import _Pieces
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import RecipeError
 from training_hub.frontends.cli import main

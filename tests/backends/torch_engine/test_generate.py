@@ -12,17 +12,10 @@ import transformers
 from torch import nn
 
 from tests.backends.torch_engine.tiny_models import FAMILIES, VOCABULARY, from_config, tiny_config, tiny_model
+from training_hub.backends.shared.answers import Answer, Decoding, Prompt, batches
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.checkpointing import checkpoint_layers
-from training_hub.backends.torch_engine.generate import (
-    Answer,
-    Decoding,
-    Prompt,
-    answers,
-    batches,
-    can_pad,
-    serving,
-)
+from training_hub.backends.torch_engine.generate import answers, can_pad, serving
 
 STOP = 7
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from tests.conftest import CONVERSATIONS
 from training_hub import AutoEasyDeLModelForCausalLM, RecipeError, SFTConfig, SFTTrainer
@@ -29,7 +30,7 @@ def train(folder: Path, name: str, handle: Any, **fields: Any) -> SFTTrainer:
     trainer = SFTTrainer(
         arguments=SFTConfig(
             model_name=name, total_batch_size=4, learning_rate=1e-3, evaluation_steps=2, packing=True,
-            num_train_epochs=2,
+            num_train_epochs=2, unfreeze_interval=2, unfrozen_blocks=1, save_steps=2,
             overrides={"model.dtype": "float32", "data.cache": False, "monitoring.console": "off"}, **fields,
         ),
         model=handle, train_dataset=PAIRS, callbacks=[Enough()],
@@ -54,6 +55,11 @@ def test_both_engines_train_measure_and_end_alike(
     results = [one.train().result for one in (torch, jax)]  # they are over, and taken as they are
     assert [one.engine for one in results] == ["torch", "jax"]
     assert [(one.status, one.reason) for one in results] == [("stopped", "enough")] * 2
+    lower = "model.layers.0.mlp.down_proj.weight"  # its turn comes with step 3, and the runs end after 4
+    before = load_file(tiny_model_folder / "model.safetensors")[lower]
+    for one in results:
+        assert (load_file(one.checkpoints[0] / "model.safetensors")[lower] == before).all()
+        assert not (load_file(one.model_path / "model.safetensors")[lower] == before).all()
     for ours, theirs in zip(*(one.history for one in results), strict=True):
         for name in ("loss", "validation_loss", "validation_loss/talk", "validation_loss/sums"):
             if ours.get(name) is not None:

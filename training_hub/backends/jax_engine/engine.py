@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from training_hub.algorithms import find_algorithm
-from training_hub.backends import Given
+from training_hub.backends import Given, Voice
 from training_hub.backends.jax_engine.refusals import missing_packages, refusals
 from training_hub.backends.jax_engine.shapes import config_problems, read_config, shape_of
 from training_hub.backends.shared.model_folder import folder_problems, hub_problem
 from training_hub.errors import BackendError, RecipeError
+from training_hub.evaluation.judging import objections as metric_objections
 from training_hub.evaluation.predictions import Sitting
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof, TrainResult
@@ -24,7 +25,9 @@ class JaxEngine:
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights, and no JAX."""
-        return [*missing_packages(), *refusals(recipe), *_model_problems(recipe)]
+        asked = recipe.evaluation
+        of_metrics = metric_objections(asked.metrics) if asked.generate else []
+        return [*missing_packages(), *refusals(recipe), *_model_problems(recipe), *of_metrics]
 
     def plan(self, recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
         """The plan of a run of this recipe here, as its plan.json says it, without loading weights.
@@ -46,12 +49,10 @@ class JaxEngine:
         return check(recipe, given)
 
     def score(self, recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
-        """How well the model of model.path does the rows of data.path. Raises BackendError where it is to answer."""
-        if generates:
-            raise BackendError("backend jax does not generate, and so cannot answer rows. Write backend: torch.")
+        """How well the model of model.path does the rows of data.path."""
         from training_hub.backends.jax_engine.scoring import score
 
-        return score(recipe, console)
+        return score(recipe, console, generates=generates)
 
     def examine(
         self, recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
@@ -61,6 +62,12 @@ class JaxEngine:
         from training_hub.backends.jax_engine.scoring import examine
 
         return examine(recipe, given, console, own)
+
+    def voice(self, recipe: Recipe) -> Voice:
+        """The model of model.path, to be talked to."""
+        from training_hub.backends.jax_engine.scoring import open_voice
+
+        return open_voice(recipe)
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
         """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.

@@ -46,6 +46,8 @@ def finish(run: Run, beside: Beside, folder: RunFolder) -> str | None:
         best, metric = final_step(run), run.best.settings.best_metric
         run.console.say(f"final: taking step {best}, with the best {metric} {run.best.value}")
         take_weights(run, run.checkpoints.load(best)[0])
+    if run.exam is not None:
+        run.exam.show(final_step(run))
     name = saved_format(run, beside)
     trained = sum(weight.size for weight in moving(run).values())
     whole = files.count(run.steps.forward.build.shape)

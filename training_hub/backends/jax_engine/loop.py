@@ -17,7 +17,9 @@ from jax import Array
 from training_hub.backends.jax_engine.batches import Arrays, Sizes, side_by_side
 from training_hub.backends.jax_engine.by_source import BySource
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
+from training_hub.backends.jax_engine.exam import ask
 from training_hub.backends.jax_engine.full import Adaptation
+from training_hub.backends.jax_engine.generate import Speech
 from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.noise import noise_of
 from training_hub.backends.jax_engine.optim import Updater
@@ -25,6 +27,7 @@ from training_hub.backends.jax_engine.step import Steps
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
 from training_hub.backends.shared.errors import Lost, broken, interrupted, listed, not_finite
+from training_hub.backends.shared.exam import Exam, told
 from training_hub.backends.shared.freezing import Turns
 from training_hub.backends.shared.packs import reported
 from training_hub.backends.shared.signals import StopRequest
@@ -49,9 +52,8 @@ class Run:
     """A run in progress: its parts, and the little that changes.
 
     trained: what the optimizer moves, frozen: what stays; together the model. state: what the optimizer keeps. turns:
-    what passes from one to the other as the run goes on.
-    stop_reason: what a watcher of the user's ends it for. exam and scale are what the torch engine has beside: answers,
-    and a measure of operations.
+    what passes from one to the other as the run goes on. speech: by which the model answers its exam. stop_reason: what
+    a watcher of the user's ends it for. scale is what the torch engine has beside: a measure of operations.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Run:
     console: Console
     facts: dict[str, Any]
     best: Best
+    speech: Speech
     engine: str = "jax"
     step: int = 0
     skipped_in_row: int = 0
@@ -81,7 +84,7 @@ class Run:
     packs_validation: bool = True
     stop_reason: str = ""
     turns: Turns = field(default_factory=Turns)
-    exam: None = None
+    exam: Exam | None = None
     scale: None = None
 
 
@@ -121,9 +124,14 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
 
 def before_first_step(run: Run) -> None:
     """Measure what later steps are compared with."""
+    if run.step == 0 and run.exam is not None:
+        run.exam.clear()
     if run.step == 0 and run.validation is not None and run.recipe.evaluation.at_start:
         before = run.validation_before = evaluate(run, run.validation)
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
+        if run.exam is not None:
+            run.exam.before = take_exam(run, run.exam, 0)
+            run.console.say(f"answers before training: {told(run.exam.before)}")
     if run.watch is not None and run.watch.before is None:
         run.watch.begin(run.step, run.console)
 
@@ -222,14 +230,23 @@ def update(run: Run, gradients: Tree, norm: Array, trained_weight: float, rate: 
 
 
 def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
-    """The report with the loss of the validation rows, and that of each of several sets."""
+    """The report with what the validation rows say: their loss, of each of several sets too, and scores of answers
+    where these are asked for."""
     sets, measures = run.validation_sets, report.measures
     if sets is not None:
         sets.begin()
     loss = evaluate(run, store, sets=sets)
     if sets is not None:
         measures = {**measures, **sets.means()}
-    return replace(report, validation_loss=loss, validation_perplexity=perplexity(loss), measures=measures)
+    scores = take_exam(run, run.exam, run.step) if run.exam is not None else {}
+    doubt = perplexity(loss)
+    return replace(report, validation_loss=loss, validation_perplexity=doubt, scores=scores, measures=measures)
+
+
+def take_exam(run: Run, exam: Exam, step: int) -> dict[str, float]:
+    """The scores of the answers at this step."""
+    given = ask(exam.examiner, run.speech, (run.trained, run.frozen), run.console, f"answers at step {step}")
+    return exam.note(given, step, run.console)
 
 
 class Measured(Protocol):
@@ -296,7 +313,7 @@ def save(run: Run) -> None:
         **run.facts,
         "engine": run.engine,
         "best": run.best.state(),
-        "exam": None,
+        "exam": run.exam.state() if run.exam is not None else None,
         "validation_before": run.validation_before,
         "seed": run.recipe.seed,
         "skipped_in_row": run.skipped_in_row,
@@ -317,6 +334,8 @@ def resume(run: Run, step: int) -> None:
     run.state = run.updater.like(run.state, run.trained, optimizer)
     run.step = run.saved_step = step
     run.best.load(facts.get("best") or {})
+    if run.exam is not None:
+        run.exam.load(facts.get("exam") or {})
     run.validation_before = facts.get("validation_before")
     run.skipped_in_row = facts.get("skipped_in_row", 0)
     if run.watch is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ from training_hub.backends import Given
 from training_hub.backends.jax_engine.shapes import Shape, folder_of, read_config, shape_of
 from training_hub.backends.shared.materials import check_limits, limits_of, stop_ids, watched_rows
 from training_hub.data.prepare import Prepared, prepare
+from training_hub.data.questions import questions_of
 from training_hub.data.store import TokenStore
 from training_hub.data.templates import ChatTemplate, resolve_template
 from training_hub.data.tokenizer import ChatTokenizer
+from training_hub.evaluation.judging import metrics_of
 from training_hub.recipe import Recipe
+from training_hub.recipe.evaluation import rows_generated
 from training_hub.types import Console
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What a run is made from. source: the folder that the model lies in."""
+    """What a run is made from. source: the folder that the model lies in; metrics: functions that were handed over."""
 
     source: Path
     config: Any
@@ -28,6 +32,7 @@ class Materials:
     template: ChatTemplate | None
     prepared: Prepared
     watch: TokenStore | None
+    metrics: tuple[Callable[..., Any], ...] = ()
 
     @property
     def stop_ids(self) -> list[int]:
@@ -62,10 +67,13 @@ def load_materials(
         validation_rows=given.validation_rows,
         rejects=rejects,
     )
+    if recipe.evaluation.generate and prepared.validation is not None:
+        questions_of(prepared.validation, rows_generated(recipe.evaluation))  # refuses rows that ask nothing
+        metrics_of(recipe.evaluation.metrics, given.metrics)  # refuses functions that are not there
     watch = watched_rows(recipe, tokenizer, template, console) if recipe.evaluation.watch else None
     config = read_config(recipe.model)
     for store in (prepared.train, prepared.validation, watch):
         if store is not None:
             check_limits(store, limits_of(config), console)
     source = folder_of(recipe.model, with_weights=with_weights)
-    return Materials(source, config, shape_of(config), tokenizer, template, prepared, watch)
+    return Materials(source, config, shape_of(config), tokenizer, template, prepared, watch, tuple(given.metrics))

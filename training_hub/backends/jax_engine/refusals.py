@@ -36,7 +36,6 @@ CHECKS: tuple[Check, ...] = (
     ("qat.weight_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
     ("qat.activation_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
     ("training.fp8", bool, "matrices are multiplied in bfloat16 or float32 here; write false, " + TORCH),
-    ("evaluation.generate", bool, "this engine does not generate; write false, " + TORCH),
     ("distillation.teacher", lambda value: value is not None, "this engine has no teachers; leave it out, " + TORCH),
     ("qat.weight_dtype", lambda value: value is not None, "no layer rounds here; leave it out, " + TORCH),
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),

@@ -1,9 +1,12 @@
-"""How well a saved model does rows: the loss on their trained tokens."""
+"""Saved models: how well they do rows, and what they say."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,20 +14,30 @@ import numpy as np
 from training_hub.backends import Given
 from training_hub.backends.jax_engine import weights as files
 from training_hub.backends.jax_engine.batches import Sizes
-from training_hub.backends.jax_engine.build import attention_of, build_of, keep_programs, machine_of
+from training_hub.backends.jax_engine.build import Machine, attention_of, build_of, keep_programs, machine_of
+from training_hub.backends.jax_engine.exam import ask, examiner_of
 from training_hub.backends.jax_engine.forward import Forward
 from training_hub.backends.jax_engine.full import Adaptation, Full
+from training_hub.backends.jax_engine.generate import Speech
 from training_hub.backends.jax_engine.loop import Tree, evaluate
 from training_hub.backends.jax_engine.lora import LowRank
 from training_hub.backends.jax_engine.materials import Materials, load_materials
 from training_hub.backends.jax_engine.mesh import Mesh, mesh_of
 from training_hub.backends.jax_engine.objective import PLAIN
 from training_hub.backends.jax_engine.session import feed_of
+from training_hub.backends.jax_engine.shapes import Shape, folder_of, read_config, shape_of
 from training_hub.backends.jax_engine.step import Steps
+from training_hub.backends.shared import voice
+from training_hub.backends.shared.answers import Advance, Answer, Decoding, Prompt
+from training_hub.backends.shared.exam import share_right
+from training_hub.backends.shared.materials import Limits, limits_of
+from training_hub.backends.shared.voice import Stream, Voice
 from training_hub.data.feed import Feed
 from training_hub.evaluation.metrics import perplexity
 from training_hub.evaluation.predictions import Sitting
+from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
+from training_hub.recipe.evaluation import rows_generated
 from training_hub.types import Console
 
 
@@ -43,20 +56,42 @@ class Saved:
     packs_validation: bool
 
 
-def score(recipe: Recipe, console: Console) -> dict[str, float]:
-    """Scores of the model of model.path on the rows of data.path: `rows`, and `loss`, the mean over all trained tokens
-    in nats."""
+def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, float]:
+    """Scores of the model of model.path on the rows of data.path: `loss`, the mean over all trained tokens in nats,
+    `rows`, and where it generates `exact_match`, the share of rows answered as the row says."""
     materials = load_materials(recipe, Given(), console)
-    loss = mean_loss(load_saved(recipe, materials, console), materials)
-    return {"rows": float(len(materials.prepared.train)), "loss": loss}
+    saved, store = load_saved(recipe, materials, console), materials.prepared.train
+    found = {"rows": float(len(store)), "loss": mean_loss(saved, materials)}
+    if generates:
+        speech = Speech(saved.steps.forward, limits_of(materials.config))
+
+        def answer(prompts: Sequence[Prompt], decoding: Decoding, advance: Advance) -> list[Answer]:
+            return speech.answers((saved.trained, saved.frozen), prompts, decoding, advance=advance)
+
+        found["exact_match"] = share_right(store, materials.stop_ids, materials.tokenizer, answer, console)
+    return found
 
 
 def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()) -> Sitting:
-    """Scores of the model of model.path on the rows of data.path, or of `given`: `rows`, `loss` and `perplexity`."""
-    materials = load_materials(recipe, given, console)
-    loss = mean_loss(load_saved(recipe, materials, console), materials)
-    rows = float(len(materials.prepared.train))
-    return Sitting((), {"rows": rows, "loss": loss, "perplexity": perplexity(loss)})
+    """What the model of model.path says to the rows of data.path, or of `given`, and its scores: also `loss`,
+    `perplexity` and `rows`.
+
+    recipe.evaluation says by what answers are compared and how they are made; where `generate` is false none are. own:
+    metrics of the user's, as functions. Raises DataError for rows that ask nothing, before a weight is loaded.
+    """
+    materials, asked = load_materials(recipe, given, console), recipe.evaluation
+    store = materials.prepared.train
+    most = None if asked.generate is True else rows_generated(asked)
+    examiner = examiner_of(recipe, materials, store, most, own) if asked.generate else None
+    saved = load_saved(recipe, materials, console)
+    loss = mean_loss(saved, materials)
+    scores = {"rows": float(len(store)), "loss": loss, "perplexity": perplexity(loss)}
+    if examiner is None:
+        return Sitting((), scores)
+    speech = Speech(saved.steps.forward, limits_of(materials.config))
+    what = f"answering: {recipe.model.path}"
+    sitting = examiner.judge(ask(examiner, speech, (saved.trained, saved.frozen), console, what))
+    return Sitting(sitting.predictions, {**scores, "rows": float(len(sitting.predictions)), **sitting.scores})
 
 
 def mean_loss(saved: Saved, materials: Materials) -> float:
@@ -67,20 +102,57 @@ def mean_loss(saved: Saved, materials: Materials) -> float:
 def load_saved(recipe: Recipe, materials: Materials, console: Console) -> Saved:
     """The model of model.path on the devices, in the format that a run of it would choose, with the adapter of
     lora.adapter where there is one."""
+    machine = machine_of(recipe)
+    forward, mesh, trained, frozen = _load(
+        recipe, machine, materials.shape, materials.source, materials.longest, console
+    )
+    feed = feed_of(recipe, materials, machine)
+    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
+    steps = Steps(forward, PLAIN, mesh)
+    return Saved(recipe, steps, trained, frozen, feed, sizes, mesh, console, recipe.data.packing)
+
+
+def open_voice(recipe: Recipe) -> Voice:
+    """The model of model.path with its tokenizer and the template of data.chat_template, or its own.
+
+    Raises RecipeError or DataError naming what is wrong with it.
+    """
+
+    def load() -> tuple[Stream, Limits]:
+        console, config = open_console(recipe.monitoring.console, sys.stderr), read_config(recipe.model)
+        shape, source = shape_of(config), folder_of(recipe.model)
+        forward, _, trained, frozen = _load(recipe, machine_of(recipe), shape, source, 1, console)
+        limits = limits_of(config)
+        return partial(_stream, Speech(forward, limits), (trained, frozen)), limits
+
+    return voice.open_voice(recipe, load)
+
+
+def _stream(
+    speech: Speech, weights: tuple[Tree, Tree], prompt: Prompt, decoding: Decoding, hear: Callable[[int], None]
+) -> Answer:
+    def heard(tokens_B: np.ndarray, goes_on_B: np.ndarray) -> None:
+        if goes_on_B[0]:
+            hear(int(tokens_B[0]))
+
+    return speech.together(weights, [prompt], decoding, [0], heard)[0]
+
+
+def _load(
+    recipe: Recipe, machine: Machine, shape: Shape, source: Path, longest: int, console: Console
+) -> tuple[Forward, Mesh, Tree, Tree]:
+    """The forward pass over samples of up to `longest` tokens, the devices, and on them what trains and what stays."""
     keep_programs(recipe)
-    machine, shape = machine_of(recipe), materials.shape
-    adaptation: Adaptation = Full(shape, materials.source)
+    adaptation: Adaptation = Full(shape, source)
     if recipe.lora.adapter is not None:
         adaptation = LowRank(recipe, shape, machine.dtype)
-    mesh, feed = mesh_of(recipe.parallelism, shape), feed_of(recipe, materials, machine)
-    loaded = files.load(materials.source, shape, console)
+    mesh = mesh_of(recipe.parallelism, shape)
+    loaded = files.load(source, shape, console)
     for line in loaded.notes:
         console.say(f"model: {line}")
     trained, frozen = (mesh.place(_lowered(half, machine.dtype)) for half in adaptation.split(loaded.weights))
-    build = build_of(shape, attention_of(shape, machine, materials.longest), machine, mesh, adaptation)
-    steps = Steps(Forward(build, "none", machine.is_scanned), PLAIN, mesh)
-    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
-    return Saved(recipe, steps, trained, frozen, feed, sizes, mesh, console, recipe.data.packing)
+    build = build_of(shape, attention_of(shape, machine, longest), machine, mesh, adaptation)
+    return Forward(build, "none", machine.is_scanned), mesh, trained, frozen
 
 
 def _lowered(weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:

@@ -21,9 +21,11 @@ from training_hub.backends.jax_engine.build import (
 )
 from training_hub.backends.jax_engine.by_source import BySource
 from training_hub.backends.jax_engine.checkpoints import Checkpoints
+from training_hub.backends.jax_engine.exam import exam_of
 from training_hub.backends.jax_engine.export import Beside, finish, saved_format
 from training_hub.backends.jax_engine.freezing import tables_of
 from training_hub.backends.jax_engine.full import Adaptation, Full
+from training_hub.backends.jax_engine.generate import Speech
 from training_hub.backends.jax_engine.loop import Run, dry_step, evaluate, nonfinite, resume
 from training_hub.backends.jax_engine.loop import train as train_steps
 from training_hub.backends.jax_engine.lora import LowRank
@@ -34,6 +36,7 @@ from training_hub.backends.jax_engine.osft import Spaces
 from training_hub.backends.jax_engine.plan import describe, summary
 from training_hub.backends.jax_engine.proofs import Subject, prove
 from training_hub.backends.jax_engine.spaces import Projection
+from training_hub.backends.shared.materials import limits_of
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
 from training_hub.backends.shared.packs import settings_of
 from training_hub.backends.shared.proofs import refuse
@@ -177,6 +180,8 @@ def assemble(
         best=Best(recipe.evaluation),
         packs_validation=packs_validation(recipe.data),
         turns=adaptation.turns,
+        exam=exam_of(recipe, materials),
+        speech=Speech(made.steps.forward, limits_of(materials.config), made.steps.merge),
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:

@@ -28,7 +28,7 @@ class Steps:
     """
 
     def __init__(self, forward: Forward, loss: TokenLoss, mesh: Mesh, merge: Merge = dict):
-        self.forward = forward
+        self.forward, self.merge = forward, merge
         self.nothing: Callable[[Tree], Tree] = jax.jit(partial(_zeros, mesh))
         """(trained) -> sums of gradients before the first batch of a step, in float32."""
         self.add: Callable[..., tuple[Tree, Array, Array]] = jax.jit(

@@ -17,6 +17,7 @@ from training_hub.backends.shared.model_folder import hub_problem
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
 from training_hub.backends.shared.proofs import refuse
 from training_hub.backends.shared.signals import StopRequest
+from training_hub.backends.shared.voice import Voice
 from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
@@ -71,7 +72,7 @@ from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, tea
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.together import refuse_other_data, same_start
-from training_hub.backends.torch_engine.voice import Voice, open_voice
+from training_hub.backends.torch_engine.voice import open_voice
 from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed, packs_validation

@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
 from training_hub.backends.shared.errors import Lost, interrupted, listed, not_finite
+from training_hub.backends.shared.exam import Exam
 from training_hub.backends.shared.packs import reported
 from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.watch import Watch
+from training_hub.backends.torch_engine import exam as asking
 from training_hub.backends.torch_engine.by_source import BySource
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
-from training_hub.backends.torch_engine.exam import Exam
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.optim import Updater
@@ -108,7 +109,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
         before = run.validation_before
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
         if run.exam is not None:
-            run.exam.begin(run.model, run.console, run.layout)
+            asking.begin(run.exam, run.model, run.console, run.layout)
     if run.watch is not None and run.watch.before is None:
         run.watch.begin(run.step, run.console)
     while run.step < run.feed.total_steps:
@@ -278,7 +279,7 @@ def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
 def take_exam(run: Run, exam: Exam) -> dict[str, float]:
     """The scores of the answers at this step."""
     with run.updater.averaged():
-        return exam.take(run.model, run.step, run.console, run.layout)
+        return asking.take(exam, run.model, run.step, run.console, run.layout)
 
 
 def dry_step(run: Run) -> None:

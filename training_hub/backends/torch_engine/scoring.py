@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from training_hub.backends import Given
-from training_hub.backends.torch_engine.exam import examiner_of
-from training_hub.backends.torch_engine.generate import Decoding, Prompt, answers
+from training_hub.backends.shared.exam import share_right
+from training_hub.backends.torch_engine.exam import ask, examiner_of
+from training_hub.backends.torch_engine.generate import answers
 from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.plan import feed_settings
@@ -17,8 +18,7 @@ from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.saved import load_saved
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.data.feed import validation_packs
-from training_hub.data.questions import questions_of
-from training_hub.evaluation.metrics import exact_match, perplexity
+from training_hub.evaluation.metrics import perplexity
 from training_hub.evaluation.predictions import Sitting
 from training_hub.recipe import Recipe
 from training_hub.recipe.evaluation import rows_generated
@@ -35,7 +35,13 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
     model = load_saved(recipe)
     found = {"rows": float(len(materials.prepared.train)), "loss": _mean_loss(recipe, model, materials, console)}
     if generates:
-        found["exact_match"] = _share_right(model, materials, console)
+        found["exact_match"] = share_right(
+            materials.prepared.train,
+            stop_ids(materials),
+            materials.tokenizer,
+            lambda prompts, decoding, advance: answers(model, prompts, decoding, advance=advance),
+            console,
+        )
     return found
 
 
@@ -56,7 +62,7 @@ def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callab
     scores = {"rows": float(len(store)), "loss": loss, "perplexity": perplexity(loss)}
     if examiner is None:
         return Sitting((), scores)
-    sitting = examiner.examine(model, console, f"answering: {recipe.model.path}")
+    sitting = examiner.judge(ask(examiner, model, console, f"answering: {recipe.model.path}"))
     return Sitting(sitting.predictions, {**scores, "rows": float(len(sitting.predictions)), **sitting.scores})
 
 
@@ -72,25 +78,3 @@ def _mean_loss(recipe: Recipe, model: Any, materials: Materials, console: Consol
             total += objective(model, to_device(one, device)).total
             advance(len(one))
     return float(total) / float(store.trained_weight.sum())
-
-
-def _share_right(model: Any, materials: Materials, console: Console) -> float:
-    store, stops = materials.prepared.train, stop_ids(materials)
-    questions = questions_of(store)
-    # One token more than is wanted tells an answer that ends from one that goes on.
-    prompts = [Prompt(one.prompt, len(one.answer) + 1) for one in questions]
-    with console.progress("answering", total=len(questions), unit="rows") as advance:
-        given = answers(model, prompts, Decoding(tuple(stops)), advance=advance)
-    said = [_marked(one.ids, one.finish_reason == "stop", materials) for one in given]
-    return exact_match(said, [_wanted(one.answer, stops, materials) for one in questions])
-
-
-def _wanted(ids: Sequence[int], stops: Sequence[int], materials: Materials) -> str:
-    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    return _marked(ids[:end], end < len(ids), materials)
-
-
-def _marked(ids: Sequence[int], ends: bool, materials: Materials) -> str:
-    """The text, with a mark behind it where it ends, so that an answer that goes on is not taken for one that ends."""
-    text = materials.tokenizer.hf.decode(list(ids)).strip()
-    return f"{text}\N{END OF TRANSMISSION}" if ends else text
