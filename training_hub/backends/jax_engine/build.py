@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from training_hub.backends.jax_engine.attention import Attention, choose
+from training_hub.backends.jax_engine.attention import Attention, Heads, choose
 from training_hub.backends.jax_engine.batches import Arrays, Sizes, side_by_side
 from training_hub.backends.jax_engine.decoder import Build
 from training_hub.backends.jax_engine.forward import FORGET, Forward
@@ -69,9 +69,11 @@ def keep_programs(recipe: Recipe) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(recipe.data.cache_dir) / "jax"))
 
 
-def attention_of(shape: Shape, machine: Machine, longest: int) -> Attention:
+def attention_of(shape: Shape, machine: Machine, longest: int, mesh: Mesh) -> Attention:
     """The attention of a run whose longest sample has so many tokens."""
-    return choose(shape.heads, shape.kv_heads, shape.head_dim, longest, machine.dtype)
+    heads = Heads(shape.heads, shape.kv_heads, shape.head_dim, shape.windows)
+    only_blocks = not mesh.is_single or shape.attention_dropout > 0  # no other drops shares
+    return choose(heads, longest, machine.dtype, machine.platform, only_blocks)
 
 
 def build_of(shape: Shape, attention: Attention, machine: Machine, mesh: Mesh, adaptation: Adaptation) -> Build:
@@ -113,7 +115,7 @@ def programs(
     largest = mesh.spread(side_by_side(packs, sizes, mesh.rows))
     if rates.is_any:
         largest = replace(largest, noise=noise_of(packs, largest.positions, recipe.seed, 0))
-    attention = attention_of(shape, machine, materials.longest)
+    attention = attention_of(shape, machine, materials.longest, mesh)
     build = replace(build_of(shape, attention, machine, mesh, adaptation), rates=rates)
     merge: Merge = merged if isinstance(adaptation, Spaces) else dict
     loss, wanted = TokenLoss.of(recipe.loss), recipe.training.activation_checkpointing

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -74,9 +73,13 @@ class Forward:
         """[B, T, V] float32; for comparing, since training never needs them all."""
         return ein("btd,vd->btv", self.hidden(params, ids_BT, positions_BT, segments_BT), params[self.head])
 
-    def layer(self) -> Callable[..., Array]:
-        """One layer as a function of (input, weights, place, window), forgetting what it is to."""
-        one = partial(gpt2_block if self.build.shape.is_gpt2 else block, self.build)
+    def layer(self, window: Array | int) -> Callable[[Array, Mapping[str, Array], Place], Array]:
+        """One layer as a function of (input, weights, place), forgetting what it is to."""
+        of_kind = gpt2_block if self.build.shape.is_gpt2 else block
+
+        def one(x_BTD: Array, weights: Mapping[str, Array], place: Place) -> Array:
+            return of_kind(self.build, x_BTD, weights, place, window)
+
         if self.forget == "none":
             return one
         return jax.checkpoint(one, policy=FORGET[self.forget], prevent_cse=not self.is_scanned)
@@ -99,23 +102,32 @@ def _windows(forward: Forward) -> list[int]:
 
 
 def _lay_out(forward: Forward, params: Params, x_BTD: Array, place: Place) -> Array:
-    layer = forward.layer()
     for number, window in enumerate(_windows(forward)):
-        x_BTD = layer(x_BTD, layer_weights(forward, params, number), place.at_layer(number), window)
+        x_BTD = forward.layer(window)(x_BTD, layer_weights(forward, params, number), place.at_layer(number))
     return x_BTD
 
 
 def _scan(forward: Forward, params: Params, x_BTD: Array, place: Place) -> Array:
-    shape, layer = forward.build.shape, forward.layer()
+    shape = forward.build.shape
     layers = [layer_weights(forward, params, number) for number in range(shape.layers)]
     # Stacked in the format of the products: a copy that is made anyway where masters are float32.
     stacked = {name: jnp.stack([_in_format(each[name], forward.build.dtype) for each in layers]) for name in layers[0]}
 
+    windows, numbers = _windows(forward), jnp.arange(shape.layers)
+    if len(set(windows)) == 1:  # known while compiling, which kernels need
+        layer = forward.layer(windows[0])
+
+        def alike(x: Array, of_one: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
+            weights, number = of_one
+            return layer(x, weights, place.at_layer(number)), None
+
+        return lax.scan(alike, x_BTD, (stacked, numbers))[0]
+
     def step(x: Array, of_one: tuple[dict[str, Array], Array, Array]) -> tuple[Array, None]:
         weights, window, number = of_one
-        return layer(x, weights, place.at_layer(number), window), None
+        return forward.layer(window)(x, weights, place.at_layer(number)), None
 
-    return lax.scan(step, x_BTD, (stacked, jnp.asarray(_windows(forward)), jnp.arange(shape.layers)))[0]
+    return lax.scan(step, x_BTD, (stacked, jnp.asarray(windows), numbers))[0]
 
 
 def _in_format(weight: Array, dtype: Any) -> Array:

@@ -77,7 +77,7 @@ def load_saved(recipe: Recipe, materials: Materials, console: Console) -> Saved:
     for line in loaded.notes:
         console.say(f"model: {line}")
     trained, frozen = (mesh.place(_lowered(half, machine.dtype)) for half in adaptation.split(loaded.weights))
-    build = build_of(shape, attention_of(shape, machine, materials.longest), machine, mesh, adaptation)
+    build = build_of(shape, attention_of(shape, machine, materials.longest, mesh), machine, mesh, adaptation)
     steps = Steps(Forward(build, "none", machine.is_scanned), PLAIN, mesh)
     sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
     return Saved(recipe, steps, trained, frozen, feed, sizes, mesh, console, recipe.data.packing)
