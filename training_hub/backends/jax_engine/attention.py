@@ -125,11 +125,12 @@ OF_FIXED_WINDOWS = ("triton", "splash")
 """What is compiled for one window, and so is for models whose layers all see equally far."""
 
 
-def choose(heads: Heads, reach: int, dtype: str, platform: str = "cpu", is_divided: bool = False) -> Attention:
+def choose(heads: Heads, reach: int, dtype: str, platform: str = "cpu", only_blocks: bool = False) -> Attention:
     """The fastest form that gives what the plain one gives on a packed batch, forward and backward; else the plain.
 
     Whatever the device and its libraries do, a run never trains by attention that was not compared there first.
-    reach: tokens of the longest document. is_divided: over several devices, where XLA divides blocks by itself.
+    reach: tokens of the longest document. only_blocks: try nothing else, as over several devices, where XLA divides
+    blocks by itself.
     """
     ways: dict[str, Attend] = {
         "loops": in_loops,
@@ -139,7 +140,7 @@ def choose(heads: Heads, reach: int, dtype: str, platform: str = "cpu", is_divid
     }
     name, allowed = "attention is the plain one", f"{SAME[dtype]:.0e}"
     fallen: list[str] = []
-    for way in ("blocks",) if is_divided else WAYS[platform]:
+    for way in ("blocks",) if only_blocks else WAYS[platform]:
         if way in OF_FIXED_WINDOWS and len(set(heads.windows)) > 1:
             continue
         found = _tried(ways[way], heads, reach, dtype)
