@@ -20,8 +20,9 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
-from training_hub.backends.jax_engine.products import product
+from training_hub.backends.jax_engine.products import KEPT, product
 
 SIZE = 64
 """Tokens of a block: larger ones compute more that nobody sees, smaller ones spend more on starting operations."""
@@ -71,7 +72,7 @@ def _forward(q_THd: Array, k_TGd: Array, v_TGd: Array, segments_T: Array, window
         return _put(so_far[0], found[0], number), _put(so_far[1], found[1], number)
 
     empty = (jnp.zeros(q.shape, dtype), jnp.zeros((count, heads, size)))
-    mixed, logs = lax.fori_loop(0, count, of_queries, empty)
+    mixed, logs = checkpoint_name(lax.fori_loop(0, count, of_queries, empty), KEPT)
     return _laid_out(mixed, len(q_THd)), (q_THd, k_TGd, v_TGd, segments_T, window, mixed, logs)
 
 

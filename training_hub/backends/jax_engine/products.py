@@ -11,6 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "kept"
+"""The name of what layers keep for backward where they forget selectively: results of products and of attention."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,4 +71,4 @@ def _without_ones(spec: str, left: Array, right: Array) -> tuple[str, Array, Arr
 def linear(x_BTI: Array, weight: Array, is_transposed: bool = False) -> Array:
     """[B, T, O] in the format of x: x times a weight that lies as [O, I], or transposed as [I, O]."""
     spec = "bti,io->bto" if is_transposed else "bti,oi->bto"
-    return ein(spec, x_BTI, weight).astype(x_BTI.dtype)
+    return checkpoint_name(ein(spec, x_BTI, weight).astype(x_BTI.dtype), KEPT)

@@ -78,7 +78,7 @@ def load_saved(recipe: Recipe, materials: Materials, console: Console) -> Saved:
         console.say(f"model: {line}")
     trained, frozen = (mesh.place(_lowered(half, machine.dtype)) for half in adaptation.split(loaded.weights))
     build = build_of(shape, attention_of(shape, machine, materials.longest, mesh), machine, mesh, adaptation)
-    steps = Steps(Forward(build, "none", machine.is_scanned), PLAIN, mesh)
+    steps = Steps(Forward(build, "none", machine.is_scanned("none")), PLAIN, mesh)
     sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
     return Saved(recipe, steps, trained, frozen, feed, sizes, mesh, console, recipe.data.packing)
 
