@@ -130,3 +130,10 @@ def test_neighbours_in_a_file_are_not_neighbours_in_an_epoch():
 def test_validation_covers_every_row_once():
     packs = list(validation_packs(make_store([5, 9, 3, 60, 2]), token_budget=64))
     assert sorted(i for one in packs for i in one.samples) == [0, 1, 2, 3, 4]
+
+
+def test_a_validation_row_longer_than_the_budget_is_measured_in_packs_that_hold_it():
+    """The budget comes from the rows that are trained; that of validation grows with its own longest."""
+    packs = list(validation_packs(make_store([10, 90, 20]), token_budget=32))
+    assert sorted(int(index) for one in packs for index in one.samples) == [0, 1, 2]
+    assert max(len(one) for one in packs) == 90

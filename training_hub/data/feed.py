@@ -134,7 +134,8 @@ def packs_validation(data: Data) -> bool:
 
 
 def validation_packs(store: TokenStore, token_budget: int, is_packed: bool = True) -> Iterator[Pack]:
-    """Every sample of `store` once, in packs of at most `token_budget` tokens."""
+    """Every sample of `store` once, in packs of at most `token_budget` tokens, or as many as its longest has."""
+    token_budget = max(token_budget, int(store.lengths.max())) if len(store) else token_budget
     for start in range(0, len(store), VALIDATION_WINDOW):
         window = list(range(start, min(start + VALIDATION_WINDOW, len(store))))
         yield from pack_all(window, store.__getitem__, token_budget, is_packed=is_packed)

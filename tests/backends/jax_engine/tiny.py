@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import from_config, tiny_config
 from training_hub.backends.jax_engine import shapes, weights
-from training_hub.backends.jax_engine.attention import in_blocks
 from training_hub.backends.jax_engine.decoder import Build
+from training_hub.backends.jax_engine.document_loops import in_loops
 from training_hub.backends.jax_engine.forward import Forward
 from training_hub.data.packing import pack
 from training_hub.monitoring.console import open_console
@@ -37,7 +36,7 @@ def read(folder: Path) -> tuple[shapes.Shape, weights.Loaded]:
 
 
 def forward(shape: shapes.Shape, **options: Any) -> Forward:
-    return Forward(Build(shape, partial(in_blocks, reach=max(LENGTHS)), jnp.float32), **options)
+    return Forward(Build(shape, in_loops, jnp.float32), **options)
 
 
 def random_pack(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 128) -> Pack:

@@ -1,8 +1,9 @@
-"""Attention within the documents of a pack: in blocks, as far back as the longest document reaches, or plainly.
+"""Attention within the documents of a pack: which form of it a run takes, and the two that run on every device.
 
-A pack holds many short documents, and a mask of all its tokens by all its tokens would be nearly empty. So queries are
-taken in blocks; each sees its own block of keys and as many before it as a document can span. Both are fixed for a
-run, so every pack of one size is one compiled program.
+A pack holds many short documents, and a mask of all its tokens by all its tokens would be nearly empty. In blocks, each
+query sees its own block of keys and as many before it as a document can span. Both are fixed for a run, so every pack
+of one size is one compiled program. On a CPU loops over what there is (`document_loops`) are faster, on other devices
+kernels (`kernels`) should be.
 """
 
 # B packs side by side, T tokens, H query heads, G key heads, R = H / G query heads that share one, d numbers of a head
@@ -11,7 +12,7 @@ run, so every pack of one size is one compiled program.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from training_hub.backends.jax_engine import kernels
+from training_hub.backends.jax_engine.document_loops import in_loops
 from training_hub.backends.jax_engine.products import ein
 from training_hub.types import Proof
 
@@ -101,33 +104,78 @@ class Attention:
     proof: Proof
 
 
-def choose(heads: int, groups: int, width: int, reach: int, dtype: str) -> Attention:
-    """The fast form where it gives what the plain one gives on a packed batch, forward and backward; else the plain.
+@dataclass(frozen=True)
+class Heads:
+    """What attention is about: query heads, key heads, numbers of a head, and how far back each layer sees (0: all)."""
+
+    queries: int
+    keys: int
+    width: int
+    windows: tuple[int, ...] = (0,)
+
+
+WAYS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("loops", "blocks"),
+    "gpu": ("triton", "blocks"),
+    "tpu": ("splash", "blocks"),
+}
+"""What is tried on each platform, the fastest first. Blocks run everywhere; plain is what is left."""
+
+OF_FIXED_WINDOWS = ("triton", "splash")
+"""What is compiled for one window, and so is for models whose layers all see equally far."""
+
+
+def choose(heads: Heads, reach: int, dtype: str, platform: str = "cpu", only_blocks: bool = False) -> Attention:
+    """The fastest form that gives what the plain one gives on a packed batch, forward and backward; else the plain.
 
     Whatever the device and its libraries do, a run never trains by attention that was not compared there first.
+    reach: tokens of the longest document. only_blocks: try nothing else, as over several devices, where XLA divides
+    blocks by itself.
     """
-    fast = partial(in_blocks, reach=reach)
-    found, limit = _difference(fast, heads, groups, width, reach, dtype), SAME[dtype]
-    name, measured, allowed = "attention is the plain one", f"{found:.1e}", f"{limit:.0e}"
-    if found <= limit:
-        return Attention("blocks", fast, Proof(name, "holds", measured, allowed))
-    remedy = "each token is compared with all of its pack, which is slower and right."
-    return Attention("plain", plainly, Proof(name, "fallback", measured, allowed, remedy))
+    ways: dict[str, Attend] = {
+        "loops": in_loops,
+        "blocks": partial(in_blocks, reach=reach),
+        "triton": kernels.triton,
+        "splash": kernels.splash,
+    }
+    name, allowed = "attention is the plain one", f"{SAME[dtype]:.0e}"
+    fallen: list[str] = []
+    for way in ("blocks",) if only_blocks else WAYS[platform]:
+        if way in OF_FIXED_WINDOWS and len(set(heads.windows)) > 1:
+            continue
+        found = _tried(ways[way], heads, reach, dtype)
+        if isinstance(found, float) and found <= SAME[dtype]:
+            proof = Proof(name, "fallback" if fallen else "holds", f"{found:.1e}", allowed, "; ".join(fallen))
+            return Attention(way, ways[way], proof)
+        fallen.append(f"{way}: {found:.1e}" if isinstance(found, float) else f"{way}: {found}")
+    remedy = f"{'; '.join(fallen)}. Each token is compared with all of its pack, which is slower and right."
+    return Attention("plain", plainly, Proof(name, "fallback", fallen[-1].partition(": ")[2], allowed, remedy))
 
 
-def _difference(fast: Attend, heads: int, groups: int, width: int, reach: int, dtype: str) -> float:
+def _tried(fast: Attend, heads: Heads, reach: int, dtype: str) -> float | str:
+    """The largest difference from the plain form over the model's windows, or why the form does not run here."""
+    try:
+        return max(_difference(fast, heads, window or FAR, reach, dtype) for window in set(heads.windows))
+    except Exception as error:  # whatever a kernel meets on a device that it was not made for; the run says it
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _difference(fast: Attend, heads: Heads, window: int, reach: int, dtype: str) -> float:
     """The largest relative difference from the plain form, of results and of gradients, on a batch of documents."""
     tokens = 3 * BLOCK
     random = np.random.default_rng(0)
-    shapes = [(1, tokens, count, width) for count in (heads, groups, groups, heads)]
+    shapes = [(1, tokens, count, heads.width) for count in (heads.queries, heads.keys, heads.keys, heads.queries)]
     q, k, v, cotangent = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
     segments = jnp.asarray(_documents(tokens, reach, random))[None]
 
-    def both(attend: Attend) -> list[Array]:
-        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, segments, FAR), q, k, v)
+    def both(attend: Attend, q: Array, k: Array, v: Array, cotangent: Array, segments: Array) -> list[Array]:
+        is_real = (segments > 0)[:, :, None, None]  # what padding sees is nobody's
+        out, back = jax.vjp(lambda *each: jnp.where(is_real, attend(*each, segments, window), 0), q, k, v)
         return [out, *back(cotangent)]
 
-    pairs = zip(jax.jit(lambda: both(fast))(), jax.jit(lambda: both(plainly))(), strict=True)
+    # As arguments, since XLA would compute at length what it knows beforehand.
+    ours, plain = (jax.jit(partial(both, form))(q, k, v, cotangent, segments) for form in (fast, plainly))
+    pairs = zip(ours, plain, strict=True)
     return max(_relative(np.asarray(one, np.float32), np.asarray(other, np.float32)) for one, other in pairs)
 
 

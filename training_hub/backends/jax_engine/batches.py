@@ -44,18 +44,30 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The lengths to which packs are padded: the budget and its halves, in blocks of attention; ascending."""
+    """The lengths to which packs are padded, ascending: the budget, three quarters of it, and both halved thrice.
+
+    Eight at most, in whole chunks, which bounds how many programs a run compiles and holds; and of the places of a pack
+    that is not very short a third is padding at most. The length depends on the pack alone, so that a run that goes on
+    computes the same bits.
+    """
 
     lengths: tuple[int, ...]
 
     @staticmethod
     def of(longest: int, halvings: int = 3) -> Sizes:
         """Lengths for packs of at most `longest` tokens."""
-        wanted = {_whole(longest >> times, CHUNK) for times in range(halvings + 1)}
+        halves = [longest >> times for times in range(halvings + 1)]
+        wanted = {_whole(length, CHUNK) for half in halves for length in (half, 3 * half // 4)}
         return Sizes(tuple(sorted(wanted)))
 
     def length(self, tokens: int) -> int:
         return next(length for length in self.lengths if length >= tokens)
+
+    def padded_fraction(self, packs: Sequence[Pack], rows: int) -> float:
+        """The share of padding among all places that packs, so many of them side by side, take."""
+        lengths = [len(pack) for pack in packs]
+        sides = [max(lengths[start : start + rows]) for start in range(0, len(lengths), rows)]
+        return 1 - sum(lengths) / (rows * sum(self.length(side) for side in sides))
 
 
 def _whole(tokens: int, unit: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from training_hub.backends.jax_engine.attention import Attention, choose
+from training_hub.backends.jax_engine.attention import Attention, Heads, choose
 from training_hub.backends.jax_engine.batches import Arrays, Sizes, side_by_side
 from training_hub.backends.jax_engine.decoder import Build
 from training_hub.backends.jax_engine.forward import FORGET, Forward
@@ -37,6 +37,9 @@ GIB = 2**30
 USABLE = 0.9
 """Share of the free memory that a step may be planned to take."""
 
+MOST_BYTES_OF_PROGRAMS = 2**32
+"""Room on disk for compiled programs; one of a small model takes some megabytes."""
+
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
 """What Linux calls the instructions that multiply bfloat16, as the torch engine asks for them."""
 
@@ -48,10 +51,10 @@ class Machine:
     platform: str
     dtype: str
 
-    @property
-    def is_scanned(self) -> bool:
-        """On a CPU layers that are laid out run 1.4 times as fast; elsewhere one that is scanned compiles faster."""
-        return self.platform != "cpu"
+    def is_scanned(self, forget: str) -> bool:
+        """On a CPU layers that are laid out run 1.4 times as fast, and forget nothing whatever they are asked to;
+        elsewhere one that is scanned compiles faster."""
+        return self.platform != "cpu" or forget != "none"
 
 
 def machine_of(recipe: Recipe) -> Machine:
@@ -64,14 +67,20 @@ def machine_of(recipe: Recipe) -> Machine:
 
 
 def keep_programs(recipe: Recipe) -> None:
-    """Keep compiled programs on disk beside tokenised data, unless JAX was told where or data.cache is off."""
+    """Keep compiled programs on disk beside tokenised data, unless JAX was told where or data.cache is off.
+
+    Those not used for longest go where they take more room than they may.
+    """
     if recipe.data.cache and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(recipe.data.cache_dir) / "jax"))
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES_OF_PROGRAMS)
 
 
-def attention_of(shape: Shape, machine: Machine, longest: int) -> Attention:
+def attention_of(shape: Shape, machine: Machine, longest: int, mesh: Mesh) -> Attention:
     """The attention of a run whose longest sample has so many tokens."""
-    return choose(shape.heads, shape.kv_heads, shape.head_dim, longest, machine.dtype)
+    heads = Heads(shape.heads, shape.kv_heads, shape.head_dim, shape.windows)
+    only_blocks = not mesh.is_single or shape.attention_dropout > 0  # no other drops shares
+    return choose(heads, longest, machine.dtype, machine.platform, only_blocks)
 
 
 def build_of(shape: Shape, attention: Attention, machine: Machine, mesh: Mesh, adaptation: Adaptation) -> Build:
@@ -113,14 +122,14 @@ def programs(
     largest = mesh.spread(side_by_side(packs, sizes, mesh.rows))
     if rates.is_any:
         largest = replace(largest, noise=noise_of(packs, largest.positions, recipe.seed, 0))
-    attention = attention_of(shape, machine, materials.longest)
+    attention = attention_of(shape, machine, materials.longest, mesh)
     build = replace(build_of(shape, attention, machine, mesh, adaptation), rates=rates)
     merge: Merge = merged if isinstance(adaptation, Spaces) else dict
     loss, wanted = TokenLoss.of(recipe.loss), recipe.training.activation_checkpointing
     ways = (wanted,) if wanted != "auto" else tuple(FORGET)
     free = _free_bytes(machine)
     for how in ways:
-        steps = Steps(Forward(build, how, machine.is_scanned), loss, mesh, merge)
+        steps = Steps(Forward(build, how, machine.is_scanned(how)), loss, mesh, merge)
         temporary = _temporary_bytes(steps, mesh, largest, *halves)
         sums = sum(4 * prod(mesh.sharding(name).shard_shape(one.shape)) for name, one in halves[0].items())
         if temporary is None or free is None or temporary + sums <= USABLE * free or how == ways[-1]:

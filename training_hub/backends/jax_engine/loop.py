@@ -46,6 +46,9 @@ from training_hub.types import Batch, Console, Pack, StepReport
 
 Tree = dict[str, Array]
 
+PADDED = "padded_fraction"
+"""What the share of padding among all places of a step's packs is called."""
+
 
 @dataclass
 class Run:
@@ -165,7 +168,10 @@ def take_step(run: Run, meter: ThroughputMeter) -> StepReport:
         grad_norm=grad_norm,
         memory_gib=memory_gib(),
         skipped=not is_finite,
-        measures=run.by_source.means() if run.by_source is not None else {},
+        measures={
+            PADDED: run.sizes.padded_fraction(batch.packs, run.mesh.rows),
+            **(run.by_source.means() if run.by_source is not None else {}),
+        },
     )
 
 

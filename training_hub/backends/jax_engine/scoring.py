@@ -151,8 +151,8 @@ def _load(
     for line in loaded.notes:
         console.say(f"model: {line}")
     trained, frozen = (mesh.place(_lowered(half, machine.dtype)) for half in adaptation.split(loaded.weights))
-    build = build_of(shape, attention_of(shape, machine, longest), machine, mesh, adaptation)
-    return Forward(build, "none", machine.is_scanned), mesh, trained, frozen
+    build = build_of(shape, attention_of(shape, machine, longest, mesh), machine, mesh, adaptation)
+    return Forward(build, "none", machine.is_scanned("none")), mesh, trained, frozen
 
 
 def _lowered(weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
