@@ -90,8 +90,15 @@ MORE_CASES: dict[str, Case] = {
             "a single pack": {},
             "many packs": {"max_tokens_per_gpu": 256, "global_batch_size": 12},
             "one document after another": {},
-            "products kept": {"max_tokens_per_gpu": 256, "activation_checkpointing": "selective"},
         }.items()
+    },
+    **{
+        f"{order}, products kept": (
+            "llama",
+            {"pipeline_parallel_schedule": order},
+            {"training": {**SMALL_PACKS, "activation_checkpointing": "selective"}},
+        )
+        for order in ("1F1B", "GPipe", "Interleaved1F1B")
     },
     **{
         f"stages of {family}": (family, {"pipeline_parallel_schedule": "Interleaved1F1B"}, {"training": SMALL_PACKS})
@@ -124,6 +131,11 @@ MORE_CASES: dict[str, Case] = {
         "llama",
         {},
         {"training": SMALL_PACKS, "loss": {"label_smoothing": 0.1, "z_loss": 1e-3}},
+    ),
+    "checkpoints written meanwhile": (
+        "llama-tied",
+        {},
+        {"training": SMALL_PACKS, "checkpoint": {"interval": 1, "async_mode": "async"}},
     ),
     "with proofs": ("llama-tied", {}, {"training": {**SMALL_PACKS, "preflight": True}}),
 }

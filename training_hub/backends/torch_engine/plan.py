@@ -15,11 +15,11 @@ from training_hub.backends import Given
 from training_hub.backends.shared.packs import planned, settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
-from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
+from training_hub.backends.torch_engine.checkpointing import HOW, NONE, SELECTIVE, USABLE, free_gib, num_layers
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.layouts.cut import fullest, planned_stages
 from training_hub.backends.torch_engine.layouts.share import Share, Sizes, cut_down, exchanged_bytes
-from training_hub.backends.torch_engine.layouts.stages import most_under_way, waiting
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, most_under_way, waiting
 from training_hub.backends.torch_engine.materials import Materials, load_materials
 from training_hub.backends.torch_engine.memory import EVERYTHING, Estimate, blank_like, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype
@@ -186,7 +186,8 @@ def memory_of(
     under_way = most_under_way(asked, max(1.0, packs / share.of_data)) if in_stages else 1.0
     model = fullest(model, asked) if in_stages else model
     wanted = recipe.training.activation_checkpointing
-    ways = (wanted,) if wanted != "auto" else HOW if num_layers(model) else (NONE,)
+    possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
+    ways = (wanted,) if wanted != "auto" else possible if num_layers(model) else (NONE,)
     for how in ways:
         memory = estimate(
             model, recipe.optimizer, dtype, device, largest,

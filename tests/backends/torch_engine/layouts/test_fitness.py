@@ -121,6 +121,43 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft"},
         "Write 1, or algorithm: sft",
     ),
+    "products kept for one pass of two": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "InterleavedZeroBubble"},
+            "training": {"activation_checkpointing": "selective"},
+        },
+        "Write full or none, or parallelism.pipeline_parallel_schedule: 1F1B.",
+    ),
+    "optimizers of whole weights in slices and stages": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2, "data_parallel_shard_degree": 2},
+            "optimizer": {"name": "Muon", "lr": 1e-3},
+        },
+        "Write parallelism.data_parallel_shard_degree: 1, or optimizer.name: AdamW",
+    ),
+    "answers in stages": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2},
+            "evaluation": {"generate": True},
+            "data": {"validation_fraction": 0.5},
+        },
+        "Write 1, or evaluation.generate: false",
+    ),
+    "layers that train in turn, in stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "freezing": {"unfreeze_interval": 1}},
+        "leave freezing.unfreeze_interval out",
+    ),
+    "layers that round, in stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "qat": {"weight_dtype": "int8"}},
+        "leave qat out",
+    ),
+    "split masters of gradients made later": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
+            "optimizer": {"state": "8bit"},
+        },
+        "or optimizer.state: full",
+    ),
     "subspaces in stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5}},
         "parallelism.pipeline_parallel_degree: 1, or algorithm: sft",

@@ -108,6 +108,9 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{PIPELINE}: {recipe.optimizer.name} with state {recipe.optimizer.state} moves whole weights, whose owners "
         f"would have to be in one stage. Write parallelism.{FIELDS['dp_shard']}: 1, or optimizer.name: AdamW and "
         "state: full.": degrees.dp_shard > 1 and wants_whole(recipe.optimizer, A_MATRIX, True),
+        f"{SCHEDULE}: {asked.pipeline_parallel_schedule} goes through a layer twice in backward, and what "
+        "training.activation_checkpointing: selective keeps serves once. Write full or none, or "
+        f"{SCHEDULE}: 1F1B.": splits and recipe.training.activation_checkpointing == "selective",
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights in their own format, and "
         f"optimizer.state: {recipe.optimizer.state} wants them in float32. Write {SCHEDULE}: 1F1B or Interleaved1F1B, "
         "or optimizer.state: full.": splits and recipe.optimizer.state != "full",
