@@ -114,11 +114,16 @@ def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_all(rank, tiny_m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallelism",
+    [{"data_parallel_shard_degree": -1}, {"pipeline_parallel_degree": 2}],
+    ids=["slices", "stages"],
+)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_holds_a_part_of_the_model_and_is_lost_ends_the_run(
-    number, two, tiny_model_folder, chat_file, tmp_path
+    number, parallelism, two, tiny_model_folder, chat_file, tmp_path
 ):
-    divided = {**SETTINGS, "parallelism": {"data_parallel_shard_degree": -1}}
+    divided = {**SETTINGS, "parallelism": parallelism}
     asked = recipe(tiny_model_folder, chat_file, tmp_path / "run", processes={"procs": 2}, **divided)
     at_step(tmp_path / "run", 3, lambda: os.kill(workers()[1], number))
     with pytest.raises(LaunchError) as caught:

@@ -164,6 +164,43 @@ def test_the_plan_says_what_a_process_computes_of_a_split_model(without_weights:
     assert said in capsys.readouterr().out
 
 
+def test_the_plan_says_what_a_process_holds_of_layers_in_stages(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--model.dtype", "float32"]
+    words += [
+        "--processes.procs",
+        "4",
+        "--batch-size",
+        "16",
+        "--training.max_tokens_per_gpu",
+        "60",
+        "--max-seq-len",
+        "60",
+    ]
+    whole = planned(capsys, *words)
+    words += ["--parallelism.pipeline_parallel_degree", "2"]
+    forth_and_back = planned(capsys, *words)
+    forth = planned(capsys, *words, "--parallelism.pipeline_parallel_schedule", "GPipe")
+    stages = forth_and_back["pipeline"]
+    packs = whole["run"]["packs_per_step"] / 2
+    assert packs > 2 and stages == {
+        "processes": 2,
+        "schedule": "1F1B",
+        "layers": [1, 1],
+        "packs": packs,
+        "waiting": pytest.approx(1 / (packs + 1)),
+    }
+    for name in ("weights", "optimizer", "gradients"):
+        assert forth_and_back["memory_gib"][name] < whole["memory_gib"][name]
+    # Two packs are under way in one of two layers each, beside what the head keeps; forward with all it is all packs.
+    assert forth_and_back["memory_gib"]["activations"] >= whole["memory_gib"]["activations"]
+    ratio = forth["memory_gib"]["activations"] / forth_and_back["memory_gib"]["activations"]
+    assert ratio == pytest.approx(packs / 2, rel=1e-6)
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert "processes 4, each with its layers of the whole model and about 8.0 of the 16 samples" in said
+    assert "stages    of 1, 1 layers, 1F1B; with" in said
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -79,3 +79,23 @@ def test_how_the_loss_of_a_split_vocabulary_is_taken_needs_a_split_one():
     with pytest.raises(ValidationError, match=r"disable_loss_parallel.*would change nothing while"):
         Recipe.model_validate({**settings, "parallelism": {"disable_loss_parallel": True}})
     Recipe.model_validate({**settings, "parallelism": {"disable_loss_parallel": True, "tensor_parallel_degree": 2}})
+
+
+def test_stages_take_processes_that_share_samples():
+    found = degrees_of(Parallelism(pipeline_parallel_degree=2), 4)
+    assert (found.dp_replicate, found.pp, found.sharers, found.is_divided) == (2, 2, 2, True)
+    with pytest.raises(
+        RecipeError, match=r"pipeline_parallel_degree 3 must divide the number of processes, which is 4"
+    ):
+        degrees_of(Parallelism(pipeline_parallel_degree=3), 4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("schedule", "GPipe"), ("layers_per_stage", 2), ("first_stage_less_layers", 0)]
+)
+def test_how_stages_are_made_needs_some(field, value):
+    settings = {"model": {"path": "m"}, "output": "o"}
+    asked = {f"pipeline_parallel_{field}": value}
+    with pytest.raises(ValidationError, match=f"{field}.*would change nothing while"):
+        Recipe.model_validate({**settings, "parallelism": asked})
+    Recipe.model_validate({**settings, "parallelism": {**asked, "pipeline_parallel_degree": 2}})

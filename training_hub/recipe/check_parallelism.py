@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 OF_SHARDS = ("parallelism.fsdp_reshard_after_forward", "parallelism.enable_cpu_offload")
 """Settings that say how divided weights are handled."""
 
+OF_STAGES = tuple(
+    f"parallelism.pipeline_parallel_{name}"
+    for name in ("schedule", "layers_per_stage", "first_stage_less_layers", "last_stage_less_layers")
+)
+"""Settings that say how layers are dealt out in stages, and how these work."""
+
 
 def about_layouts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    """Settings of divided weights where none are divided."""
+    """Settings of divided weights, heads and layers where none are divided."""
     degree = "parallelism.data_parallel_shard_degree"
     for path in OF_SHARDS:
         if recipe.parallelism.data_parallel_shard_degree == 1 and not is_default(recipe, path):
@@ -31,3 +37,11 @@ def about_layouts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names(loss)}: true would change nothing while {names(split)} is 1: each process has the whole "
             f"vocabulary. Write {names.write(split, 2)}, or leave {loss} out.",
         )
+    stages = "parallelism.pipeline_parallel_degree"
+    for path in OF_STAGES:
+        if recipe.parallelism.pipeline_parallel_degree == 1 and not is_default(recipe, path):
+            yield Contradiction(
+                (path, stages),
+                f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing while {names(stages)} is 1: "
+                f"each process has all layers. Write {names.write(stages, 2)}, or leave {path} out.",
+            )

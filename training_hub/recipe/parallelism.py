@@ -20,6 +20,8 @@ def _a_degree(value: object) -> object:
     return value
 
 
+Schedule = Literal["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "InterleavedZeroBubble", "GPipe"]
+
 Degree = Annotated[int, BeforeValidator(_a_degree)]
 
 
@@ -50,6 +52,25 @@ class Parallelism(Section):
     expert_parallel_degree: Annotated[int, Field(ge=1)] = 1
     """Processes over which the experts of a mixture are dealt out, each with samples of its own; tokens are sent to
     their experts and back. They are those of data_parallel_shard_degree, so that the two must be equal."""
+
+    pipeline_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    """Processes over which layers are dealt out in stages. Packs pass through the stages one after another, so that all
+    of them work: give a step several packs for each stage (training.max_tokens_per_gpu)."""
+
+    pipeline_parallel_schedule: Schedule = "1F1B"
+    """The order in which stages go forward and back. 1F1B and GPipe have one stage in each process, the others
+    several: they wait less and send more. The zero-bubble ones make gradients of weights while they would wait. GPipe
+    goes forward with all packs of a step first, which takes the memory of all."""
+
+    pipeline_parallel_layers_per_stage: Annotated[int, Field(ge=1)] | None = None
+    """Layers of a stage, embeddings and head counted as the next two settings say. Left out: as many as make one stage
+    for each process, or two where the schedule has several."""
+
+    pipeline_parallel_first_stage_less_layers: Annotated[int, Field(ge=0)] = 1
+    """For how many layers the embeddings count, so that the first stage has fewer."""
+
+    pipeline_parallel_last_stage_less_layers: Annotated[int, Field(ge=0)] = 1
+    """For how many layers the last norm and the head count, so that the last stage has fewer."""
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether the weights of a layer, gathered for its forward pass, are let go after it and gathered again for its
@@ -82,7 +103,7 @@ class Degrees:
     @property
     def sharers(self) -> int:
         """How many processes work on one pack."""
-        return self.cp * self.tp
+        return self.cp * self.tp * self.pp
 
     @property
     def is_divided(self) -> bool:
@@ -95,6 +116,7 @@ FIELDS = {
     "dp_shard": "data_parallel_shard_degree",
     "cp": "context_parallel_degree",
     "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
 }
 """Dimensions that multiply to the number of processes, and the field of the section that gives each."""
 

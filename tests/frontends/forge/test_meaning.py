@@ -149,6 +149,15 @@ def test_a_degree_becomes_the_setting_of_the_recipe_or_is_refused_in_words(degre
         assert f"{name}: found 2; allowed: 1, since this version does not divide a model" in refused(f"{name}=2")
 
 
+def test_a_micro_batch_of_stages_is_a_pack():
+    two = ("parallelism.pipeline_parallel_degree=2", "processes.procs=4", "training.seq_len=128")
+    found = recipe(*two, "parallelism.pipeline_parallel_microbatch_size=4")
+    assert (found.training.max_tokens_per_gpu, found.training.global_batch_size) == (512, 16)
+    assert recipe(*two).training.max_tokens_per_gpu == 128
+    assert "allowed: 1, 2, 4, 8, which divide" in refused(*two, "parallelism.pipeline_parallel_microbatch_size=3")
+    assert "would change nothing in one stage" in refused("parallelism.pipeline_parallel_microbatch_size=2")
+
+
 def test_all_the_rest_may_share_out_the_data():
     assert recipe("parallelism.data_parallel_shard_degree=-1", "processes.procs=2").processes.procs == 2
 

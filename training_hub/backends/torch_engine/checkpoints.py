@@ -152,15 +152,19 @@ class Checkpoints:
         """
         return newest_valid(self.root, say)
 
-    def load(self, step: int, wanted: Callable[[str, Shape], Cut] = lambda name, shape: whole_cut(shape)) -> State:
+    def load(
+        self, step: int, wanted: Callable[[str, Shape], Cut | None] = lambda name, shape: whole_cut(shape)
+    ) -> State:
         """The state saved at `step`, on the CPU. Call `newest_valid` first: this does not check sums again.
 
-        wanted: the part that is read of each tensor, by its name and whole shape; however many processes wrote it.
+        wanted: the part that is read of each tensor, by its name and whole shape, None where it is left out; however
+        many processes wrote it.
         """
         parts = []
         for name in ("model", "optimizer"):
             with opened(files_of(self.folder(step), name)) as files:
-                parts.append({key: files.read(key, wanted(key, shape)) for key, shape in files.shapes.items()})
+                cuts = {key: wanted(key, shape) for key, shape in files.shapes.items()}
+                parts.append({key: files.read(key, cut) for key, cut in cuts.items() if cut is not None})
         return State(step, weights=parts[0], optimizer=parts[1], facts=self.facts(step))
 
     def facts(self, step: int) -> dict[str, Any]:

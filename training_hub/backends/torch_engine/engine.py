@@ -321,7 +321,10 @@ def assemble(
     may_pack = any(asked) and can_pack(model, plain, dtype, console)
     store = materials.prepared.train
     are_split, let_go = recipe.optimizer.state != "full", partial(layout.let_go, model)
-    masters = Masters(model.named_parameters(), adaptation, are_split=are_split, published=let_go, base=loaded.base)
+    masters = Masters(
+        model.named_parameters(), adaptation, are_split=are_split, are_held=layout.is_backward_whole, published=let_go,
+        base=loaded.base,
+    )  # fmt: skip
     if masters.rounded:
         console.say(f"model: begins from rounded weights, since it has others than its files: {named(masters.rounded)}")
     run = Run(

@@ -61,9 +61,9 @@ def _write(
     if run.exam is not None:
         run.exam.show(final_step(run))
     dtype = saved_dtype(run, loaded)
-    name, weights = str(dtype).removeprefix("torch."), list(run.model.parameters())
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    card = card_of(run, folder, name, sum(weight.numel() for weight in weights), trained)
+    name = str(dtype).removeprefix("torch.")
+    total, trained = held.numbers if held is not None else numbers_of(run)
+    card = card_of(run, folder, name, total, trained)
     difference = write_model(run, loaded, materials, folder.final, card, held)
     console.say(
         f"final: {folder.final} ({name}), loaded again and equal; logits differ from "
@@ -143,11 +143,20 @@ def _files(run: Run) -> ModelFiles:
 @dataclass(frozen=True)
 class Held:
     """What is gathered of a divided model to be written: weights by parameter name, those of them that nothing has
-    moved, and logits of a few tokens."""
+    moved, logits of a few tokens, and how many numbers it has, in all and of what trains."""
 
     weights: dict[str, Tensor]
     unmoved: frozenset[str]
     logits: Tensor
+    numbers: tuple[int, int]
+
+
+def numbers_of(run: Run) -> tuple[int, int]:
+    """How many numbers the weights have in all, and how many of them train. Of stages all must ask."""
+    own = [weight for name, weight in run.model.named_parameters() if not run.layout.is_second(name)]
+    sizes = [weight.numel() for weight in own], [weight.numel() for weight in own if weight.requires_grad]
+    total, trained = run.layout.sum_over_stages(torch.tensor([sum(some) for some in sizes])).tolist()
+    return total, trained
 
 
 @torch.no_grad()
@@ -161,17 +170,18 @@ def gather_whole(run: Run, written: Written, base: BaseWeights) -> Held:
     is_whole = run.adaptation.files is None
     with run.updater.averaged(), base.opened() as came:
         for name, parameter in run.model.named_parameters():
-            if not (is_whole or parameter.requires_grad):
+            if not (is_whole or parameter.requires_grad) or run.layout.is_second(name):
                 continue
             whole = whole_of(masters.weights.get(name, local_of(parameter)), parameter)
-            if run.group.is_main:
+            if run.layout.is_first:
                 same = came.unmoved([name], whole, written) if is_whole else None
                 cast = whole.to(written.dtype if is_whole and whole.is_floating_point() else whole.dtype).cpu()
                 weights[name] = cast if same is None else same
                 unmoved |= set() if same is None else {name}
         logits = probed_logits(run.model, run.device)
         run.layout.let_go(run.model)
-    return Held(weights, frozenset(unmoved), logits)
+    weights, names = run.layout.collected(weights, unmoved)
+    return Held(weights, names, logits, numbers_of(run))
 
 
 def go_back(run: Run, step: int) -> None:

@@ -42,7 +42,7 @@ from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
 from training_hub.recipe import Recipe
 from training_hub.recipe.schedule import learning_rate
-from training_hub.types import Batch, Console, StepReport
+from training_hub.types import Batch, Console, Pack, StepReport
 
 
 @dataclass
@@ -213,40 +213,31 @@ def plain_numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
 def accumulate(run: Run, batch: Batch) -> Tensor:
     """Add up the gradients of the batch's packs; its mean loss per trained token, as a float64 scalar."""
     torch.manual_seed(step_seed(run.recipe.seed, batch.step))
-    if run.layout.data_rank:
-        torch.rand(run.layout.data_rank, device=run.device)  # from here on dropout is not that of the other processes
+    if run.layout.place:
+        torch.rand(run.layout.place, device=run.device)  # from here on dropout is not that of the other processes
     run.model.train()
     if run.thaw is not None:
         run.thaw.begin(batch.step, run.console)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     if run.by_source is not None:
         run.by_source.begin()
-    packs = run.layout.passes(batch.packs)
-    for number, one in enumerate(packs, 1):
-        run.layout.begin_pass(run.model, is_last=number == len(packs))
-        if number == len(packs):
-            run.adaptation.expect_last_backward()
-        if one is None:
-            idle(run, run.objective, run.feed.store)
-            continue
-        tensors = run.layout.tensors(one)
-        term = run.objective(run.model, tensors)
-        (term.total / batch.trained_weight).backward()
-        total += term.total.detach()
+    masters, last = run.updater.masters, run.adaptation.expect_last_backward
+    done = run.layout.learn(
+        run.model, run.objective, batch.packs, batch.trained_weight, spare_pack(run), last=last, made=masters.collect
+    )
+    for one, tensors, term in done:
+        total += term.total
         if run.by_source is not None:
             run.by_source.add(term, tensors, one)
-    run.layout.end_passes(run.model)
     if run.by_source is not None:
         run.layout.sum(run.by_source.sums)
     return run.layout.sum(total) / batch.trained_weight
 
 
-def idle(run: Run, objective: Callable[..., Any], store: TokenStore) -> None:
-    """Make a pass that adds nothing, for the sake of processes that have a pack left and need this one's weights."""
-    one = run.layout.tensors(pack([store[store.shortest]], [store.shortest]))
-    total = objective(run.model, one).total
-    if torch.is_grad_enabled():
-        (0 * total).backward()
+def spare_pack(run: Run) -> Callable[[], Pack]:
+    """What makes a pack for passes that add nothing, for the sake of processes that have a pack left."""
+    store = run.feed.store
+    return lambda: pack([store[store.shortest]], [store.shortest])
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -261,15 +252,11 @@ def evaluate(run: Run, store: TokenStore, what: str = "validation", sets: BySour
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     packs = validation_packs(store, run.feed.settings.token_budget, run.packs_validation)
     with run.updater.averaged(), run.console.progress(what, total=int(store.lengths.sum()), unit="tokens") as advance:
-        for one, tokens in run.layout.rounds(packs):
-            if one is not None:
-                tensors = run.layout.tensors(one)
-                term = run.plain(run.model, tensors)
+        for done, tokens in run.layout.ask(run.model, run.plain, packs, spare_pack(run)):
+            for one, tensors, term in done:
                 total += term.total
                 if sets is not None:
                     sets.add(term, tensors, one)
-            elif run.layout.is_divided:
-                idle(run, run.plain, store)
             advance(tokens)
     return float(run.layout.sum(total)) / float(store.trained_weight.sum())
 
@@ -299,9 +286,18 @@ def dry_step(run: Run) -> None:
     run.model.train()
     torch.manual_seed(step_seed(run.recipe.seed, 0))
     one = run.feed.largest_pack()
-    run.adaptation.expect_last_backward()
-    (run.objective(run.model, run.layout.tensors(one)).total / max(float(one.weights.sum()), 1.0)).backward()
+    last, divisor = run.adaptation.expect_last_backward, max(float(one.weights.sum()), 1.0)
+    for _ in run.layout.learn(run.model, run.objective, [one] * under_way(run), divisor, spare_pack(run), last=last):
+        pass
     run.updater.masters.drop_gradients()
+
+
+def under_way(run: Run) -> int:
+    """How many packs a step has under way at once: one, but in a pipeline."""
+    if run.layout.pipeline is None:
+        return 1
+    packs = len(run.feed.batch(1, run.layout.data_rank, run.layout.data_size).packs)
+    return max(1, min(packs, run.layout.pipeline.under_way or packs))
 
 
 def nonfinite(run: Run, batch: Batch, loss: float, grad_norm: float) -> TrainingError:

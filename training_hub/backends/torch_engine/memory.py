@@ -77,6 +77,7 @@ def estimate(
     teacher: TeacherLoad | None = None,
     share: Share = EVERYTHING,
     is_staged: bool = False,
+    under_way: float = 1.0,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
@@ -86,6 +87,7 @@ def estimate(
     teacher: what a second model takes beside. share: what this process has of a model that is divided.
     is_staged: checkpoints are copied into the host's memory first; `staged` is what that takes there, which beside a
     GPU is not in `total`.
+    under_way: packs whose activations are there at once, in a pipeline.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
@@ -130,6 +132,7 @@ def estimate(
             is_swapped=is_swapped,
             checkpointing=checkpointing,
         )
+        parts["activations"] = round(under_way * parts["activations"])
     except (RuntimeError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines()
         note = f"activations are not estimated: {type(error).__name__}: {lines[0] if lines else ''}"

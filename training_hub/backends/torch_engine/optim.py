@@ -19,7 +19,7 @@ from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights,
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.owners import Owners
-from training_hub.backends.torch_engine.layouts.pieces import local_of, norm_of
+from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.optimizers import library, saved
 from training_hub.backends.torch_engine.optimizers.both import Both
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
@@ -40,6 +40,8 @@ class Masters:
     are_split: a low-precision parameter stays itself, with a float32 gradient, and `extras` hold the bits that make it
     a float32 master. An adaptation may claim parameters, which it moves itself, and add weights of its own.
 
+    are_held: products may add their gradients of low-precision parameters to those of the masters themselves.
+
     Of a parameter that is divided over processes the optimizer moves this one's piece. published: called once weights
     have changed, for whatever was made of them before. base: the weights as they came, where masters begin that are
     finer than their parameters; `rounded`: those that begin as the parameters, since the base says something else.
@@ -51,6 +53,7 @@ class Masters:
         adaptation: Adaptation | None = None,
         *,
         are_split: bool = False,
+        are_held: bool = True,
         published: Callable[[], None] = lambda: None,
         base: BaseWeights = UNREAD,
     ):
@@ -62,17 +65,18 @@ class Masters:
         self.extras: dict[str, Tensor] = {}
         self._low: list[str] = []
         self._hooks: list[Any] = []
+        self._moves: dict[str, Callable[[Tensor], None]] = {}
         self.divided: dict[str, DTensor] = {}
         with base.opened() as came:
             for name, parameter in self.parameters.items():
-                self._take(name, parameter, came, are_split=are_split)
+                self._take(name, parameter, came, are_split=are_split, are_held=are_held)
             self.rounded = came.unlike
         writes_beside = adaptation is not None and adaptation.files is not None  # and so nothing of the base
         base.let_go(list(base.held) if writes_beside else self.parameters)
         self.added = adaptation.weights() if adaptation is not None else {}
         self.weights |= self.added
 
-    def _take(self, name: str, parameter: nn.Parameter, came: OpenBase, *, are_split: bool) -> None:
+    def _take(self, name: str, parameter: nn.Parameter, came: OpenBase, *, are_split: bool, are_held: bool) -> None:
         is_divided = isinstance(parameter, DTensor)
         if isinstance(parameter, DTensor):
             self.divided[name] = parameter
@@ -94,9 +98,10 @@ class Masters:
             return
         self.weights[name] = master
         self._low.append(name)
-        if not is_divided:
+        if are_held and not is_divided:
             hold_gradient(parameter, master)
-        self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_grad_to(master)))
+        self._moves[name] = _move_grad_to(master)
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(self._moves[name]))
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -136,6 +141,11 @@ class Masters:
     def saved(self) -> dict[str, Tensor]:
         """What `load` takes."""
         return {**self.all_exact(), **(self.adaptation.saved() if self.adaptation is not None else {})}
+
+    def collect(self) -> None:
+        """Add gradients of low-precision parameters to their masters', where something else than backward made them."""
+        for name, move in self._moves.items():
+            move(self.parameters[name])
 
     def gather(self) -> None:
         """The gradients of a step are complete: let the adaptation make those of its weights from them."""
@@ -254,12 +264,12 @@ class Updater:
         # Those of an adaptation are made from gradients of parameters, which backward has added up.
         own = {name: weight for name, weight in masters.weights.items() if name not in masters.added}
         self.layout.sum_gradients(own, masters.divided)
-        pieces = [(w.grad, masters.divided.get(n)) for n, w in masters.weights.items() if w.grad is not None]
-        norm = norm_of(pieces, self.layout.device)
-        if self.max_norm > 0 and pieces:
+        norm = self.layout.norm(masters.weights, masters.divided)
+        gradients = [weight.grad for weight in masters.weights.values() if weight.grad is not None]
+        if self.max_norm > 0 and gradients:
             # As torch.nn.utils.clip_grad_norm_ does, which takes no weights of different meshes.
             factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([gradient for gradient, _ in pieces], factor.to(pieces[0][0].device))
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         return norm
 
     def step(self, learning_rate: float) -> None:
@@ -332,7 +342,7 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [
         {"params": sorts[sort], "weight_decay": settings.weight_decay if sort[1] else 0.0, "is_matrix": sort[0]}
         for sort in sorted(sorts, reverse=True)
-    ]
+    ] or [{"params": [], "weight_decay": 0.0, "is_matrix": False}]  # a stage in which nothing trains
     if library_kind is not None:
         return library_kind.build(groups, settings)
     for group in groups:

@@ -66,13 +66,14 @@ class Group:
                 dist.all_reduce(numbers)
         return numbers
 
-    def highest(self, numbers: Sequence[int]) -> list[int]:
-        """Each number at its highest over all processes."""
+    def highest(self, numbers: Sequence[int], across: Sequence[Any] = (None,)) -> list[int]:
+        """Each number at its highest over all processes, or over those of torch's groups `across`."""
         if self.world_size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.int64)
         with self.explained("an agreement"):
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            for one in across:
+                dist.all_reduce(found, op=dist.ReduceOp.MAX, group=one)
         return [int(number) for number in found.tolist()]
 
     @torch.no_grad()
@@ -84,7 +85,7 @@ class Group:
         if self.world_size == 1:
             return
         weights = list(weights)
-        is_there = self.highest([int(weight.grad is not None) for weight in weights])
+        is_there = self.highest([int(weight.grad is not None) for weight in weights], across)
         moved = [weight for weight, there in zip(weights, is_there, strict=True) if there]
         for weight in moved:
             if weight.grad is None:

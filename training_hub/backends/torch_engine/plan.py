@@ -15,9 +15,11 @@ from training_hub.backends import Given
 from training_hub.backends.shared.packs import planned, settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
-from training_hub.backends.torch_engine.checkpointing import HOW, NONE, USABLE, free_gib, num_layers
+from training_hub.backends.torch_engine.checkpointing import HOW, NONE, SELECTIVE, USABLE, free_gib, num_layers
 from training_hub.backends.torch_engine.freezing import Thaw
+from training_hub.backends.torch_engine.layouts.cut import fullest, planned_stages
 from training_hub.backends.torch_engine.layouts.share import Share, Sizes, cut_down, exchanged_bytes
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, most_under_way, waiting
 from training_hub.backends.torch_engine.materials import Materials, load_materials
 from training_hub.backends.torch_engine.memory import EVERYTHING, Estimate, blank_like, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype
@@ -92,11 +94,15 @@ def describe(
     trained = sum(p.numel() for p in moved) + holdings.trained
     told = planned(recipe, materials.prepared, materials.template, feed)
     beside = load_beside(recipe, materials, feed, device)
-    share, local = Share.of(recipe.parallelism, world_size), blank_like(model)
+    in_stages = recipe.parallelism.pipeline_parallel_degree > 1
+    local = blank_like(fullest(model, recipe.parallelism) if in_stages else model)
+    share = Share.of(recipe.parallelism, world_size)
     sizes = Sizes.of(local, cut_down(local, share))
-    is_whole = share.slices == share.heads == 1
+    is_whole = share.slices == share.heads == 1 and not in_stages
     moving = replace(sizes, trained=trained) if is_whole else sizes  # between replicas only what moves passes
     packs_of_one = told["run"]["packs_per_step"] / share.of_data
+    sent = exchanged_bytes(moving, share, dtype, packs_of_one)
+    sent += _passed_bytes(recipe, model, feed, dtype, packs_of_one)
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
         "algorithm": recipe.algorithm,
@@ -105,7 +111,8 @@ def describe(
         "processes": world_size,
         "slices": share.slices,
         "split_among": {"heads": share.heads, "tokens": share.tokens, "experts": share.experts},
-        "exchanged_gib_per_step": exchanged_bytes(moving, share, dtype, packs_of_one) / 2**30,
+        **_stages(recipe, model, packs_of_one),
+        "exchanged_gib_per_step": sent / 2**30,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": {"name": recipe.model.quantization, **quantiser(recipe.model.quantization)},
         "save_dtype": str(save_dtype).removeprefix("torch."),
@@ -116,6 +123,33 @@ def describe(
         "activation_checkpointing": checkpointing,
         "memory_gib": memory,
         **({"teacher": _teacher(recipe, materials)} if materials.teacher else {}),
+    }
+
+
+def _passed_bytes(recipe: Recipe, model: PreTrainedModel, feed: Feed, dtype: torch.dtype, packs: float) -> float:
+    """What a process sends from stage to stage in a step, forward and back."""
+    asked = recipe.parallelism
+    if asked.pipeline_parallel_degree == 1:
+        return 0.0
+    stages, width = planned_stages(model, asked), model.config.get_text_config().hidden_size
+    each = len(stages.ends) / asked.pipeline_parallel_degree
+    return 2 * each * packs * feed.settings.token_budget * width * dtype.itemsize
+
+
+def _stages(recipe: Recipe, model: PreTrainedModel, packs: float) -> dict[str, Any]:
+    """Of a pipeline: how many layers each stage has, in what order they work, and the share of time that one waits."""
+    asked = recipe.parallelism
+    if asked.pipeline_parallel_degree == 1:
+        return {}
+    stages = planned_stages(model, asked)
+    return {
+        "pipeline": {
+            "processes": asked.pipeline_parallel_degree,
+            "schedule": asked.pipeline_parallel_schedule,
+            "layers": [len(stages.layers(stage)) for stage in range(len(stages.ends))],
+            "packs": packs,
+            "waiting": waiting(asked, packs),
+        }
     }
 
 
@@ -146,14 +180,20 @@ def memory_of(
 
     auto is the first way whose estimate fits into `free` GiB of the device, else the one that takes least.
     """
-    largest, accumulates = feed.largest_pack(), forecast(feed)["packs_per_step"] > 1
+    packs = forecast(feed)["packs_per_step"]
+    largest, accumulates, asked = feed.largest_pack(), packs > 1, recipe.parallelism
+    in_stages = asked.pipeline_parallel_degree > 1
+    under_way = most_under_way(asked, max(1.0, packs / share.of_data)) if in_stages else 1.0
+    model = fullest(model, asked) if in_stages else model
     wanted = recipe.training.activation_checkpointing
-    ways = (wanted,) if wanted != "auto" else HOW if num_layers(model) else (NONE,)
+    possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
+    ways = (wanted,) if wanted != "auto" else possible if num_layers(model) else (NONE,)
     for how in ways:
         memory = estimate(
             model, recipe.optimizer, dtype, device, largest,
             accumulates=accumulates, holdings=holdings, checkpointing=how, teacher=teacher, share=share,
             is_staged=recipe.checkpoint.async_mode != "disabled",
+            under_way=under_way,
         )  # fmt: skip
         if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
             break
@@ -169,9 +209,17 @@ def summary(plan: dict[str, Any]) -> str:
         f"({share:.0%} trained); {plan['trained_parameters']:,} of {plan['parameters']:,} parameters, "
         f"{plan['dtype']} on {plan['device']}, packs of {plan['tokens_per_pack']:,} tokens"
         + ("" if plan["processes"] == 1 else f", in {plan['processes']} processes")
+        + _pipeline_words(plan)
         + ("" if how == NONE else f", {how} activation checkpointing")
         + (f"; {plan['teacher']['divergence']} from {plan['teacher']['path']}" if "teacher" in plan else "")
     )
+
+
+def _pipeline_words(plan: dict[str, Any]) -> str:
+    stages = plan.get("pipeline")
+    if stages is None:
+        return ""
+    return f", stages of {', '.join(map(str, stages['layers']))} layers ({stages['schedule']})"
 
 
 def time_of_products(

@@ -184,12 +184,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     """Those of `tensors` that this process writes: weights by name, or what the optimizer keeps by `name/state`."""
-    divided, mine, cuts = _divided(run), {}, {}
+    own, mine, cuts = _spoken_for(run), {}, {}
     for key, tensor in tensors.items():
-        name = _weight_of(key, divided)
-        weight, is_owned = divided.get(name), key != name and name in run.updater.owners.names
+        name = _weight_of(key, own)
+        weight, is_owned = own.get(name), key != name and name in run.updater.owners.names
         cut = whole_cut(tensor.shape) if weight is None or is_owned else cut_of(weight)
-        is_mine = run.group.is_main if weight is None else not (run.layout.is_copy(weight) or cut.is_empty)
+        is_mine = run.group.is_main if weight is None else not (run.layout.is_copy(name, weight) or cut.is_empty)
         if is_mine:
             mine[key] = tensor
             # Of a divided weight the optimizer also keeps numbers that each process has, such as how many steps.
@@ -197,8 +197,12 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
     return Pieces(mine, cuts)
 
 
-def _divided(run: Run) -> dict[str, DTensor]:
-    return {name: weight for name, weight in run.model.named_parameters() if isinstance(weight, DTensor)}
+def _spoken_for(run: Run) -> dict[str, Tensor]:
+    """The weights of which each piece has a process that writes it; all else process 0 writes."""
+    weights = dict(run.model.named_parameters())
+    if run.layout.pipeline is not None:
+        return weights
+    return {name: weight for name, weight in weights.items() if isinstance(weight, DTensor)}
 
 
 def _weight_of(key: str, names: Any) -> str:
@@ -208,11 +212,13 @@ def _weight_of(key: str, names: Any) -> str:
 
 def take_over(run: Run, step: int) -> State:
     """Give weights and optimizer the numbers of checkpoint `step`, as many of them as this process holds; the state."""
-    divided, owners = _divided(run), run.updater.owners
+    own, owners = _spoken_for(run), run.updater.owners
 
-    def wanted(key: str, shape: tuple[int, ...]) -> Cut:
-        name = _weight_of(key, divided)
-        weight = divided.get(name)
+    def wanted(key: str, shape: tuple[int, ...]) -> Cut | None:
+        name = _weight_of(key, own)
+        weight = own.get(name)
+        if weight is None and run.layout.pipeline is not None and not key.startswith("@"):
+            return None
         if key != name and name in owners.names:
             return whole_cut(shape) if name in owners.whole else Cut(shape, (0,) * len(shape), (0,) * len(shape))
         return whole_cut(shape) if weight is None or tuple(weight.shape) != shape else cut_of(weight)

@@ -93,10 +93,11 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
     if (count := plan["processes"]) > 1:
         samples, sent = plan["samples_per_step"], plan["exchanged_gib_per_step"]
         split = {"heads": 1, "tokens": 1, "experts": 1, **plan.get("split_among", {})}
-        parts = plan["slices"] * split["heads"]
+        parts, stages = plan["slices"] * split["heads"], plan.get("pipeline", {"processes": 1})["processes"]
         part = "the whole model" if parts == 1 else f"{'about ' if split['heads'] > 1 else ''}1/{parts} of the model"
+        part = f"its layers of {part}" if stages > 1 else part
         of_pack = f", 1/{split['tokens']} of the tokens of a pack," if split["tokens"] > 1 else ""
-        own = samples * split["heads"] * split["tokens"] / count
+        own = samples * split["heads"] * split["tokens"] * stages / count
         yield (
             f"processes {count}, each with {part}{of_pack} and about {own:.1f} of the {samples:,} samples "
             f"of a step; each sends {sent:.2g} GiB a step"
@@ -118,6 +119,12 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"packs     {about}{steps['packs']:,} of {plan['tokens_per_pack']:,} tokens{how}; "
         f"{steps['packs_per_step']:.1f} a step, {steps['fill']:.1%} full"
     )
+    if "pipeline" in plan:
+        found = plan["pipeline"]
+        yield (
+            f"stages    of {', '.join(map(str, found['layers']))} layers, {found['schedule']}; with "
+            f"{found['packs']:.1f} packs a step one stage would wait {found['waiting']:.0%} of the time"
+        )
     if "teacher" in plan:
         words = {"none": "asked in each step", "top_k": "its likeliest tokens kept", "sampled": "draws from it kept"}
         yield f"teacher   {plan['teacher']['path']}, {plan['teacher']['divergence']}; {words[plan['teacher']['cache']]}"

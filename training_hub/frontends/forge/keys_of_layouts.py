@@ -24,7 +24,7 @@ _ROWS: tuple[tuple[str, Any, tuple[Any, ...], Kinds, str], ...] = (
     ("pipeline_parallel_degree", 1, (1,), COUNT, "Stages of layers."),
     ("pipeline_parallel_schedule", "1F1B", ("1F1B",), TEXT, "Order in which stages work."),
     ("pipeline_parallel_schedule_csv", None, (None, ""), TEXT, "File with such an order."),
-    ("pipeline_parallel_microbatch_size", 1, (1,), COUNT, "Samples of a micro-batch of stages."),
+    ("pipeline_parallel_microbatch_size", 1, (), COUNT, "Samples of seq_len tokens that pass through stages at once."),
     ("pipeline_parallel_layers_per_stage", None, (None,), COUNT, "Layers of a stage."),
     ("pipeline_parallel_first_stage_less_layers", 1, (1,), COUNT, "Layers that the embeddings count for."),
     ("pipeline_parallel_last_stage_less_layers", 1, (1,), COUNT, "Layers that the head counts for."),

@@ -17,6 +17,7 @@ from training_hub.recipe.names import nearest
 from training_hub.recipe.translate import shown
 
 DECAYS = {"linear": "linear", "cosine": "cosine"}
+TOGETHER = "parallelism.pipeline_parallel_microbatch_size"
 CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -111,9 +112,16 @@ def _batch(reading: Reading) -> Iterator[str]:
         )
     else:
         reading.give("training.global_batch_size", wanted, "training.global_batch_size")
+    stages, together = reading.value("parallelism.pipeline_parallel_degree"), reading.value(TOGETHER)
+    if stages == 1 and together != 1:
+        yield f"{TOGETHER}: found {together}; would change nothing in one stage. Leave it out"
+    elif together < 1 or local % together:
+        fitting = ", ".join(str(number) for number in range(1, local + 1) if local % number == 0)
+        yield f"{TOGETHER}: found {together}; allowed: {fitting}, which divide training.local_batch_size. Write 1"
     length = reading.value("training.seq_len")
     if length >= 1:  # else the recipe says what is wrong with it
-        reading.give("training.max_tokens_per_gpu", local * length, "training.local_batch_size")
+        rows = local if stages == 1 else together
+        reading.give("training.max_tokens_per_gpu", rows * length, "training.local_batch_size")
 
 
 def _schedule(reading: Reading) -> Iterator[str]:

@@ -14,7 +14,7 @@ from tests.backends.torch_engine.tiny_models import tiny_config, tiny_model
 from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.engine import TorchEngine
 from training_hub.backends.torch_engine.layouts.fitness import split_problems
-from training_hub.recipe.parallelism import Degrees
+from training_hub.recipe.parallelism import Degrees, Parallelism
 
 
 def blank(family: str, **changes: Any) -> Any:
@@ -52,6 +52,25 @@ def test_what_it_does_not_describe_or_cannot_be_divided_is_refused(family, chang
     assert re.search(wanted, problem), problem
 
 
+STAGES = Parallelism(pipeline_parallel_degree=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma2", "gemma3", "phi", "granite", "gpt-oss"])
+def test_layers_that_a_plan_of_transformers_names_can_be_dealt_out(family):
+    assert split_problems(blank(family), Degrees(pp=2), STAGES) == []
+
+
+def test_layers_that_no_plan_names_or_with_weights_beside_them_are_not_dealt_out():
+    (problem,) = split_problems(blank("gpt2"), Degrees(pp=2), STAGES)
+    assert problem.startswith("parallelism.pipeline_parallel_degree: 2, but transformers has no plan for GPT2LMHead")
+    model = blank("llama")
+    model.model.positions = torch.nn.Embedding(8, 32, device="meta")
+    (problem,) = split_problems(model, Degrees(pp=2), STAGES)
+    assert "weights beside its layers that no stage would have: model.positions.weight. Write 1." in problem
+    (problem,) = split_problems(blank("llama"), Degrees(pp=3), Parallelism(pipeline_parallel_degree=3))
+    assert "are 3 stages, but the model has 2 layers. Write at most 2." in problem
+
+
 def test_packs_of_a_model_with_a_state_stay_on_one_process():
     config = transformers.Qwen3NextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -82,6 +101,74 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "subspaces": (
         {"parallelism": {"context_parallel_degree": 4}, "algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5}},
         "algorithm: osft",
+    ),
+    "more stages than layers": ({"parallelism": {"pipeline_parallel_degree": 4}}, "but the model has 2 layers"),
+    "stages beside split heads": (
+        {"parallelism": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}},
+        "pipeline_parallel_degree: 1, or parallelism.tensor_parallel_degree: 1",
+    ),
+    "gradients of slices made later": (
+        {
+            "parallelism": {
+                "pipeline_parallel_degree": 2,
+                "data_parallel_shard_degree": 2,
+                "pipeline_parallel_schedule": "ZBVZeroBubble",
+            }
+        },
+        "Write parallelism.pipeline_parallel_schedule: 1F1B or Interleaved1F1B",
+    ),
+    "an adapter in stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft"},
+        "Write 1, or algorithm: sft",
+    ),
+    "products kept for one pass of two": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "InterleavedZeroBubble"},
+            "training": {"activation_checkpointing": "selective"},
+        },
+        "Write full or none, or parallelism.pipeline_parallel_schedule: 1F1B.",
+    ),
+    "optimizers of whole weights in slices and stages": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2, "data_parallel_shard_degree": 2},
+            "optimizer": {"name": "Muon", "lr": 1e-3},
+        },
+        "Write parallelism.data_parallel_shard_degree: 1, or optimizer.name: AdamW",
+    ),
+    "answers in stages": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2},
+            "evaluation": {"generate": True},
+            "data": {"validation_fraction": 0.5},
+        },
+        "Write 1, or evaluation.generate: false",
+    ),
+    "layers that train in turn, in stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "freezing": {"unfreeze_interval": 1}},
+        "leave freezing.unfreeze_interval out",
+    ),
+    "layers that round, in stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "qat": {"weight_dtype": "int8"}},
+        "leave qat out",
+    ),
+    "split masters of gradients made later": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
+            "optimizer": {"state": "8bit"},
+        },
+        "or optimizer.state: full",
+    ),
+    "subspaces in stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5}},
+        "parallelism.pipeline_parallel_degree: 1, or algorithm: sft",
+    ),
+    "a teacher beside stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "distillation": {"teacher": "."}},
+        "leave distillation.teacher out",
+    ),
+    "noise in the first of several stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "loss": {"neftune_noise_alpha": 5.0}},
+        "leave loss.neftune_noise_alpha out",
     ),
 }
 

@@ -55,14 +55,16 @@ class Full(OfParameters):
         """The state dict to write, on the CPU: `weights` (by parameter name, as the optimizer moves them) as `written`.
 
         Tied weights stand under each of their names and share one tensor, which is how transformers recognises them;
-        what the optimizer does not move is as it is in the model. came: the weights as they came, which are what is
-        written of all that nothing has moved.
+        what the optimizer does not move is as it is in the model. Weights of layers that another process has are among
+        `weights` alone. came: the weights as they came, which are what is written of all that nothing has moved.
         """
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         moved = {id(p): weights[name] for name, p in self._model.named_parameters() if name in weights}
+        own = self._model.state_dict()
+        state = {**own, **{name: weights[name] for name in weights if name not in own}}
         names: dict[int, list[str]] = {}
         sources: dict[int, Tensor] = {}
-        for name, tensor in self._model.state_dict().items():
+        for name, tensor in state.items():
             key = id(parameters.get(name, tensor))
             names.setdefault(key, []).append(name)
             sources[key] = moved.get(key, tensor).detach()
@@ -71,4 +73,4 @@ class Full(OfParameters):
             same = came.unmoved(names[key], source, written) if came is not None else None
             cast = source.to(written.dtype if source.is_floating_point() else source.dtype).cpu()
             tensors |= dict.fromkeys(names[key], cast if same is None else same)
-        return {name: tensors[name] for name in self._model.state_dict()}
+        return {name: tensors[name] for name in state}

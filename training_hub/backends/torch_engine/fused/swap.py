@@ -126,6 +126,12 @@ def gives_wanted_rows(decoder: nn.Module) -> bool:
     return isinstance(layers, nn.ModuleList) and isinstance(layers[-1], OnKernels) and "forward" not in vars(layers[-1])
 
 
+def has_swapped_attention(decoder: nn.Module) -> bool:
+    """Whether the layers of this decoder attend by our forward, which takes `no_mask` for none."""
+    found = [module for module in decoder.modules() if type(module).__name__.endswith("Attention")]
+    return bool(found) and all(isinstance(module, OnKernels) and "forward" not in vars(module) for module in found)
+
+
 def is_ours(module: Any) -> bool:
     """Whether this module of a transformers model attends by one of our functions."""
     return bool(module.config._attn_implementation.startswith(OURS))

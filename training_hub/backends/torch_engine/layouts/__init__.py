@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,14 +21,16 @@ from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.layouts import fully_sharded
 from training_hub.backends.torch_engine.layouts.context import refuse_other_numbers, share_of, spread_tokens
+from training_hub.backends.torch_engine.layouts.cut import cut
 from training_hub.backends.torch_engine.layouts.experts import deal_out_all
 from training_hub.backends.torch_engine.layouts.fitness import split_problems
 from training_hub.backends.torch_engine.layouts.mesh import dense_mesh, place_in, size_of
-from training_hub.backends.torch_engine.layouts.pieces import is_copy
+from training_hub.backends.torch_engine.layouts.pieces import is_copy, norm_of
+from training_hub.backends.torch_engine.layouts.pipeline import Pipeline, pipeline_of
 from training_hub.backends.torch_engine.layouts.tensor import split_tensors
 from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.preflight import evaluating
-from training_hub.backends.torch_engine.tensors import PackTensors, to_device
+from training_hub.backends.torch_engine.tensors import PackTensors, Term, to_device
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import DATA, Degrees, Parallelism, degrees_of
 from training_hub.types import Pack
@@ -40,13 +43,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Objective = Callable[[Any, PackTensors], Term]
+Done = tuple[Pack, PackTensors, Term]
+"""A pack of this process, as tensors, and what an objective made of it."""
+
 
 @dataclass(frozen=True)
 class Layout:
     """How a run lies over its processes; by itself, as it is made, a process with everything.
 
     mesh: the processes by dimension; None where each holds the whole model and all are replicas. summed: weights that
-    are whole in each process of a group that splits heads, and used on the heads of each.
+    are whole in each process of a group that splits heads, and used on the heads of each. pipeline: how packs pass
+    through a model of which this process has some layers.
     """
 
     group: Group = ALONE
@@ -55,11 +63,17 @@ class Layout:
     asked: Parallelism = field(default_factory=Parallelism)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     summed: frozenset[str] = frozenset()
+    pipeline: Pipeline | None = None
 
     @property
     def is_sharded(self) -> bool:
         """Whether weights are kept in slices and gathered layer by layer."""
         return self.degrees.dp_shard > 1
+
+    @property
+    def is_backward_whole(self) -> bool:
+        """Whether one backward pass makes gradients of activations and of weights."""
+        return self.pipeline is None or not self.pipeline.order.splits
 
     @property
     def is_divided(self) -> bool:
@@ -76,21 +90,57 @@ class Layout:
         """The number of this process's share; processes with the same share have the same samples."""
         return self.group.rank if self.mesh is None else place_in(self.mesh, *DATA)
 
+    @property
+    def place(self) -> int:
+        """A number that processes share which compute the same of the same samples, and draw the same dropout."""
+        return self.data_rank if self.mesh is None else place_in(self.mesh, "pp", *DATA)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks for all that hold the same layers."""
+        names = self.mesh.mesh_dim_names or () if self.mesh is not None else ()
+        return self.group.is_main or (self.mesh is not None and place_in(self.mesh, *(set(names) - {"pp"})) == 0)
+
+    def is_second(self, name: str) -> bool:
+        """Whether an earlier stage has this weight too."""
+        return self.pipeline is not None and self.pipeline.has_copy(name)
+
+    def sum_over_stages(self, numbers: Tensor) -> Tensor:
+        """The sum over the processes of a pipeline, on the CPU; the numbers themselves where there are no stages."""
+        if self.pipeline is None:
+            return numbers
+        moved = numbers.to(self.device)
+        dist.all_reduce(moved, group=self.pipeline.route.group)
+        return moved.cpu()
+
+    def collected(self, weights: dict[str, Tensor], marked: set[str]) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """In process 0 the weights of all stages, by name, from the CPUs of the first process of each; and the names
+        that are `marked` in one."""
+        if self.pipeline is None:
+            return weights, frozenset(marked)
+        about = self.group.gather(
+            [[name, list(weight.shape), str(weight.dtype), name in marked] for name, weight in weights.items()]
+        )
+        names = frozenset(name for some in about for name, _, _, is_marked in some if is_marked)
+        return self.pipeline.collected(weights, about), names
+
     @torch.no_grad()
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over all tokens of a step, the same bits in each process; the tensor itself is changed."""
-        if self.mesh is None or size_of(self.mesh, *TOKENS) == self.group.world_size:
+        """The sum over all tokens of a step, the same bits in each process; the tensor itself is changed. Of a pipeline
+        the process with the last stage has the numbers, the others zeros."""
+        if self.mesh is None or size_of(self.mesh, *TOKENS, "pp") == self.group.world_size:
             return self.group.sum(numbers)
-        for group in self._groups(TOKENS):
+        for group in self._groups((*TOKENS, "pp")):
             with self.group.explained("a sum"):
                 dist.all_reduce(numbers, group=group)
         return numbers
 
-    def is_copy(self, weight: DTensor) -> bool:
-        """Whether another process, lower in rank, holds the same piece and speaks for it."""
-        own = weight.device_mesh.mesh_dim_names or ()
-        beside = [name for name in (self.mesh.mesh_dim_names or () if self.mesh is not None else ()) if name not in own]
-        return is_copy(weight) or place_in(self.mesh, *beside) > 0
+    def is_copy(self, name: str, weight: Tensor) -> bool:
+        """Whether another process, lower in rank, holds the same piece of this weight and speaks for it."""
+        names: tuple[str, ...] = (self.mesh.mesh_dim_names or ()) if self.mesh is not None else ()
+        own = (weight.device_mesh.mesh_dim_names or ()) if isinstance(weight, DTensor) else ()
+        beside = [one for one in names if one not in own and one != "pp"]
+        return is_copy(weight) or place_in(self.mesh, *beside) > 0 or self.is_second(name)
 
     def sum_gradients(self, weights: Mapping[str, Tensor], divided: Mapping[str, DTensor]) -> None:
         """Add up `grad` of each weight, by name, over the processes that found a part of it, where backward did not.
@@ -110,11 +160,89 @@ class Layout:
         for across, some in sorts.items():
             if across:
                 self.group.sum_gradients(some, self._groups(across))
+        if self.pipeline is not None and self.pipeline.twice is not None:
+            self.pipeline.add_up(weights.get(self.pipeline.twice))
+
+    def norm(self, weights: Mapping[str, Tensor], divided: Mapping[str, DTensor]) -> Tensor:
+        """The norm of the gradients of these weights, by name, of all processes together, once they are added up."""
+        own = {name: weight for name, weight in weights.items() if not self.is_second(name)}
+        pieces = [(weight.grad, divided.get(name)) for name, weight in own.items() if weight.grad is not None]
+        return norm_of(pieces, self.device, self._groups(("pp",)))
 
     def _groups(self, names: Iterable[str]) -> list[dist.ProcessGroup]:
         """Those of this process along these dimensions, as far as there is more than one process along them."""
         assert self.mesh is not None
         return [self.mesh.get_group(name) for name in names if size_of(self.mesh, name) > 1]
+
+    def learn(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        packs: Sequence[Pack],
+        divisor: float,
+        spare: Callable[[], Pack],
+        *,
+        last: Callable[[], None] = lambda: None,
+        made: Callable[[], None] = lambda: None,
+    ) -> Iterator[Done]:
+        """Forward and backward on a step's packs, of the sum of their terms divided by `divisor`; each once that is
+        done. Of a pipeline the process with the last stage has them.
+
+        spare: a pack for passes that count nothing, which other processes need this one for. last: called before the
+        backward pass that completes the gradients. made: called where they may have been made without autograd's hooks.
+        """
+        if self.pipeline is not None:
+            last()
+            self.begin_pass(model, is_last=True)
+            yield from self._piped(model, objective, self.passes(packs), spare, divisor, made)
+            self.end_passes(model)
+            return
+        passes = self.passes(packs)
+        for number, one in enumerate(passes, 1):
+            self.begin_pass(model, is_last=number == len(passes))
+            if number == len(passes):
+                last()
+            tensors = self.tensors(one or spare())
+            term = objective(model, tensors)
+            (term.total / divisor if one is not None else 0 * term.total).backward()
+            if one is not None:
+                yield one, tensors, Term(term.total.detach(), term.losses)
+        self.end_passes(model)
+
+    def ask(
+        self, model: PreTrainedModel, objective: Objective, packs: Iterable[Pack], spare: Callable[[], Pack]
+    ) -> Iterator[tuple[list[Done], int]]:
+        """What an objective makes of packs that are dealt out to all processes: of this one's, round by round, and how
+        many tokens all of them had."""
+        if self.pipeline is not None:
+            for some in _batched(self.rounds(packs), self.pipeline.at_once):
+                passes = [one for one, _ in some]
+                done = list(self._piped(model, objective, passes, spare))
+                yield done, sum(tokens for _, tokens in some)
+            return
+        for one, tokens in self.rounds(packs):
+            done = []
+            if one is not None or self.is_divided:
+                tensors = self.tensors(one or spare())
+                term = objective(model, tensors)
+                done = [(one, tensors, term)] if one is not None else []
+            yield done, tokens
+
+    def _piped(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        passes: Sequence[Pack | None],
+        spare: Callable[[], Pack],
+        divisor: float | None = None,
+        made: Callable[[], None] = lambda: None,
+    ) -> Iterator[Done]:
+        assert self.pipeline is not None
+        own = [one for one in passes if one is not None]
+        wanted = len(passes) if self.is_sharded else len(own)
+        tensors = [self.tensors(one) for one in own]
+        terms = self.pipeline.run(model, objective, tensors, lambda: self.tensors(spare()), wanted, divisor, made)
+        yield from zip(own, tensors, terms, strict=False)
 
     def passes(self, own: Sequence[T]) -> list[T | None]:
         """What this process has to run, and None for each pass that it must make only because others have more."""
@@ -180,15 +308,19 @@ class Layout:
         """
         if self.mesh is None:
             return self
-        problems = split_problems(model, self.degrees)
+        problems = split_problems(model, self.degrees, self.asked)
         if problems:
             raise RecipeError(problems)
+        pipeline = None
+        if self.degrees.pp > 1:
+            route = cut(model, self.asked, self.mesh.get_group("pp"), dtype, self.device)
+            pipeline = pipeline_of(route, self.asked)
         summed = split_tensors(model, self.mesh["tp"]) if self.degrees.tp > 1 else frozenset()
         dealt = deal_out_all(model, self.mesh["dp_shard"]) if self.degrees.ep > 1 else frozenset()
         if self.is_sharded:
             apart = dealt | {model.get_parameter(name) for name in undivided}
             fully_sharded.shard(model, self.mesh, self.asked, dtype, apart)
-        return replace(self, summed=summed)
+        return replace(self, summed=summed, pipeline=pipeline)
 
     def spread(self, model: PreTrainedModel) -> None:
         """Let the divided model attend over tokens of other processes. Its attention must have been chosen."""
@@ -226,6 +358,12 @@ class Layout:
     def together(self, what: str, work: Callable[[], T]) -> T:
         """What `work`, which runs the model, gives: done by process 0 for all, or by all where it takes several."""
         return work() if self.is_divided else self.group.on_main(what, work)
+
+
+def _batched(items: Iterable[T], most: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while some := list(islice(iterator, most)):
+        yield some
 
 
 WHOLE = Layout()

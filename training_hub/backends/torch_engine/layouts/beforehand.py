@@ -32,7 +32,7 @@ def process_problems(recipe: Recipe) -> list[str]:
 
 def divided_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     """Why this recipe cannot train a model that is divided over processes."""
-    ways = [name for name in ("dp_shard", "cp", "tp") if getattr(degrees, name) > 1]
+    ways = [name for name in ("dp_shard", "cp", "tp", "pp") if getattr(degrees, name) > 1]
     whole = f"Write {' and '.join(f'parallelism.{FIELDS[name]}: 1' for name in ways)}, or"
     refused = {
         f"training.fp8: 8-bit products need whole weights. {whole} training.fp8: false.": recipe.training.fp8,

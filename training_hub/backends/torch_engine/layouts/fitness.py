@@ -6,21 +6,30 @@ from typing import Any
 
 from training_hub.backends.shared.model_folder import folder_problems, is_folder
 from training_hub.backends.torch_engine.layouts.context import context_problems
+from training_hub.backends.torch_engine.layouts.cut import pipeline_problems
 from training_hub.backends.torch_engine.layouts.experts import expert_problems
+from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
 from training_hub.backends.torch_engine.model_config import read_blank_model
+from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.recipe import Recipe
-from training_hub.recipe.parallelism import FIELDS, Degrees
+from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
 
 CONTEXT, TENSOR = "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"
+
+A_MATRIX = (4096, 4096)
+"""The shape of a weight as blocks have them."""
 
 SPLIT_TUNERS = ("lora", "rslora")
 """Adapters whose halves are split as the weights beside them are."""
 
 
-def split_problems(model: Any, degrees: Degrees) -> list[str]:
-    """Why the model, which may lie on the meta device, cannot be split by these degrees; [] where it can."""
+def split_problems(model: Any, degrees: Degrees, asked: Parallelism = Parallelism()) -> list[str]:
+    """Why the model, which may lie on the meta device, cannot be split by these degrees; [] where it can. asked: how
+    stages are to be made."""
     return [
+        *(pipeline_problems(model, asked) if degrees.pp > 1 else []),
         *(tensor_problems(model, degrees.tp) if degrees.tp > 1 else []),
         *(context_problems(model, degrees.cp) if degrees.cp > 1 else []),
         *(expert_problems(model, degrees.ep) if degrees.ep > 1 else []),
@@ -36,12 +45,12 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     )
     if found or not is_readable or (degrees.sharers == 1 and degrees.ep == 1):
         return found
-    return split_problems(read_blank_model(chosen)[0], degrees)
+    return split_problems(read_blank_model(chosen)[0], degrees, recipe.parallelism)
 
 
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
-    split = next((FIELDS[name] for name in ("tp", "cp") if getattr(degrees, name) > 1), "expert_parallel_degree")
+    split = next((FIELDS[name] for name in ("tp", "cp", "pp") if getattr(degrees, name) > 1), "expert_parallel_degree")
     refused = {
         f"algorithm: osft decomposes whole weights, and learns from whole packs. Write parallelism.{split}: 1, or "
         "algorithm: sft.": degrees.sharers * degrees.ep > 1 and recipe.algorithm == "osft",
@@ -61,5 +70,49 @@ def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         "parallelism.disable_loss_parallel: true.": degrees.tp > 1
         and recipe.distillation.teacher
         and not recipe.parallelism.disable_loss_parallel,
+    }
+    return [*(problem for problem, is_so in refused.items() if is_so), *_pipeline_problems(recipe, degrees)]
+
+
+def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
+    if degrees.pp == 1:
+        return []
+    asked = recipe.parallelism
+    others = [FIELDS[name] for name in ("cp", "tp") if getattr(degrees, name) > 1]
+    others += ["expert_parallel_degree"] if degrees.ep > 1 else []
+    splits = ORDERS[asked.pipeline_parallel_schedule].splits
+    refused = {
+        **{
+            f"{PIPELINE}: {degrees.pp} beside parallelism.{other}; stages go together with replicas and with slices of "
+            f"weights. Write {PIPELINE}: 1, or parallelism.{other}: 1.": True
+            for other in others
+        },
+        f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, and those of slices are "
+        f"added up in a whole backward pass. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or parallelism."
+        f"{FIELDS['dp_shard']}: 1.": splits and degrees.dp_shard > 1,
+        f"{PIPELINE}: noise is put on embeddings by the objective, which the last stage has. Write 1, or leave "
+        "loss.neftune_noise_alpha out.": recipe.loss.neftune_noise_alpha,
+        f"{PIPELINE}: a teacher is whole in each process. Write 1, or leave distillation.teacher "
+        "out.": recipe.distillation.teacher,
+        f"{PIPELINE}: an adapter is put together and read again beside a whole model. Write 1, or algorithm: "
+        "sft.": recipe.algorithm == "lora_sft",
+        f"{PIPELINE}: answers are made token by token, and wait in each stage. Write 1, or evaluation.generate: false, "
+        "and evaluate the final model.": recipe.evaluation.generate,
+        f"{PIPELINE}: layers are numbered in one process as they train in turn. Write 1, or leave "
+        "freezing.unfreeze_interval out.": recipe.freezing.unfreeze_interval is not None,
+        f"{PIPELINE}: {recipe.model.quantization} weights are made while a whole model is read. Write 1, or "
+        "model.quantization: none.": recipe.model.quantization != "none",
+        f"{PIPELINE}: layers that round are made of a whole model. Write 1, or leave qat out.": (
+            recipe.qat.weight_dtype is not None
+        ),
+        f"{PIPELINE}: {recipe.optimizer.name} with state {recipe.optimizer.state} moves whole weights, whose owners "
+        f"would have to be in one stage. Write parallelism.{FIELDS['dp_shard']}: 1, or optimizer.name: AdamW and "
+        "state: full.": degrees.dp_shard > 1 and wants_whole(recipe.optimizer, A_MATRIX, True),
+        f"{SCHEDULE}: {asked.pipeline_parallel_schedule} goes through a layer twice in backward, and what "
+        "training.activation_checkpointing: selective keeps serves once. Write full or none, or "
+        f"{SCHEDULE}: 1F1B.": splits and recipe.training.activation_checkpointing == "selective",
+        f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights in their own format, and "
+        f"optimizer.state: {recipe.optimizer.state} wants them in float32. Write {SCHEDULE}: 1F1B or Interleaved1F1B, "
+        "or optimizer.state: full.": splits and recipe.optimizer.state != "full",
     }
     return [problem for problem, is_so in refused.items() if is_so]

@@ -59,11 +59,14 @@ def is_copy(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def norm_of(pieces: Iterable[tuple[Tensor, DTensor | None]], device: torch.device) -> Tensor:
+def norm_of(
+    pieces: Iterable[tuple[Tensor, DTensor | None]], device: torch.device, beyond: Iterable[dist.ProcessGroup] = ()
+) -> Tensor:
     """The norm of all gradients together, the same in each process, as a float32 scalar (float64 of such).
 
     pieces: this process's piece of each gradient, and the weight it is of, where that is divided. Each dimension of the
-    mesh over which a weight is cut adds up its squares once; over the others the pieces are the same.
+    mesh over which a weight is cut adds up its squares once; over the others the pieces are the same. beyond: groups
+    whose other processes have pieces of other weights.
     """
     sums: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
     for gradient, weight in pieces:
@@ -74,9 +77,10 @@ def norm_of(pieces: Iterable[tuple[Tensor, DTensor | None]], device: torch.devic
     for groups, total in sums.items():
         for group in groups:
             dist.all_reduce(total, group=group)
-    if not sums:
-        return torch.zeros((), device=device)
-    return torch.stack(list(sums.values())).sum().sqrt()
+    whole = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), device=device)
+    for group in beyond:
+        dist.all_reduce(whole, group=group)
+    return whole.sqrt()
 
 
 def groups_across(weight: DTensor | None) -> tuple[dist.ProcessGroup, ...]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.functions import TYPES, are_fit, problem_on
 from training_hub.backends.torch_engine.fused.low_rank import LowRank, low_rank_of
 from training_hub.backends.torch_engine.fused.products import add_product_, holder_of, product
+from training_hub.backends.torch_engine.layouts.cut import Elsewhere, Route, route_of
 from training_hub.backends.torch_engine.layouts.shared import Rows, entering
 from training_hub.backends.torch_engine.objectives.split_tokens import SplitTokens
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
@@ -72,7 +73,8 @@ class Head:
     """logits = softcap(multiplier * (hidden @ weight.T + bias)): weight [V, D], bias [V] or None.
 
     softcap(z) = cap * tanh(z / cap), where the model has a `cap`. adapter: what is added to `weight`, as a product.
-    rows: those of the vocabulary that weight and bias have here, where it is split over ranks.
+    rows: those of the vocabulary that weight and bias have here, where it is split over ranks. route: of a model in
+    stages, in one of which the weight is; in a walk through them all processes are told what it says.
     """
 
     weight: Tensor
@@ -81,9 +83,13 @@ class Head:
     cap: float | None = None
     adapter: LowRank | None = None
     rows: Rows | None = None
+    route: Route | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] in float32 (float64 for a float64 model)."""
+        if self.route is not None:
+            here = replace(self, route=None)
+            return self.route.told(1, hidden_ND, lambda: (here.logits(hidden_ND),))[0]
         low_NK, up_VK = (self.adapter.of(hidden_ND), self.adapter.up_VK) if self.adapter else (None, None)
         return _cap_(_raw_logits(hidden_ND, self.weight, self.bias, self.multiplier, low_NK, up_VK), self.cap)
 
@@ -98,6 +104,10 @@ class Head:
         forward pass, chunk by chunk, since everything they need is known there: the logits are computed once and never
         kept.
         """
+        if self.route is not None:
+            here = replace(self, route=None)
+            total, losses_N = self.route.told(2, hidden_ND, lambda: here.weigh(hidden_ND, criterion))
+            return total, losses_N.detach()
         if self.rows is not None:
             if not isinstance(criterion, TokenCriterion):
                 raise TypeError(f"{type(criterion).__name__} needs the whole vocabulary")
@@ -115,7 +125,12 @@ def find_head(model: PreTrainedModel, *, is_split: bool = False) -> Head | None:
     is_split: of one that is split over ranks the part that is here; else all of it, gathered.
     """
     layer: Any = model.get_output_embeddings()
+    route = route_of(model)
+    if isinstance(layer, Elsewhere):
+        return Head(torch.empty(0), route=route) if layer.kind is nn.Linear else None
     adapter = low_rank_of(layer)
+    if route is not None and adapter is not None:
+        return None  # as processes say that know no more of it than its class
     layer = layer if adapter is None else layer.base_layer
     # A subclass may compute something else (another adapter, a quantized matrix).
     if type(layer) is not nn.Linear:
@@ -127,7 +142,7 @@ def find_head(model: PreTrainedModel, *, is_split: bool = False) -> Head | None:
             rows = Rows.of(weight)
         weight, bias = (_made_plain(one, rows) for one in (weight, bias))
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, _multiplier(config), cap, adapter, rows)
+    return Head(weight, bias, _multiplier(config), cap, adapter, rows, route)
 
 
 def _made_plain(tensor: Any, rows: Rows | None) -> Any:
