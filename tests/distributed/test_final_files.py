@@ -57,3 +57,19 @@ def test_the_files_of_all_processes_are_the_model_that_one_writes(
     # bfloat16 keeps 8 bits, so that sums in another order may round to the next number.
     assert apart(loaded.state_dict(), other.state_dict()) <= 2**-8
     assert json.loads((final / "config.json").read_text()) == json.loads((wanted / "config.json").read_text())
+
+
+def test_what_nothing_has_moved_is_written_as_it_came(two, tiny_model_folder, uneven_file, tmp_path):
+    """Computed in bfloat16, which holds few of the tiny model's float32 numbers; such a rate moves none of them."""
+    settings = {
+        "model": {"dtype": "bfloat16"},
+        "training": {**STEPS, "steps": 2},
+        "optimizer": {"lr": 1e-30},
+        "freezing": {"blocks": 1},
+        "checkpoint": {"max_shard_size": "40KB"},
+        "parallelism": LAYOUTS["slices"],
+    }
+    ended = two.train(tiny_model_folder, uneven_file, tmp_path / "together", **settings)
+    assert [each.get("status") for each in ended] == ["finished"] * 2, ended
+    final, base = (AutoModelForCausalLM.from_pretrained(one) for one in (ended[0]["model_path"], tiny_model_folder))
+    assert apart(final.state_dict(), base.state_dict()) == 0

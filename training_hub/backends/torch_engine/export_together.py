@@ -177,9 +177,13 @@ def _write(
     model: Any, file: str, held: dict[str, Tensor], dtype: torch.dtype, aside: Path, done: Made, *, is_first: bool
 ) -> None:
     """Write one file of weights as transformers names and lays them out; beside the first of all what is no weight."""
-    if is_first:  # by process 0, in which alone transformers writes a folder
-        WholeModel(max_shard_size=ONE_FILE).save(model, held, dtype, aside)
-        (aside / "model.safetensors").rename(aside / file)
+    if is_first:  # by process 0, in which alone transformers writes a folder; it clears that of others' files first
+        own = aside / "first"
+        WholeModel(max_shard_size=ONE_FILE).save(model, held, dtype, own)
+        (own / "model.safetensors").rename(own / file)
+        for path in own.iterdir():
+            path.rename(aside / path.name)
+        own.rmdir()
     else:
         from transformers.core_model_loading import revert_weight_conversion
 
