@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from tests.backends.torch_engine.tiny_models import tiny_model
 from tests.distributed.crew import Crew
 
 
@@ -48,3 +51,21 @@ def uneven_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_folder, tmp_path_factory) -> Any:
+    """A folder for each family of tiny models, made once."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def folder(family: str, **changes: Any) -> Path:
+        key = json.dumps([family, changes])
+        if key not in made:
+            made[key] = root / str(len(made))
+            tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+            changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, **changes}
+            tiny_model(family, **changes).save_pretrained(made[key])
+            tokenizer.save_pretrained(made[key])
+        return made[key]
+
+    return folder

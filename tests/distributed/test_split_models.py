@@ -6,14 +6,10 @@ Weights are compared under plain SGD, for the reason that test_equal_numbers.py 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from tests.backends.torch_engine.tiny_models import tiny_model
 from tests.distributed.test_equal_numbers import SGD, STEPS, apart, weights
 from tests.invariants.run import recipe, train
 from training_hub.backends import Given
@@ -25,24 +21,6 @@ CLOSE = 1e-5
 TENSOR = {"tensor_parallel_degree": 2}
 CONTEXT = {"context_parallel_degree": 2}
 SMALL_PACKS = {**STEPS, "max_tokens_per_gpu": 256}
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_model_folder, tmp_path_factory) -> Any:
-    """A folder for each family of tiny models, made once."""
-    root, made = tmp_path_factory.mktemp("families"), {}
-
-    def folder(family: str, **changes: Any) -> Path:
-        key = json.dumps([family, changes])
-        if key not in made:
-            made[key] = root / str(len(made))
-            tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-            changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, **changes}
-            tiny_model(family, **changes).save_pretrained(made[key])
-            tokenizer.save_pretrained(made[key])
-        return made[key]
-
-    return folder
 
 
 def same_steps(alone: Any, together: list[dict[str, Any]]) -> None:

@@ -210,7 +210,8 @@ def gather_whole(run: Run, written: Written, base: BaseWeights) -> Held:
         for name, parameter in run.model.named_parameters():
             if not (is_whole or parameter.requires_grad) or run.layout.is_second(name):
                 continue
-            whole = whole_of(masters.weights.get(name, local_of(parameter)), parameter)
+            found = masters.weights.get(name, run.adaptation.exact(name))
+            whole = whole_of(local_of(parameter if found is None else found), parameter)
             if run.layout.is_first:
                 same = came.unmoved([name], whole, written) if is_whole else None
                 cast = whole.to(written.dtype if is_whole and whole.is_floating_point() else whole.dtype).cpu()

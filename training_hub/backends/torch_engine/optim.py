@@ -19,7 +19,7 @@ from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights,
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.owners import Owners
-from training_hub.backends.torch_engine.layouts.pieces import local_of
+from training_hub.backends.torch_engine.layouts.pieces import cut_like, local_of
 from training_hub.backends.torch_engine.optimizers import library, saved
 from training_hub.backends.torch_engine.optimizers.both import Both
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
@@ -42,9 +42,10 @@ class Masters:
 
     are_held: products may add their gradients of low-precision parameters to those of the masters themselves.
 
-    Of a parameter that is divided over processes the optimizer moves this one's piece. published: called once weights
-    have changed, for whatever was made of them before. base: the weights as they came, where masters begin that are
-    finer than their parameters; `rounded`: those that begin as the parameters, since the base says something else.
+    Of a parameter that is divided over processes the optimizer moves this one's piece. sources: by weight, the name of
+    the parameter whose gradient its own is, or is made from, and that parameter. published: called once weights have
+    changed, for whatever was made of them before. base: the weights as they came, where masters begin that are finer
+    than their parameters; `rounded`: those that begin as the parameters, since the base says something else.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Masters:
         self._published = published
         self.adaptation = adaptation
         claimed = adaptation.claimed if adaptation is not None else ()
-        self.parameters = {name: p for name, p in named_parameters if p.requires_grad and name not in claimed}
+        named = dict(named_parameters)
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad and name not in claimed}
         self.weights: dict[str, Tensor] = {}
         self.extras: dict[str, Tensor] = {}
         self._low: list[str] = []
@@ -74,6 +76,9 @@ class Masters:
         writes_beside = adaptation is not None and adaptation.files is not None  # and so nothing of the base
         base.let_go(list(base.held) if writes_beside else self.parameters)
         self.added = adaptation.weights() if adaptation is not None else {}
+        of_added = adaptation.sources() if adaptation is not None else {}
+        self.sources = {name: (name, p) for name, p in self.parameters.items()}
+        self.sources |= {name: (source, named[source]) for name, source in of_added.items()}
         self.weights |= self.added
 
     def _take(self, name: str, parameter: nn.Parameter, came: OpenBase, *, are_split: bool, are_held: bool) -> None:
@@ -151,7 +156,7 @@ class Masters:
         """The gradients of a step are complete: let the adaptation make those of its weights from them."""
         for name, parameter in self.divided.items():
             if parameter.grad is not None:
-                self.weights[name].grad = local_of(_as_cut(parameter.grad, parameter))
+                self.weights[name].grad = local_of(cut_like(parameter.grad, parameter))
                 parameter.grad = None
         if self.adaptation is not None:
             self.adaptation.gather()
@@ -173,20 +178,13 @@ class Masters:
             self.adaptation.drop_gradients()
 
 
-def _as_cut(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient of a parameter that is divided over processes, divided like it."""
-    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
-        return gradient
-    return gradient.redistribute(placements=parameter.placements)
-
-
 def _move_grad_to(master: Tensor) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
         gradient = parameter.grad
         parameter.grad = None
         if gradient is None:
             return
-        gradient = local_of(_as_cut(gradient, parameter))
+        gradient = local_of(cut_like(gradient, parameter))
         if master.grad is None:
             master.grad = gradient.float()
         else:
@@ -261,9 +259,7 @@ class Updater:
     def _clip_pieces(self) -> Tensor:
         """The same where weights are divided."""
         masters = self.masters
-        # Those of an adaptation are made from gradients of parameters, which backward has added up.
-        own = {name: weight for name, weight in masters.weights.items() if name not in masters.added}
-        self.layout.sum_gradients(own, masters.divided)
+        self.layout.sum_gradients(masters.weights, masters.sources)
         norm = self.layout.norm(masters.weights, masters.divided)
         gradients = [weight.grad for weight in masters.weights.values() if weight.grad is not None]
         if self.max_norm > 0 and gradients:

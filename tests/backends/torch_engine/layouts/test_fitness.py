@@ -98,10 +98,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"tensor_parallel_degree": 4}, "distillation": {"teacher": "."}},
         "disable_loss_parallel: true",
     ),
-    "subspaces": (
-        {"parallelism": {"context_parallel_degree": 4}, "algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5}},
-        "algorithm: osft",
-    ),
     "more stages than layers": ({"parallelism": {"pipeline_parallel_degree": 4}}, "but the model has 2 layers"),
     "stages beside split heads": (
         {"parallelism": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}},

@@ -20,6 +20,14 @@ class OfParameters:
         """What the optimizer moves beside the model's own parameters: nothing."""
         return {}
 
+    def sources(self) -> dict[str, str]:
+        """By such a weight, the parameter whose gradient its own is made from: there is none."""
+        return {}
+
+    def exact(self, name: str) -> Tensor | None:
+        """The optimizer knows parameters before they were rounded."""
+        return None
+
     def expect_steps(self, total: int) -> None:
         """Nothing depends on how many steps the run has."""
 

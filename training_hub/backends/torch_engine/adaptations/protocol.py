@@ -53,6 +53,15 @@ class Adaptation(Protocol):
         """What the optimizer moves beside the model's own parameters, by name."""
         ...
 
+    def sources(self) -> dict[str, str]:
+        """By the name of each of `weights`, the parameter whose gradient its own is made from."""
+        ...
+
+    def exact(self, name: str) -> Tensor | None:
+        """A parameter before it was rounded to the format of the model, cut as it is; None where that is known here of
+        no such parameter."""
+        ...
+
     def expect_last_backward(self) -> None:
         """The next backward completes the gradients of a step."""
         ...

@@ -142,19 +142,20 @@ class Layout:
         beside = [one for one in names if one not in own and one != "pp"]
         return is_copy(weight) or place_in(self.mesh, *beside) > 0 or self.is_second(name)
 
-    def sum_gradients(self, weights: Mapping[str, Tensor], divided: Mapping[str, DTensor]) -> None:
+    def sum_gradients(self, weights: Mapping[str, Tensor], sources: Mapping[str, tuple[str, Tensor]]) -> None:
         """Add up `grad` of each weight, by name, over the processes that found a part of it, where backward did not.
 
-        divided: the parameters of those weights that are pieces. Over what a piece lies on backward has added up, or
-        it is another piece there.
+        sources: by weight, the parameter whose gradient its own is, or is linear in, with its name. Over what a
+        parameter lies on backward has added up, or there is another piece of it.
         """
         if self.mesh is None:
             self.group.sum_gradients(weights.values())
             return
         sorts: dict[tuple[str, ...], list[Tensor]] = {}
         for name, weight in weights.items():
-            own = divided[name].device_mesh.mesh_dim_names or () if name in divided else ()
-            wanted = (*TOKENS, "tp") if name in self.summed else TOKENS
+            source, parameter = sources[name]
+            own = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
+            wanted = (*TOKENS, "tp") if source in self.summed else TOKENS
             across = tuple(one for one in wanted if one not in own and size_of(self.mesh, one) > 1)
             sorts.setdefault(across, []).append(weight)
         for across, some in sorts.items():

@@ -14,7 +14,7 @@ from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
 from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.recipe import Recipe
-from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
+from training_hub.recipe.parallelism import Degrees, Parallelism
 
 CONTEXT, TENSOR = "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"
 
@@ -50,10 +50,9 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
 
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
-    split = next((FIELDS[name] for name in ("tp", "cp", "pp") if getattr(degrees, name) > 1), "expert_parallel_degree")
     refused = {
-        f"algorithm: osft decomposes whole weights, and learns from whole packs. Write parallelism.{split}: 1, or "
-        "algorithm: sft.": degrees.sharers * degrees.ep > 1 and recipe.algorithm == "osft",
+        f"algorithm: osft decomposes the weights of all layers, and a process has some of them. Write {PIPELINE}: 1, or "
+        "algorithm: sft.": degrees.pp > 1 and recipe.algorithm == "osft",
         f"{CONTEXT}: noise is drawn for whole samples, and a process has parts of them. Write 1, or leave "
         "loss.neftune_noise_alpha out.": degrees.cp > 1 and recipe.loss.neftune_noise_alpha,
         f"{CONTEXT}: a teacher is asked about whole samples, and a process has parts of them. Write 1, or leave "

@@ -50,6 +50,13 @@ def local_of(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+def cut_like(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a weight that is divided over processes, divided like it."""
+    if not isinstance(gradient, DTensor) or not isinstance(weight, DTensor):
+        return gradient
+    return gradient.redistribute(placements=weight.placements)
+
+
 def is_copy(weight: Tensor) -> bool:
     """Whether another process, lower in rank, holds the same piece and speaks for it."""
     if not isinstance(weight, DTensor):

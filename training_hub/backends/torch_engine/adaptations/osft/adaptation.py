@@ -161,6 +161,14 @@ class Osft:
         """What the optimizer moves beside the model's own parameters, by name."""
         return self._spaces.weights()
 
+    def sources(self) -> dict[str, str]:
+        """By the name of each of `weights`, the parameter whose gradient its own is made from."""
+        return self._spaces.sources()
+
+    def exact(self, name: str) -> Tensor | None:
+        """A claimed parameter before it was rounded to the format of the model, cut as it is."""
+        return self._spaces.exact(name) if name in self.claimed else None
+
     def expect_last_backward(self) -> None:
         """Let the next backward turn each dense gradient into those of `weights` as soon as it is there."""
         self._spaces.expect_last_backward()

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.adaptations.osft.core import Core
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
 from training_hub.backends.torch_engine.adaptations.osft.factors import Factors
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target
-from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
+from training_hub.backends.torch_engine.layouts.pieces import cut_like, cut_of, local_of, whole_of
 
 FORMS: Mapping[str, type[Factors] | type[Core]] = {"factors": Factors, "core": Core}
 
@@ -61,12 +62,7 @@ class LowSpaces:
         dense gradient into those of what trains as soon as backward has it, and free it."""
         self.spaces = [Space(target, FORMS[form](split)) for target, split in pairs]
         self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
-        finer = {name: start for name, start in (starts or {}).items() if start.dtype == torch.float32}
-        self._starts = {
-            name: finer[name] if name in finer else p.detach().clone()
-            for name, p in self.parameters.items()
-            if is_low_precision(p)
-        }
+        self._starts = _starts_of(self.parameters, starts or {})
         self._sums: dict[str, Tensor] = {}
         self._moved = [(torch.zeros(()), torch.zeros(())) for _ in self.spaces]
         self._is_layerwise, self._is_last_backward = is_layerwise, False
@@ -78,18 +74,26 @@ class LowSpaces:
         return [(one.target, one.trained.split) for one in self.spaces]
 
     def divide(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take these, which are divided over processes and in float32, in place of the whole ones. What trains stays
-        whole in each process."""
+        """Take these, which are divided over processes, in place of the whole ones. What trains stays whole in each
+        process."""
+        before = self.parameters
         self.spaces = [
             replace(one, target=replace(one.target, parameter=parameters[one.target.parameter_name]))
             for one in self.spaces
         ]
         self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
-        self._starts.clear()
+        self._starts = _starts_of(self.parameters, self._starts)
+        for name, parameter in self.parameters.items():
+            if parameter is not before[name]:
+                parameter.register_post_accumulate_grad_hook(self._taken(name))
 
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves, by name: `<target>.osft.<factor>`."""
         return {name: tensor for one in self.spaces for name, tensor in one.weights().items()}
+
+    def sources(self) -> dict[str, str]:
+        """By the name of each of `weights`, the parameter that it moves."""
+        return {name: one.target.parameter_name for one in self.spaces for name in one.weights()}
 
     def expect_last_backward(self) -> None:
         """The next backward completes the gradients of a step: each dense one is free once it is there."""
@@ -103,7 +107,7 @@ class LowSpaces:
             gradient = self._sums.pop(name, parameter.grad)
             parameter.grad = None
             if gradient is not None:
-                self._add_gradient(name, gradient)
+                self._add_gradient(name, local_of(cut_like(gradient, parameter)))
 
     def drop_gradients(self) -> None:
         """Forget all gradients, and free their memory."""
@@ -150,7 +154,7 @@ class LowSpaces:
                 self._moved.append(leak_and_size(one.trained.split, low))
                 one.target.add(total, low, one.trained.split.right)
             if start is not None:
-                parameter.data.copy_(total)
+                local_of(parameter.data).copy_(local_of(total))
 
     def is_finer(self, name: str) -> bool:
         """Whether the parameter `name` began from finer numbers than it holds."""
@@ -173,30 +177,46 @@ class LowSpaces:
         return {"osft_leak": leak, "osft_drift": (size / whole).sqrt()}
 
     def saved(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside `weights`: the dense weights (bfloat16: as they came), and the splits, since
-        another library or machine may turn singular vectors around."""
+        """What a checkpoint holds beside `weights`: the dense weights (those in 16 bits as they came, of which a number
+        under another name tells), and the splits, since another library or machine may turn singular vectors around."""
         dense = {name: self._starts.get(name, parameter.detach()) for name, parameter in self.parameters.items()}
+        dense |= {_told_start(name): torch.ones((), device=start.device) for name, start in self._starts.items()}
         return dense | {name: t for one in self.spaces for name, t in one.fixed().items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `saved` gave, bit for bit; the weights have been taken over already."""
+        """Take over what `saved` gave, bit for bit where weights are in the format they had there; those of `weights`
+        have been taken over already."""
         for one in self.spaces:
             for name, tensor in one.fixed().items():
                 tensor.copy_(tensors[name])
         self._moved = [leak_and_size(one.trained.split, one.trained.low()) for one in self.spaces]
         for name, parameter in self.parameters.items():
-            local_of(self._starts.get(name, parameter.data)).copy_(tensors[name])
-        for name, start in self._starts.items():
-            self.parameters[name].data.copy_(self._sum(name, start))
+            self._take_over(name, parameter, tensors[name], is_start=_told_start(name) in tensors)
+
+    def _take_over(self, name: str, parameter: nn.Parameter, found: Tensor, *, is_start: bool) -> None:
+        """found: this process's piece of the parameter as it stands, or of what it came as."""
+        start = self._starts.get(name)
+        if start is None:
+            local_of(parameter.data).copy_(found)
+            if is_start:
+                self._add_low(name, parameter.data)
+            return
+        if is_start:
+            local_of(start).copy_(found)
+        else:
+            exact = start.to(torch.float32, copy=True)
+            local_of(exact).copy_(found)
+            local_of(start).copy_(local_of(self._add_low(name, exact, -1)))
+        local_of(parameter.data).copy_(local_of(self._sum(name, start)))
 
     def _taken(self, name: str) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def take(parameter: Tensor) -> None:
-            is_complete = self._is_layerwise or self._is_last_backward
+            is_complete = (self._is_layerwise or self._is_last_backward) and _is_at_hand(parameter)
             if parameter.grad is None or not (is_complete or name in self._starts):
                 return  # float32 adds up where backward puts it
-            gradient, parameter.grad = parameter.grad, None
+            gradient, parameter.grad = local_of(cut_like(parameter.grad, parameter)), None
             before = self._sums.pop(name, None)
             total = gradient if before is None else before.add_(gradient)
             if is_complete:
@@ -207,7 +227,8 @@ class LowSpaces:
         return take
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
-        gradient = whole_of(local_of(gradient), gradient)
+        """gradient: this process's piece of it."""
+        gradient = whole_of(gradient, self.parameters[name])
         for one in self._of(name):
             weights = one.trained.weights()
             dense = one.target.view(gradient)
@@ -221,10 +242,41 @@ class LowSpaces:
         return [one for one in self.spaces if one.target.parameter_name == name]
 
     def _sum(self, name: str, start: Tensor) -> Tensor:
-        total = start.to(torch.float32, copy=True)
+        return self._add_low(name, start.to(torch.float32, copy=True))
+
+    def _add_low(self, name: str, total: Tensor, times: int = 1) -> Tensor:
+        """Add the update D of the parameter `name`, so many times, to `total`, in place."""
         for one in self._of(name):
-            one.target.add(total, one.trained.low(), one.trained.split.right)
+            one.target.add(total, one.trained.low().mul_(times), one.trained.split.right)
         return total
+
+
+def _starts_of(parameters: Mapping[str, nn.Parameter], came: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What those in 16 bits begin as, cut as they are: what they came as where that is finer, else as they are."""
+    finer = {name: start for name, start in came.items() if start.dtype == torch.float32}
+    return {
+        name: _cut_as(p, finer[name]) if name in finer else p.detach().clone()
+        for name, p in parameters.items()
+        if is_low_precision(p)
+    }
+
+
+def _cut_as(weight: Tensor, whole: Tensor) -> Tensor:
+    if not isinstance(weight, DTensor):
+        return whole
+    piece, mesh = whole[cut_of(weight).slices].clone(), weight.device_mesh
+    return DTensor.from_local(
+        piece, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+
+
+def _told_start(name: str) -> str:
+    return f"{name}.osft.start"
+
+
+def _is_at_hand(parameter: Tensor) -> bool:
+    """Whether all processes that have pieces of this weight have its gradient at one point of the backward pass."""
+    return not isinstance(parameter, DTensor) or parameter.device_mesh.mesh_dim_names == ("tp",)
 
 
 def leak_and_size(split: Split, low: Tensor) -> tuple[Tensor, Tensor]:
