@@ -36,7 +36,7 @@ MORE_CASES: dict[str, Case] = {
     "tokens, small packs added up": ("llama", CONTEXT, {"training": SMALL_PACKS}),
     "tokens, layer by layer": ("qwen3", CONTEXT, {"training": SMALL_PACKS, "osft": {**OSFT, "gradients": "layer"}}),
     "heads, layer by layer": ("qwen3", TENSOR, {"training": SMALL_PACKS, "osft": {**OSFT, "gradients": "layer"}}),
-    "heads, another form": ("qwen3", TENSOR, {"osft": {**OSFT, "form": "core"}}),
+    "heads, all tokens in each": ("qwen3", {**TENSOR, "sequence_parallel": False}, {"osft": {**OSFT, "form": "core"}}),
     "heads of fused weights, cut one by one": ("phi3", TENSOR, {"osft": {**OSFT, "split_fused": True}}),
     "heads and experts": ("qwen3-moe", TENSOR, {"training": SMALL_PACKS}),
     "heads of latent attention": ("deepseek-v3", TENSOR, {}),

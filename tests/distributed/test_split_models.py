@@ -19,6 +19,7 @@ from training_hub.launch import run
 CLOSE = 1e-5
 
 TENSOR = {"tensor_parallel_degree": 2}
+WITHOUT_SLICES = {**TENSOR, "sequence_parallel": False}
 CONTEXT = {"context_parallel_degree": 2}
 SMALL_PACKS = {**STEPS, "max_tokens_per_gpu": 256}
 
@@ -52,6 +53,21 @@ CASES: dict[str, Case] = {
 MORE_CASES: dict[str, Case] = {
     "heads, one document after another": ("llama", TENSOR, {"data": {"packing": False}}),
     "a head that is gathered": ("llama", {**TENSOR, "disable_loss_parallel": True}, {}),
+    "heads, all tokens in each": ("qwen3", WITHOUT_SLICES, {"training": SMALL_PACKS}),
+    "heads, all tokens and a head in each": ("llama-tied", {**WITHOUT_SLICES, "disable_loss_parallel": True}, {}),
+    "heads and experts, all tokens in each": ("qwen3-moe", WITHOUT_SLICES, {}),
+    "heads of latent attention, all tokens in each": ("deepseek-v3", WITHOUT_SLICES, {}),
+    "layers made again, all tokens in each": (
+        "llama",
+        WITHOUT_SLICES,
+        {"training": {**STEPS, "activation_checkpointing": "full"}},
+    ),
+    "layers of which products are kept": (
+        "qwen3",
+        TENSOR,
+        {"training": {**STEPS, "activation_checkpointing": "selective"}},
+    ),
+    "heads, with proofs": ("llama", TENSOR, {"training": {**STEPS, "preflight": True}}),
     "a loss weighted by confidence": ("llama", TENSOR, {"loss": {"dft": True}}),
     "tokens": ("llama", CONTEXT, {}),
     "tokens, one document after another": ("gemma2", CONTEXT, {"data": {"packing": False}}),
@@ -114,7 +130,9 @@ def test_four_processes_find_them_by_two_ways_at_once(case, four, folders, uneve
 
 
 @pytest.mark.parametrize(
-    "parallelism", [TENSOR, pytest.param(CONTEXT, marks=pytest.mark.slow)], ids=["heads", "tokens"]
+    "parallelism",
+    [TENSOR, *(pytest.param(one, marks=pytest.mark.slow) for one in (WITHOUT_SLICES, CONTEXT))],
+    ids=["heads", "heads, all tokens in each", "tokens"],
 )
 def test_an_adapter_learns_the_same_beside_a_split_model(parallelism, two, folders, uneven_file, tmp_path):
     settings = {"training": STEPS, "optimizer": SGD, "algorithm": "lora_sft", "lora": {"r": 4, "dropout": 0.0}}

@@ -46,6 +46,7 @@ NEED_OTHERS = (
     "osft.importance",
     "parallelism.disable_loss_parallel",
     "parallelism.enable_cpu_offload",
+    "parallelism.sequence_parallel",
 )
 
 

@@ -99,3 +99,10 @@ def test_how_stages_are_made_needs_some(field, value):
     with pytest.raises(ValidationError, match=f"{field}.*would change nothing while"):
         Recipe.model_validate({**settings, "parallelism": asked})
     Recipe.model_validate({**settings, "parallelism": {**asked, "pipeline_parallel_degree": 2}})
+
+
+def test_slices_of_tokens_need_heads_that_are_split():
+    settings = {"model": {"path": "m"}, "output": "o"}
+    with pytest.raises(ValidationError, match=r"sequence_parallel.*false would change nothing while"):
+        Recipe.model_validate({**settings, "parallelism": {"sequence_parallel": False}})
+    Recipe.model_validate({**settings, "parallelism": {"sequence_parallel": False, "tensor_parallel_degree": 2}})

@@ -19,6 +19,12 @@ OF_STAGES = tuple(
 )
 """Settings that say how layers are dealt out in stages, and how these work."""
 
+OF_SPLITS = {
+    "parallelism.disable_loss_parallel": "the whole vocabulary",
+    "parallelism.sequence_parallel": "all tokens of a pack",
+}
+"""Settings that say how heads and the vocabulary are split, and what a process has of it where they are not."""
+
 
 def about_layouts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
     """Settings of divided weights, heads and layers where none are divided."""
@@ -30,13 +36,14 @@ def about_layouts(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
                 f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing while {names(degree)} is 1: "
                 f"each process holds whole weights. Write {names.write(degree, -1)}, or leave {path} out.",
             )
-    split, loss = "parallelism.tensor_parallel_degree", "parallelism.disable_loss_parallel"
-    if recipe.parallelism.tensor_parallel_degree == 1 and recipe.parallelism.disable_loss_parallel:
-        yield Contradiction(
-            (loss, split),
-            f"{names(loss)}: true would change nothing while {names(split)} is 1: each process has the whole "
-            f"vocabulary. Write {names.write(split, 2)}, or leave {loss} out.",
-        )
+    split = "parallelism.tensor_parallel_degree"
+    for path, whole in OF_SPLITS.items():
+        if recipe.parallelism.tensor_parallel_degree == 1 and not is_default(recipe, path):
+            yield Contradiction(
+                (path, split),
+                f"{names(path)}: {plainly(value_at(recipe, path))} would change nothing while {names(split)} is 1: "
+                f"each process has {whole}. Write {names.write(split, 2)}, or leave {path} out.",
+            )
     stages = "parallelism.pipeline_parallel_degree"
     for path in OF_STAGES:
         if recipe.parallelism.pipeline_parallel_degree == 1 and not is_default(recipe, path):

@@ -45,6 +45,10 @@ class Parallelism(Section):
     """With tensor_parallel_degree, gather the head in each process for the loss, in place of taking the loss where each
     process has its part of the vocabulary. Takes the memory of the whole head."""
 
+    sequence_parallel: bool = True
+    """With tensor_parallel_degree, keep a slice of the tokens in each process between attention and MLPs, in place of
+    all of them: layers keep less for their backward pass, in which inputs are gathered a second time."""
+
     context_parallel_degree: Annotated[int, Field(ge=1)] = 1
     """Processes that each have a part of the tokens of every pack, for packs that are too long for one. They exchange
     keys and values within each attention layer."""

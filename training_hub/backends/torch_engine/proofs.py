@@ -226,6 +226,8 @@ class _Gradients:
             total.backward()
             loss += float(total.detach())
         masters.gather()
+        if run.layout.is_divided:  # else one process is here alone
+            run.layout.sum_gradients(masters.weights, masters.sources)
         found = {key: weight.grad for key, weight in masters.weights.items() if weight.grad is not None}
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found.values()))
         small = {key: grad.clone() for key, grad in found.items() if grad.numel() <= COMPARED_NUMBERS}

@@ -23,10 +23,11 @@ def blank(family: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "granite", "qwen3-moe"]
+    "family",
+    ["llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "granite", "qwen3-moe", "deepseek-v3"],
 )
 def test_what_a_plan_of_transformers_describes_can_be_split(family):
-    assert split_problems(blank(family), Degrees(tp=2, cp=2)) == []
+    assert split_problems(blank(family), Degrees(tp=2, cp=2), Parallelism()) == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_what_a_plan_of_transformers_describes_can_be_split(family):
     ],
 )
 def test_what_it_does_not_describe_or_cannot_be_divided_is_refused(family, changes, degrees, wanted):
-    (problem,) = split_problems(blank(family, **changes), Degrees(**degrees))
+    (problem,) = split_problems(blank(family, **changes), Degrees(**degrees), Parallelism())
     assert problem.startswith("parallelism.")
     assert re.search(wanted, problem), problem
 
@@ -80,8 +81,20 @@ def test_packs_of_a_model_with_a_state_stay_on_one_process():
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    (problem,) = split_problems(model, Degrees(cp=2))
+    (problem,) = split_problems(model, Degrees(cp=2), Parallelism())
     assert "layers that hand a state from token to token (linear_attention). Write 1." in problem
+
+
+def test_layers_of_which_a_part_is_not_split_see_all_tokens():
+    model = blank("llama")
+    for layer in model.model.layers:
+        layer.self_attn.add_module("gate", torch.nn.Linear(32, 32, device="meta"))
+    (problem,) = split_problems(model, Degrees(tp=2), Parallelism())
+    assert problem == (
+        "parallelism.sequence_parallel: LlamaForCausalLM has weights in model.layers.*.self_attn that are not split "
+        "beside some that are. Write false."
+    )
+    assert split_problems(model, Degrees(tp=2), Parallelism(sequence_parallel=False)) == []
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

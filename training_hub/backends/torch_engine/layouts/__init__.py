@@ -27,7 +27,9 @@ from training_hub.backends.torch_engine.layouts.fitness import split_problems
 from training_hub.backends.torch_engine.layouts.mesh import dense_mesh, place_in, size_of
 from training_hub.backends.torch_engine.layouts.pieces import is_copy, norm_of
 from training_hub.backends.torch_engine.layouts.pipeline import Pipeline, pipeline_of
+from training_hub.backends.torch_engine.layouts.sequence import refuse_other_loss, slice_tokens
 from training_hub.backends.torch_engine.layouts.tensor import split_tensors
+from training_hub.backends.torch_engine.layouts.tokens import Tokens
 from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.preflight import evaluating
 from training_hub.backends.torch_engine.tensors import PackTensors, Term, to_device
@@ -53,8 +55,9 @@ class Layout:
     """How a run lies over its processes; by itself, as it is made, a process with everything.
 
     mesh: the processes by dimension; None where each holds the whole model and all are replicas. summed: weights that
-    are whole in each process of a group that splits heads, and used on the heads of each. pipeline: how packs pass
-    through a model of which this process has some layers.
+    are whole in each process of a group that splits heads, and used on the heads or the slice of tokens of each.
+    tokens: how tokens lie there, once the model is divided. pipeline: how packs pass through a model of which this
+    process has some layers.
     """
 
     group: Group = ALONE
@@ -64,6 +67,7 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     summed: frozenset[str] = frozenset()
     pipeline: Pipeline | None = None
+    tokens: Tokens | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -316,12 +320,17 @@ class Layout:
         if self.degrees.pp > 1:
             route = cut(model, self.asked, self.mesh.get_group("pp"), dtype, self.device)
             pipeline = pipeline_of(route, self.asked)
-        summed = split_tensors(model, self.mesh["tp"]) if self.degrees.tp > 1 else frozenset()
+        summed: frozenset[str] = frozenset()
+        tokens = Tokens(self.mesh["tp"], are_sliced=self.asked.sequence_parallel) if self.degrees.tp > 1 else None
+        if tokens is not None:
+            summed = split_tensors(model, tokens)
+        if tokens is not None and tokens.are_sliced:
+            summed |= slice_tokens(model, tokens)
         dealt = deal_out_all(model, self.mesh["dp_shard"]) if self.degrees.ep > 1 else frozenset()
         if self.is_sharded:
             apart = dealt | {model.get_parameter(name) for name in undivided}
             fully_sharded.shard(model, self.mesh, self.asked, dtype, apart)
-        return replace(self, summed=summed, pipeline=pipeline)
+        return replace(self, summed=summed, tokens=tokens, pipeline=pipeline)
 
     def spread(self, model: PreTrainedModel) -> None:
         """Let the divided model attend over tokens of other processes. Its attention must have been chosen."""
@@ -329,11 +338,12 @@ class Layout:
             spread_tokens(model)
 
     def refuse_other_numbers(self, model: PreTrainedModel, objective: Callable[..., Any], dtype: torch.dtype) -> None:
-        """Raise RecipeError where a pack on several processes has another loss than the same pack in one, beyond what
-        computing in `dtype` makes of it."""
-        if self.mesh is None or self.degrees.cp == 1:
-            return
-        refuse_other_numbers(model, objective, self.mesh["cp"], self.device, dtype)
+        """Raise RecipeError where a pack whose tokens lie on several processes has another loss than the same pack in
+        one, beyond what computing in `dtype` makes of it."""
+        if self.mesh is not None and self.degrees.cp > 1:
+            refuse_other_numbers(model, objective, self.mesh["cp"], self.device, dtype)
+        if self.tokens is not None and self.tokens.are_sliced:
+            refuse_other_loss(model, objective, self.tokens, self.device, dtype)
 
     def tensors(self, pack: Pack) -> PackTensors:
         """What this process has to compute of a pack, on its device."""

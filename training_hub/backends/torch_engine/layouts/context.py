@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from training_hub.backends.torch_engine.attention import documents_attention, late_attention, training_mask
 from training_hub.backends.torch_engine.fused.swap import OURS
+from training_hub.backends.torch_engine.layouts.exchanges import gather_single, scatter_single
 from training_hub.backends.torch_engine.preflight import ROUGH, evaluating, relative_difference
 from training_hub.backends.torch_engine.tensors import PackTensors, to_device
 from training_hub.data.packing import pack
@@ -139,11 +140,7 @@ def refuse_other_numbers(
 
     dtype: what the model computes in.
     """
-    vocabulary, random = model.config.get_text_config().vocab_size, np.random.default_rng(0)
-    weights = [np.append(np.float32(0), np.ones(length - 1, np.float32)) for length in LENGTHS_COMPARED]
-    ids = [random.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS_COMPARED]
-    samples = [Sample(*two, Origin("made up", 1)) for two in zip(ids, weights, strict=True)]
-    one = pack(samples, range(len(samples)))
+    one = made_up_pack(model)
     with evaluating(model):
         alone = objective(model, to_device(one, device)).total
         together = objective(model, share_of(one, mesh, device)).total
@@ -155,6 +152,15 @@ def refuse_other_numbers(
             f"{DEGREE}: {type(model).__name__} finds another loss where a pack lies on {mesh.size()} processes (off by "
             f"{difference:.1e}, allowed {limit:.0e}): it looks at other tokens outside of attention. Write 1."
         )
+
+
+def made_up_pack(model: Any) -> Pack:
+    """A few short samples of random tokens of this model's, all trained."""
+    vocabulary, random = model.config.get_text_config().vocab_size, np.random.default_rng(0)
+    weights = [np.append(np.float32(0), np.ones(length - 1, np.float32)) for length in LENGTHS_COMPARED]
+    ids = [random.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS_COMPARED]
+    samples = [Sample(*two, Origin("made up", 1)) for two in zip(ids, weights, strict=True)]
+    return pack(samples, range(len(samples)))
 
 
 def padded(one: Pack, multiple: int) -> Pack:
@@ -227,7 +233,7 @@ class _Gather(torch.autograd.Function):
         ctx.group, ctx.order = group, order
         part_LKx = part_BKLx[0].transpose(0, 1).contiguous()
         whole_TKx = part_LKx.new_empty(len(order), *part_LKx.shape[1:])
-        dist.all_gather_into_tensor(whole_TKx, part_LKx, group=group)
+        gather_single(whole_TKx, part_LKx, group=group)
         return whole_TKx.index_select(0, order).transpose(0, 1)[None]
 
     @staticmethod
@@ -236,7 +242,7 @@ class _Gather(torch.autograd.Function):
         lying_TKx = torch.empty_like(gradient_TKx, memory_format=torch.contiguous_format)
         lying_TKx.index_copy_(0, ctx.order, gradient_TKx)
         part_LKx = lying_TKx.new_empty(len(lying_TKx) // ctx.group.size(), *lying_TKx.shape[1:])
-        dist.reduce_scatter_tensor(part_LKx, lying_TKx, group=ctx.group)
+        scatter_single(part_LKx, lying_TKx, group=ctx.group)
         return part_LKx.transpose(0, 1)[None], None, None
 
 

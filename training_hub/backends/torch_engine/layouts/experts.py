@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward
-from training_hub.backends.torch_engine.layouts.shared import Rows, entering, exchange, leaving, locally
+from training_hub.backends.torch_engine.layouts.exchanges import entering, leaving
+from training_hub.backends.torch_engine.layouts.shared import Rows, exchange, locally
 
 DEGREE = "parallelism.expert_parallel_degree"
 

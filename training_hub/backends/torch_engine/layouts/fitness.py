@@ -8,13 +8,14 @@ from training_hub.backends.shared.model_folder import folder_problems, is_folder
 from training_hub.backends.torch_engine.layouts.context import context_problems
 from training_hub.backends.torch_engine.layouts.cut import pipeline_problems
 from training_hub.backends.torch_engine.layouts.experts import expert_problems
+from training_hub.backends.torch_engine.layouts.sequence import slice_problems
 from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
 from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.recipe import Recipe
-from training_hub.recipe.parallelism import Degrees, Parallelism
+from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
 
 CONTEXT, TENSOR = "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"
 
@@ -25,12 +26,15 @@ SPLIT_TUNERS = ("lora", "rslora")
 """Adapters whose halves are split as the weights beside them are."""
 
 
-def split_problems(model: Any, degrees: Degrees, asked: Parallelism = Parallelism()) -> list[str]:
+def split_problems(model: Any, degrees: Degrees, asked: Parallelism) -> list[str]:
     """Why the model, which may lie on the meta device, cannot be split by these degrees; [] where it can. asked: how
-    stages are to be made."""
+    stages are to be made, and how tokens lie between layers that are split."""
+    of_heads = tensor_problems(model, degrees.tp) if degrees.tp > 1 else []
+    is_sliced = degrees.tp > 1 and asked.sequence_parallel and not of_heads
     return [
         *(pipeline_problems(model, asked) if degrees.pp > 1 else []),
-        *(tensor_problems(model, degrees.tp) if degrees.tp > 1 else []),
+        *of_heads,
+        *(slice_problems(model) if is_sliced else []),
         *(context_problems(model, degrees.cp) if degrees.cp > 1 else []),
         *(expert_problems(model, degrees.ep) if degrees.ep > 1 else []),
     ]
@@ -51,7 +55,7 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
     refused = {
-        f"algorithm: osft decomposes the weights of all layers, and a process has some of them. Write {PIPELINE}: 1, or "
+        f"algorithm: osft decomposes weights of all layers, and a process has some of them. Write {PIPELINE}: 1, or "
         "algorithm: sft.": degrees.pp > 1 and recipe.algorithm == "osft",
         f"{CONTEXT}: noise is drawn for whole samples, and a process has parts of them. Write 1, or leave "
         "loss.neftune_noise_alpha out.": degrees.cp > 1 and recipe.loss.neftune_noise_alpha,

@@ -1,4 +1,4 @@
-"""What split products share: where a tensor enters them, where their sums leave, and a weight's own rows."""
+"""What split modules share: a forward of their own, over this rank's parts of weights, and a weight's own rows."""
 
 from __future__ import annotations
 
@@ -10,28 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
-from training_hub.backends.torch_engine.fused.exchange import Forward, made
-
-
-def entering(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """`x`, the same on all ranks of the mesh, for work that is split among them: its gradients are added up."""
-    inside: Tensor = DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-    return inside
-
-
-def leaving(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum of `x` over the ranks of the mesh, whose gradient is the same on all of them."""
-    part = DTensor.from_local(x, mesh, [Partial()], run_check=False)
-    whole: Tensor = part.redistribute(placements=[Replicate()]).to_local()
-    return whole
+from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, made
 
 
 def exchange(model: nn.Module, name: str, module: nn.Module, make: Callable[[Any], Forward]) -> None:
     """Let the module of this name run the forward that `make` makes for its class, in place. It stays so: with parts of
     weights the library's own forward says something else."""
     own: Any = type(module)
+    own = own.__bases__[1] if issubclass(own, OnKernels) else own
     model.set_submodule(name, made(_subclass(own, make), module.__dict__))
 
 

@@ -1,8 +1,8 @@
 """Tensor parallelism: heads, inner widths, experts and the vocabulary of a transformers model, split over ranks.
 
 What is split how is read from the model's own plan (`base_model_tp_plan` of its config, `_tp_plan` of its class), which
-is data, and done by torch's own parallel styles. All ranks of a group see the same packs; what lies between the split
-products is the same on each, so that norms, residuals and dropout are too.
+is data. All ranks of a group see the same packs; what lies between the split products is the same on each, so that
+norms, residuals and dropout are too, or a slice on each (`sequence.py`).
 """
 
 # V vocabulary, D width of the model
@@ -22,19 +22,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from training_hub.backends.torch_engine.fused.exchange import Forward
 from training_hub.backends.torch_engine.fused.low_rank import ADAPTER
+from training_hub.backends.torch_engine.layouts.exchanges import leaving
 from training_hub.backends.torch_engine.layouts.experts import deal_out, experts_of
-from training_hub.backends.torch_engine.layouts.shared import Rows, exchange, leaving, locally
+from training_hub.backends.torch_engine.layouts.shared import Rows, exchange, locally
+from training_hub.backends.torch_engine.layouts.split_linear import STYLES, keep_slice, split_linear
+from training_hub.backends.torch_engine.layouts.tokens import Tokens, num_tokens, on_entry
 
-STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
-    "colwise": ColwiseParallel,
-    "rowwise": partial(RowwiseParallel, output_layouts=Partial(), use_local_output=False),
+HEAD_STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
     "colwise_gather_output": partial(ColwiseParallel, use_local_output=False),
     "rowwise_split_input": partial(
         RowwiseParallel, input_layouts=Replicate(), output_layouts=Partial(), use_local_output=False
     ),
 }
-"""Styles of linear layers, as transformers names them. What has to be put together after a layer `_put_together` does:
-torch's styles would give out a tensor that is still on its way, which our kernels cannot read."""
+"""Styles of the head, as transformers names them."""
 
 SUMMED = "replicated_with_grad_allreduce"
 """A weight that each rank has whole and uses on its own heads, so that its gradient is the sum over the ranks."""
@@ -137,27 +137,38 @@ def _base(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def split_tensors(model: Any, mesh: DeviceMesh) -> frozenset[str]:
-    """Split the model over the ranks of the mesh, in place. All ranks must hold the same weights.
+def split_tensors(model: Any, tokens: Tokens, *, deals_experts: bool = True) -> frozenset[str]:
+    """Split the model over the ranks of a mesh, in place. All ranks must hold the same weights.
 
-    Parts of weights become DTensors under the names they had. Gives the names of those that each rank has whole, but
-    whose gradients must be added up over the ranks. What `tensor_problems` refuses must not come here.
+    Parts of weights become DTensors under the names they had. deals_experts: experts are dealt out to these ranks, too.
+    Gives the names of those that each rank has whole, but whose gradients must be added up over the ranks. What
+    `tensor_problems` refuses must not come here.
     """
-    plan, summed = tensor_plan(model), set()
+    plan, mesh, summed = tensor_plan(model), tokens.mesh, set()
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head is not None and _base(head).weight is table.weight
     is_table_fit = isinstance(table, nn.Embedding) and table.max_norm is None
     is_head_fit = any(_is_head(model, name) and style.startswith("colwise") for name, style in plan.items())
+    closed = closed_regions(model, plan)
     for name, style in plan.items():
         module = model.get_submodule(name)
-        if style in STYLES and not (module is head and is_tied and not is_table_fit):
-            for part, kind in _parts(module, style):
-                parallelize_module(part, mesh, STYLES[kind](), src_data_rank=None)
-                part.register_forward_hook(_put_together)
-        elif style == EXPERTS:
-            deal_out(model, name, module, mesh, are_tokens_shared=True)
+        if module is head and is_tied and not is_table_fit:
+            continue
+        if module is head:
+            _split_head(module, style, mesh)
+        elif style in STYLES:
+            is_entered = name.rpartition(".")[0] in closed
+            for part, kind in _parts(name, module, style):
+                split_linear(model, part, STYLES[kind], tokens, enters=not is_entered)
+            if is_entered and hasattr(module, "lora_A") and not STYLES[style].is_by_rows:
+                keep_slice(model, f"{name}.lora_A.{ADAPTER}")  # it reads what has entered
+                summed.add(f"{name}.lora_A.{ADAPTER}.weight")
+        elif style == EXPERTS and deals_experts:
+            deal_out(model, name, module, mesh, are_tokens_shared=not tokens.are_sliced)
         elif style == SUMMED:
             summed |= {f"{name}.{key}" for key, _ in module.named_parameters()}
+    for name in closed:
+        on_entry(model.get_submodule(name), lambda hidden, keywords: tokens.enter(hidden, num_tokens(keywords)))
     if is_table_fit and (is_head_fit or not is_tied):
         _split_table(model, table, mesh, _base(head).weight if is_tied else None)
     return frozenset(summed)
@@ -173,7 +184,8 @@ def split_dimensions(model: Any) -> Iterator[tuple[nn.Parameter, int]]:
     for name, style in plan.items():
         module = model.get_submodule(name)
         if style in STYLES and not (module is head and is_tied):
-            for part, kind in _parts(module, style):
+            for part_name, kind in _parts(name, module, style):
+                part = model.get_submodule(part_name)
                 dimension = 1 if kind.startswith("rowwise") else 0
                 yield part.weight, dimension  # type: ignore[misc]
                 if not dimension and part.bias is not None:
@@ -184,17 +196,39 @@ def split_dimensions(model: Any) -> Iterator[tuple[nn.Parameter, int]]:
         yield table.weight, 0
 
 
+def closed_regions(model: Any, plan: Plan) -> list[str]:
+    """The modules (attention, MLPs), by name, all of whose weights the plan splits: what they are given goes into split
+    products alone, so that it enters these once for all."""
+    parents = {name.rpartition(".")[0] for name, style in plan.items() if style in STYLES and not _is_head(model, name)}
+    return [name for name in sorted(parents) if _is_closed(model, name, plan)]
+
+
+def _is_closed(model: Any, name: str, plan: Plan) -> bool:
+    module = model.get_submodule(name)
+    parts = [key for key, child in module.named_children() if next(child.parameters(), None) is not None]
+    own = next(module.parameters(recurse=False), None)
+    return own is None and all(plan.get(f"{name}.{key}") in (*STYLES, SUMMED) for key in parts)
+
+
+def _split_head(head: Any, style: str, mesh: DeviceMesh) -> None:
+    """The head stays a module of its library, since the loss reaches for its weight; by itself it gives all logits."""
+    for name, _ in _parts("head", head, style):
+        layer = head.get_submodule(name.removeprefix("head").removeprefix("."))
+        parallelize_module(layer, mesh, HEAD_STYLES[style](), src_data_rank=None)
+        layer.register_forward_hook(_put_together)
+
+
 def _put_together(layer: nn.Module, given: Any, output: Tensor) -> Tensor:
     """What a layer gives out, whole on each rank where it left it divided."""
     return output.redistribute(placements=[Replicate()]).to_local() if isinstance(output, DTensor) else output
 
 
-def _parts(module: Any, style: str) -> Iterator[tuple[nn.Module, str]]:
-    """The linear layers of a module and their styles: itself, or the base of an adapter and that half of the adapter
-    which is as wide as what is split. The other half is whole on each rank, and so is its gradient."""
-    yield _base(module), style
+def _parts(name: str, module: Any, style: str) -> Iterator[tuple[str, str]]:
+    """The linear layers of a module, by name, and their styles: itself, or the base of an adapter and that half of the
+    adapter which is as wide as what is split. The other half is whole on each rank."""
+    yield (name if _base(module) is module else f"{name}.base_layer"), style
     if hasattr(module, "lora_A"):
-        yield (module.lora_A if style.startswith("rowwise") else module.lora_B)[ADAPTER], style
+        yield f"{name}.{'lora_A' if style.startswith('rowwise') else 'lora_B'}.{ADAPTER}", style
 
 
 def _split_table(model: Any, table: nn.Embedding, mesh: DeviceMesh, of_head: nn.Parameter | None) -> None:

@@ -18,7 +18,8 @@ from training_hub.backends.torch_engine.fused.functions import TYPES, are_fit, p
 from training_hub.backends.torch_engine.fused.low_rank import LowRank, low_rank_of
 from training_hub.backends.torch_engine.fused.products import add_product_, holder_of, product
 from training_hub.backends.torch_engine.layouts.cut import Elsewhere, Route, route_of
-from training_hub.backends.torch_engine.layouts.shared import Rows, entering
+from training_hub.backends.torch_engine.layouts.exchanges import entering
+from training_hub.backends.torch_engine.layouts.shared import Rows
 from training_hub.backends.torch_engine.objectives.split_tokens import SplitTokens
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
 

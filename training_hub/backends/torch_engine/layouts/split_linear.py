@@ -1,0 +1,126 @@
+"""Linear layers split over ranks: each multiplies with its rows or columns of the weight, as plain tensors.
+
+Weights become torch's DTensors under the names they had. Where tokens enter split products and sums leave them is said
+from outside, once for all layers that read the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from training_hub.backends.torch_engine.fused.exchange import Forward
+from training_hub.backends.torch_engine.layouts import exchanges
+from training_hub.backends.torch_engine.layouts.exchanges import WIDTH
+from training_hub.backends.torch_engine.layouts.shared import exchange, locally
+from training_hub.backends.torch_engine.layouts.tokens import Entered, Tokens
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a linear layer is split. is_by_rows: its inputs are, so that ranks find summands; else its outputs.
+
+    is_apart: it stands among products that are whole, gets whole inputs and gives whole outputs.
+    """
+
+    is_by_rows: bool
+    is_apart: bool = False
+
+
+STYLES: Mapping[str, Style] = {
+    "colwise": Style(is_by_rows=False),
+    "rowwise": Style(is_by_rows=True),
+    "colwise_gather_output": Style(is_by_rows=False, is_apart=True),
+    "rowwise_split_input": Style(is_by_rows=True, is_apart=True),
+}
+"""By transformers' names."""
+
+
+def split_linear(model: nn.Module, name: str, style: Style, tokens: Tokens, *, enters: bool) -> None:
+    """Split the layer of this name, in place. enters: whether tokens enter split products here, and not before it."""
+    layer: Any = model.get_submodule(name)
+    mesh = tokens.mesh
+    _divide(layer, "weight", mesh, 1 if style.is_by_rows else 0)
+    if layer.bias is not None and not style.is_by_rows:
+        _divide(layer, "bias", mesh, 0)
+    exchange(model, name, layer, _summand if style.is_by_rows else _columns)
+    split: Any = model.get_submodule(name)
+    if style.is_by_rows and style.is_apart:
+        split.register_forward_pre_hook(lambda module, given: (exchanges.parted(given[0], mesh, WIDTH),))
+    if not style.is_by_rows and enters:
+        split.register_forward_pre_hook(lambda module, given: (exchanges.entering(given[0], mesh),))
+    if style.is_by_rows:
+        split.register_forward_hook(_ending(tokens))
+    elif style.is_apart:
+        split.register_forward_hook(lambda module, given, output: exchanges.joined(output, mesh, WIDTH))
+
+
+def keep_slice(model: nn.Module, name: str) -> None:
+    """Let a layer that is whole on each rank keep no more of the tokens that it is given than it must, in place."""
+    exchange(model, name, model.get_submodule(name), _columns)
+
+
+def _divide(layer: nn.Module, key: str, mesh: DeviceMesh, dim: int) -> None:
+    weight = layer.get_parameter(key)
+    split = distribute_tensor(weight.detach(), mesh, [Shard(dim)], src_data_rank=None)
+    layer.register_parameter(key, nn.Parameter(split, requires_grad=weight.requires_grad))
+
+
+def _columns(own: Any) -> Forward:
+    """This rank's outputs."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        part, entered = locally(own, self), Entered.of(x)
+        if entered is None or not (torch.is_grad_enabled() and part.weight.requires_grad):
+            said: Tensor = own.forward(part, x)
+        else:
+            entered.expect()
+            said = _Product.apply(x, entered.kept, part.weight, part.bias, entered)
+        return said
+
+    return forward
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b of tokens that were gathered, of which only this rank's slice is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, entered: Entered) -> Tensor:
+        ctx.save_for_backward(kept, weight)
+        ctx.entered = entered
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor | None, None]:
+        kept, weight = ctx.saved_tensors
+        upstream_TN = upstream[0].flatten(0, -2)
+        x_TD = ctx.entered.again(kept).flatten(0, -2)
+        of_x = (upstream_TN @ weight).view(*upstream[0].shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        of_bias = upstream_TN.sum(0) if ctx.needs_input_grad[3] else None
+        return of_x, None, upstream_TN.T @ x_TD, of_bias, None
+
+
+def _summand(own: Any) -> Forward:
+    """This rank's summand of all outputs, without the bias, which is added once."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        part = locally(own, self)
+        part._parameters["bias"] = None
+        summand: Tensor = own.forward(part, x)
+        return summand
+
+    return forward
+
+
+def _ending(tokens: Tokens) -> Callable[..., Tensor]:
+    def end(module: Any, given: Any, summand: Tensor) -> Tensor:
+        total = tokens.leave(summand)
+        return total if module.bias is None else total + module.bias
+
+    return end
