@@ -65,13 +65,23 @@ def test_what_shares_samples_takes_processes_too():
         degrees_of(Parallelism(tensor_parallel_degree=3), 4)
 
 
-def test_experts_go_to_the_processes_among_which_weights_are_divided():
+def test_experts_go_to_processes_among_which_one_copy_of_the_model_lies():
     settings = {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}
     assert degrees_of(Parallelism(**settings), 4) == Degrees(dp_replicate=2, dp_shard=2, ep=2)
-    with pytest.raises(RecipeError, match="data_parallel_shard_degree: 2, or"):
+    found = degrees_of(Parallelism(**settings, tensor_parallel_degree=2, context_parallel_degree=2), 8)
+    assert (found.ep, found.efsdp) == (2, 4)
+    assert degrees_of(Parallelism(expert_parallel_degree=2, tensor_parallel_degree=2), 4).efsdp == 1
+    with pytest.raises(RecipeError, match=r"3 does not divide 4.*shard_degree 4 x .*allowed: 1, 2, 4"):
+        degrees_of(Parallelism(expert_parallel_degree=3, data_parallel_shard_degree=4), 4)
+    with pytest.raises(RecipeError, match=r"2 does not divide 1, .*allowed: 1\."):
         degrees_of(Parallelism(expert_parallel_degree=2), 4)
-    with pytest.raises(RecipeError, match="deals experts out already"):
-        degrees_of(Parallelism(**settings, tensor_parallel_degree=2), 4)
+
+
+def test_processes_with_the_same_tokens_deal_experts_out_among_themselves():
+    settings = {"expert_parallel_degree": 4, "data_parallel_shard_degree": 2, "tensor_parallel_degree": 2}
+    assert degrees_of(Parallelism(**settings), 4).ep == 4
+    with pytest.raises(RecipeError, match="sequence_parallel: true, or 1"):
+        degrees_of(Parallelism(**settings, sequence_parallel=False), 4)
 
 
 def test_how_the_loss_of_a_split_vocabulary_is_taken_needs_a_split_one():

@@ -54,8 +54,9 @@ class Parallelism(Section):
     keys and values within each attention layer."""
 
     expert_parallel_degree: Annotated[int, Field(ge=1)] = 1
-    """Processes over which the experts of a mixture are dealt out, each with samples of its own; tokens are sent to
-    their experts and back. They are those of data_parallel_shard_degree, so that the two must be equal."""
+    """Processes over which the experts of a mixture are dealt out, each with tokens of its own, which are sent to their
+    experts and back. Neighbours among those of data_parallel_shard_degree x context_parallel_degree x
+    tensor_parallel_degree, which it divides; what is left of these divides the experts as it does other weights."""
 
     pipeline_parallel_degree: Annotated[int, Field(ge=1)] = 1
     """Processes over which layers are dealt out in stages. Packs pass through the stages one after another, so that all
@@ -90,7 +91,8 @@ class Parallelism(Section):
 class Degrees:
     """Into how many the processes fall along each dimension, by torchtitan's names, with which meshes are made.
 
-    All but `ep` multiply to the number of processes; experts take theirs from dp_shard, cp and tp.
+    All but `ep` multiply to the number of processes; experts take theirs from dp_shard, cp and tp, the last of which
+    are nearest.
     """
 
     dp_replicate: int = 1
@@ -103,6 +105,11 @@ class Degrees:
     @property
     def world_size(self) -> int:
         return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
+
+    @property
+    def efsdp(self) -> int:
+        """Groups of `ep` processes in one copy of the model, each of which has all experts."""
+        return self.dp_shard * self.cp * self.tp // self.ep
 
     @property
     def sharers(self) -> int:
@@ -147,20 +154,25 @@ def degrees_of(asked: Parallelism, world_size: int) -> Degrees:
             f"processes.nodes). {_remedy(world_size, given, bool(open_ends))}"
         )
     found |= dict.fromkeys(open_ends[-1:], rest)
-    return _with_experts(Degrees(**found), asked.expert_parallel_degree)
+    return _with_experts(Degrees(**found), asked)
 
 
-def _with_experts(dense: Degrees, degree: int) -> Degrees:
+def _with_experts(dense: Degrees, asked: Parallelism) -> Degrees:
     """The degrees with that of experts. Raises RecipeError where experts cannot be dealt out so."""
-    name, shards = "parallelism.expert_parallel_degree", f"parallelism.{FIELDS['dp_shard']}"
-    if degree not in (1, dense.dp_shard):
+    name, degree = "parallelism.expert_parallel_degree", asked.expert_parallel_degree
+    there = dense.dp_shard * dense.cp * dense.tp
+    if there % degree:
+        told = " x ".join(f"{FIELDS[one]} {getattr(dense, one)}" for one in ("dp_shard", "cp", "tp"))
+        allowed = ", ".join(str(number) for number in range(1, there + 1) if there % number == 0)
         raise RecipeError(
-            f"{name}: {degree}, but {shards} is {dense.dp_shard}; experts are dealt out to the processes among which "
-            f"weights are divided. Write {shards}: {degree}, or {name}: {dense.dp_shard}."
+            f"{name}: {degree} does not divide {there}, the processes among which one copy of the model lies ({told}); "
+            f"allowed: {allowed}."
         )
-    if degree > 1 and dense.tp > 1:
+    if degree > 1 and dense.tp > 1 and not asked.sequence_parallel:
         raise RecipeError(
-            f"{name}: {degree}, but parallelism.{FIELDS['tp']}: {dense.tp} deals experts out already. Write 1."
+            f"{name}: {degree}, but with parallelism.sequence_parallel: false the {dense.tp} processes of "
+            f"parallelism.{FIELDS['tp']} have the same tokens, and deal experts out among them. Write "
+            "parallelism.sequence_parallel: true, or 1."
         )
     return replace(dense, ep=degree)
 

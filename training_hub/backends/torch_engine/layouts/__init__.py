@@ -24,7 +24,7 @@ from training_hub.backends.torch_engine.layouts.context import refuse_other_numb
 from training_hub.backends.torch_engine.layouts.cut import cut
 from training_hub.backends.torch_engine.layouts.experts import deal_out_all
 from training_hub.backends.torch_engine.layouts.fitness import split_problems
-from training_hub.backends.torch_engine.layouts.mesh import dense_mesh, place_in, size_of
+from training_hub.backends.torch_engine.layouts.mesh import EXPERT_TOKENS, dense_mesh, expert_mesh, place_in, size_of
 from training_hub.backends.torch_engine.layouts.pieces import is_copy, norm_of
 from training_hub.backends.torch_engine.layouts.pipeline import Pipeline, pipeline_of
 from training_hub.backends.torch_engine.layouts.sequence import refuse_other_loss, slice_tokens
@@ -56,8 +56,8 @@ class Layout:
 
     mesh: the processes by dimension; None where each holds the whole model and all are replicas. summed: weights that
     are whole in each process of a group that splits heads, and used on the heads or the slice of tokens of each.
-    tokens: how tokens lie there, once the model is divided. pipeline: how packs pass through a model of which this
-    process has some layers.
+    tokens: how tokens lie there, once the model is divided. experts: the same processes as experts lie on them, where
+    these are dealt out. pipeline: how packs pass through a model of which this process has some layers.
     """
 
     group: Group = ALONE
@@ -68,6 +68,7 @@ class Layout:
     summed: frozenset[str] = frozenset()
     pipeline: Pipeline | None = None
     tokens: Tokens | None = None
+    experts: DeviceMesh | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -134,17 +135,22 @@ class Layout:
         the process with the last stage has the numbers, the others zeros."""
         if self.mesh is None or size_of(self.mesh, *TOKENS, "pp") == self.group.world_size:
             return self.group.sum(numbers)
-        for group in self._groups((*TOKENS, "pp")):
+        for group in _groups(self.mesh, (*TOKENS, "pp")):
             with self.group.explained("a sum"):
                 dist.all_reduce(numbers, group=group)
         return numbers
 
     def is_copy(self, name: str, weight: Tensor) -> bool:
         """Whether another process, lower in rank, holds the same piece of this weight and speaks for it."""
-        names: tuple[str, ...] = (self.mesh.mesh_dim_names or ()) if self.mesh is not None else ()
         own = (weight.device_mesh.mesh_dim_names or ()) if isinstance(weight, DTensor) else ()
+        mesh = self._mesh_of(own)
+        names: tuple[str, ...] = (mesh.mesh_dim_names or ()) if mesh is not None else ()
         beside = [one for one in names if one not in own and one != "pp"]
-        return is_copy(weight) or place_in(self.mesh, *beside) > 0 or self.is_second(name)
+        return is_copy(weight) or place_in(mesh, *beside) > 0 or self.is_second(name)
+
+    def _mesh_of(self, dimensions: tuple[str, ...]) -> DeviceMesh | None:
+        """All processes, as the weights lie on them that lie on these dimensions."""
+        return self.experts if "ep" in dimensions else self.mesh
 
     def sum_gradients(self, weights: Mapping[str, Tensor], sources: Mapping[str, tuple[str, Tensor]]) -> None:
         """Add up `grad` of each weight, by name, over the processes that found a part of it, where backward did not.
@@ -155,16 +161,17 @@ class Layout:
         if self.mesh is None:
             self.group.sum_gradients(weights.values())
             return
-        sorts: dict[tuple[str, ...], list[Tensor]] = {}
+        sorts: dict[tuple[DeviceMesh | None, tuple[str, ...]], list[Tensor]] = {}
         for name, weight in weights.items():
             source, parameter = sources[name]
             own = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
-            wanted = (*TOKENS, "tp") if source in self.summed else TOKENS
-            across = tuple(one for one in wanted if one not in own and size_of(self.mesh, one) > 1)
-            sorts.setdefault(across, []).append(weight)
-        for across, some in sorts.items():
+            mesh, wanted = self._mesh_of(own), (*TOKENS, "tp") if source in self.summed else TOKENS
+            wanted = EXPERT_TOKENS if mesh is not self.mesh else wanted
+            across = tuple(one for one in wanted if one not in own and size_of(mesh, one) > 1)
+            sorts.setdefault((mesh, across), []).append(weight)
+        for (mesh, across), some in sorts.items():
             if across:
-                self.group.sum_gradients(some, self._groups(across))
+                self.group.sum_gradients(some, _groups(mesh, across))
         if self.pipeline is not None and self.pipeline.twice is not None:
             self.pipeline.add_up(weights.get(self.pipeline.twice))
 
@@ -172,12 +179,7 @@ class Layout:
         """The norm of the gradients of these weights, by name, of all processes together, once they are added up."""
         own = {name: weight for name, weight in weights.items() if not self.is_second(name)}
         pieces = [(weight.grad, divided.get(name)) for name, weight in own.items() if weight.grad is not None]
-        return norm_of(pieces, self.device, self._groups(("pp",)))
-
-    def _groups(self, names: Iterable[str]) -> list[dist.ProcessGroup]:
-        """Those of this process along these dimensions, as far as there is more than one process along them."""
-        assert self.mesh is not None
-        return [self.mesh.get_group(name) for name in names if size_of(self.mesh, name) > 1]
+        return norm_of(pieces, self.device, _groups(self.mesh, ("pp",)))
 
     def learn(
         self,
@@ -323,13 +325,13 @@ class Layout:
         summed: frozenset[str] = frozenset()
         tokens = Tokens(self.mesh["tp"], are_sliced=self.asked.sequence_parallel) if self.degrees.tp > 1 else None
         if tokens is not None:
-            summed = split_tensors(model, tokens)
+            summed = split_tensors(model, tokens, deals_experts=self.experts is None)
+        dealt = deal_out_all(model, self.experts["ep"]) if self.experts is not None else []
         if tokens is not None and tokens.are_sliced:
             summed |= slice_tokens(model, tokens)
-        dealt = deal_out_all(model, self.mesh["dp_shard"]) if self.degrees.ep > 1 else frozenset()
         if self.is_sharded:
-            apart = dealt | {model.get_parameter(name) for name in undivided}
-            fully_sharded.shard(model, self.mesh, self.asked, dtype, apart)
+            apart = frozenset(model.get_parameter(name) for name in undivided)
+            fully_sharded.shard(model, self.mesh, self.asked, dtype, apart, dealt, self.experts)
         return replace(self, summed=summed, tokens=tokens, pipeline=pipeline)
 
     def spread(self, model: PreTrainedModel) -> None:
@@ -377,6 +379,11 @@ def _batched(items: Iterable[T], most: int) -> Iterator[list[T]]:
         yield some
 
 
+def _groups(mesh: DeviceMesh | None, names: Iterable[str]) -> list[dist.ProcessGroup]:
+    """Those of this process along these dimensions of the mesh, as far as there is more than one process along them."""
+    return [mesh.get_group(name) for name in names if mesh is not None and size_of(mesh, name) > 1]
+
+
 WHOLE = Layout()
 
 
@@ -384,4 +391,5 @@ def layout_of(asked: Parallelism, group: Group, device: torch.device) -> Layout:
     """The layout that a recipe asks for. Raises RecipeError where its degrees do not fit the number of processes."""
     degrees = degrees_of(asked, group.world_size)
     mesh = dense_mesh(degrees, device, group.timeout_seconds) if degrees.is_divided else None
-    return Layout(group, degrees, mesh, asked, device)
+    experts = expert_mesh(degrees, device, group.timeout_seconds) if degrees.ep > 1 else None
+    return Layout(group, degrees, mesh, asked, device, experts=experts)

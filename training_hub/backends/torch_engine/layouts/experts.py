@@ -128,8 +128,9 @@ def expert_problems(model: Any, degree: int) -> list[str]:
     return [f"{DEGREE}: {degree} does not divide {most} experts of {kind}; allowed: {allowed}."]
 
 
-def deal_out_all(model: nn.Module, mesh: DeviceMesh) -> frozenset[nn.Parameter]:
-    """Leave each rank of the mesh, which has tokens of its own, its experts of every layer, in place; their weights."""
+def deal_out_all(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+    """Leave each rank of the mesh, which has tokens of its own, its experts of every layer, in place; the modules that
+    hold them."""
     for name, module in list(experts_of(model)):
         deal_out(model, name, module, mesh, are_tokens_shared=False)
-    return frozenset(weight for _, module in experts_of(model) for weight in module.parameters(recurse=False))
+    return [module for _, module in experts_of(model)]

@@ -29,7 +29,7 @@ SPLIT_TUNERS = ("lora", "rslora")
 def split_problems(model: Any, degrees: Degrees, asked: Parallelism) -> list[str]:
     """Why the model, which may lie on the meta device, cannot be split by these degrees; [] where it can. asked: how
     stages are to be made, and how tokens lie between layers that are split."""
-    of_heads = tensor_problems(model, degrees.tp) if degrees.tp > 1 else []
+    of_heads = tensor_problems(model, degrees.tp, deals_experts=degrees.ep == 1) if degrees.tp > 1 else []
     is_sliced = degrees.tp > 1 and asked.sequence_parallel and not of_heads
     return [
         *(pipeline_problems(model, asked) if degrees.pp > 1 else []),

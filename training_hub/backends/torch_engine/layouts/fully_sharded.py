@@ -6,7 +6,7 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO, stage 3); Zhao et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.as_forward import DEVICE, DTYPE, NAME
 from training_hub.backends.torch_engine.checkpointing import layers_of
+from training_hub.backends.torch_engine.layouts.mesh import size_of
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Parallelism
 
@@ -40,20 +42,23 @@ def shard(
     asked: Parallelism,
     dtype: torch.dtype,
     apart: frozenset[nn.Parameter] = frozenset(),
+    dealt: Sequence[nn.Module] = (),
+    experts: DeviceMesh | None = None,
 ) -> None:
     """Divide the model's weights over the mesh, in place; it computes in `dtype`.
 
     What trains is kept in float32, in slices, and gathered as `dtype`: the slices are the optimizer's masters. Tied
     weights, embeddings, the last norm and the head are one group, which is gathered once in a pass. apart: weights that
-    stay as they are: divided already, or whole in each process. Raises RecipeError where processes could use different
+    stay whole in each process. dealt: modules whose experts are dealt out over `ep` of the mesh `experts`; over what is
+    left of that they are divided, too, where anything is. Raises RecipeError where processes could use different
     weights in a pass.
     """
     _refuse_listed_experts(model)
+    is_left = size_of(experts, "efsdp") > 1
+    apart |= {weight for module in dealt for weight in module.parameters(recurse=False) if not is_left}
     _widen(model, dtype, apart)
-    names = tuple(name for name in DIMENSIONS if name in (mesh.mesh_dim_names or ()))
     is_low = dtype in LOW_PRECISION
     options: dict[str, Any] = {
-        "mesh": mesh[names],
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype if is_low else None,
             reduce_dtype=torch.float32 if is_low else None,
@@ -62,9 +67,11 @@ def shard(
         "offload_policy": _offloading(asked, mesh),
         "ignored_params": set(apart),
     }
-    for layer in blocks_of(model):
-        fully_shard(layer, reshard_after_forward=True, **options)
-    fully_shard(model, reshard_after_forward=True, **options)
+    if experts is not None and is_left:
+        for one in dealt:
+            fully_shard(one, mesh=_along(experts, ("dp_replicate", "efsdp")), reshard_after_forward=True, **options)
+    for layer in (*blocks_of(model), model):
+        fully_shard(layer, mesh=_along(mesh, DIMENSIONS), reshard_after_forward=True, **options)
     for module in sharded_modules(model):
         # The loss is divided once, by the trained weight of the step; so gradients are added up.
         module.set_gradient_divide_factor(1.0)
@@ -74,6 +81,11 @@ def shard(
     setattr(model, DTYPE, dtype)
     is_gpu = mesh.device_type == "cuda"
     setattr(model, DEVICE, torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu"))
+
+
+def _along(mesh: DeviceMesh, names: Sequence[str]) -> DeviceMesh:
+    """The mesh along these of its dimensions, as far as it has them."""
+    return mesh[tuple(name for name in names if name in (mesh.mesh_dim_names or ()))]
 
 
 def _refuse_listed_experts(model: nn.Module) -> None:
@@ -86,10 +98,19 @@ def _refuse_listed_experts(model: nn.Module) -> None:
 
 
 def _widen(model: nn.Module, dtype: torch.dtype, apart: frozenset[nn.Parameter]) -> None:
-    if dtype in LOW_PRECISION:
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter not in apart:
+    if dtype not in LOW_PRECISION:
+        return
+    wide: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad or parameter in apart or parameter.dtype not in LOW_PRECISION:
+                continue
+            if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(torch.float32)
+                continue
+            if parameter not in wide:  # a DTensor keeps the format that it was made in
+                wide[parameter] = nn.Parameter(parameter.detach().to(torch.float32))
+            module.register_parameter(key, wide[parameter])
 
 
 def _offloading(asked: Parallelism, mesh: DeviceMesh) -> OffloadPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,12 @@ from training_hub.recipe.parallelism import Degrees
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Outermost first: neighbours in rank, which are near each other, share what says most."""
 
+OF_EXPERTS = ("pp", "dp_replicate", "efsdp")
+"""Dimensions beside `ep` of the mesh on which experts lie."""
+
+EXPERT_TOKENS = ("dp_replicate", "efsdp")
+"""Those along which processes have the same experts, and ask them about tokens of their own."""
+
 
 def dense_mesh(degrees: Degrees, device: torch.device, timeout_seconds: float) -> DeviceMesh:
     """All processes of the run, by the dimensions along which there is more than one; one of 1 where there is none.
@@ -20,6 +27,16 @@ def dense_mesh(degrees: Degrees, device: torch.device, timeout_seconds: float) -
     `mesh["dp_shard"]`, `mesh["dp_replicate", "dp_shard"]` are those that a process shares with others.
     """
     names = [name for name in DIMENSIONS if getattr(degrees, name) > 1] or ["dp_shard"]
+    return _mesh(names, degrees, device, timeout_seconds)
+
+
+def expert_mesh(degrees: Degrees, device: torch.device, timeout_seconds: float) -> DeviceMesh:
+    """The same processes, as experts lie on them, by the dimensions along which there is more than one, and `ep`."""
+    names = [name for name in OF_EXPERTS if getattr(degrees, name) > 1]
+    return _mesh([*names, "ep"], degrees, device, timeout_seconds)
+
+
+def _mesh(names: Sequence[str], degrees: Degrees, device: torch.device, timeout_seconds: float) -> DeviceMesh:
     mesh = init_device_mesh(device.type, tuple(getattr(degrees, name) for name in names), mesh_dim_names=tuple(names))
     bound_waiting(mesh, timeout_seconds)
     return mesh

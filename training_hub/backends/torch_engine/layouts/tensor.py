@@ -63,8 +63,11 @@ def general(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def tensor_problems(model: Any, degree: int) -> list[str]:
-    """Why this model, which may lie on the meta device, cannot be split over `degree` ranks; [] where it can."""
+def tensor_problems(model: Any, degree: int, *, deals_experts: bool = True) -> list[str]:
+    """Why this model, which may lie on the meta device, cannot be split over `degree` ranks; [] where it can.
+
+    deals_experts: experts are dealt out to these ranks, too.
+    """
     kind, plan = type(model).__name__, tensor_plan(model)
     if not any(style in STYLES for name, style in plan.items() if not _is_head(model, name)):
         return [f"{DEGREE}: {degree}, but transformers has no plan for {kind} that says how it is split. Write 1."]
@@ -77,7 +80,7 @@ def tensor_problems(model: Any, degree: int) -> list[str]:
             else f"of kinds that are not: {', '.join(odd[:3])}"
         )
         return [f"{DEGREE}: {degree}, but the plan of {kind} splits parts {what}. Write 1."]
-    counts = dict(_divided(model, plan))
+    counts = {what: count for what, count in _divided(model, plan) if deals_experts or what != "experts"}
     if all(count % degree == 0 for count in counts.values()):
         return []
     most = gcd(*counts.values())
