@@ -22,13 +22,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+SLICES = "training_hub_slices"
+"""Attribute of a weight without contents: in how many slices it lies, where not in as many as others."""
+
+
 @dataclass(frozen=True)
 class Share:
     """In how many slices weights lie, over how many replicas; among how many the samples of a step are dealt out;
     whether weights stay gathered during a step, and whether slices lie beside the device's memory.
 
     heads: among how many heads, widths and the vocabulary are split. tokens: among how many those of a pack. experts:
-    among how many experts are dealt out. gathers_head: whether the head is gathered for the loss.
+    among how many experts are dealt out, and in how many slices they then lie. gathers_head: whether the head is
+    gathered for the loss.
     """
 
     slices: int = 1
@@ -39,6 +44,7 @@ class Share:
     heads: int = 1
     tokens: int = 1
     experts: int = 1
+    expert_slices: int = 1
     gathers_head: bool = False
 
     @staticmethod
@@ -54,27 +60,30 @@ class Share:
             degrees.tp,
             degrees.cp,
             degrees.ep,
+            degrees.efsdp if degrees.dp_shard > 1 else 1,
             asked.disable_loss_parallel,
         )
 
 
 def cut_down(blank: Any, share: Share) -> frozenset[nn.Parameter]:
     """Leave a model without contents what the first process has of weights that are split by heads, or dealt out as
-    experts, in place; those of experts that are dealt out among slices, which are not sliced again."""
-    if share.heads > 1:
-        for weight, dimension in list(split_dimensions(blank)):
-            _shorten(weight, dimension, share.heads)
-        for _, module in experts_of(blank) if share.heads > 1 else ():
-            module.num_experts = len(next(module.parameters(recurse=False)))
+    experts, in place; those of experts that are dealt out, and not sliced."""
     dealt = [module for _, module in experts_of(blank)] if share.experts > 1 else []
+    if share.heads > 1:
+        for weight, dimension in list(split_dimensions(blank, deals_experts=not dealt)):
+            _shorten(weight, dimension, share.heads)
+        for _, module in experts_of(blank) if not dealt else ():
+            module.num_experts = len(next(module.parameters(recurse=False)))
     for module in dealt:
         for weight in module.parameters(recurse=False):
             _shorten(weight, 0, share.experts)
+            setattr(weight, SLICES, share.expert_slices)
         module.num_experts = -(-module.num_experts // share.experts)
     for module in blank.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # it may be a row of another process
-    return frozenset(weight for module in dealt for weight in module.parameters(recurse=False))
+    unsliced = dealt if share.expert_slices == 1 else []
+    return frozenset(weight for module in unsliced for weight in module.parameters(recurse=False))
 
 
 def _shorten(weight: nn.Parameter, dimension: int, among: int) -> None:
@@ -90,7 +99,7 @@ def held(weight: Tensor, share: Share, apart: Collection[nn.Parameter]) -> Tenso
     """
     if share.slices == 1 or any(weight is one for one in apart):
         return weight
-    rows = -(-weight.shape[0] // share.slices)
+    rows = -(-weight.shape[0] // getattr(weight, SLICES, share.slices))
     return torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
 
 

@@ -177,7 +177,7 @@ def split_tensors(model: Any, tokens: Tokens, *, deals_experts: bool = True) -> 
     return frozenset(summed)
 
 
-def split_dimensions(model: Any) -> Iterator[tuple[nn.Parameter, int]]:
+def split_dimensions(model: Any, *, deals_experts: bool = True) -> Iterator[tuple[nn.Parameter, int]]:
     """The weights that `split_tensors` splits, and along which dimension; the model may lie on the meta device."""
     plan = tensor_plan(model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -190,10 +190,10 @@ def split_dimensions(model: Any) -> Iterator[tuple[nn.Parameter, int]]:
             for part_name, kind in _parts(name, module, style):
                 part = model.get_submodule(part_name)
                 dimension = 1 if kind.startswith("rowwise") else 0
-                yield part.weight, dimension  # type: ignore[misc]
+                yield part.weight, dimension
                 if not dimension and part.bias is not None:
-                    yield part.bias, 0  # type: ignore[misc]
-        elif style == EXPERTS:
+                    yield part.bias, 0
+        elif style == EXPERTS and deals_experts:
             yield from ((weight, 0) for weight in module.parameters(recurse=False))
     if is_table_fit and (is_head_fit or not is_tied):
         yield table.weight, 0
