@@ -90,7 +90,7 @@ def _by_onednn(left_TK: Tensor, right_KN: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:
     """x [..., K] @ weight transposed + bias, with gradients, where oneDNN is the faster way; else None."""
-    if not pays(x.reshape(-1, x.shape[-1]), weight_NK.T):
+    if not (_is_plain(x) and _is_plain(weight_NK) and pays(x.reshape(-1, x.shape[-1]), weight_NK.T)):
         return None
     result: Tensor = _Linear.apply(x, weight_NK, bias_N)
     return result

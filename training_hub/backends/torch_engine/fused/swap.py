@@ -172,10 +172,11 @@ def _kind_for(module: nn.Module) -> type | None:
 
 
 def _multiplies_faster(weight: Any) -> bool:
-    """Whether `products.linear` is faster by this weight than torch: in forward, or in backward."""
+    """Whether `products.linear` may be faster by this weight than torch, in forward or in backward. One without
+    contents may come to lie on a CPU; elsewhere nothing is lost."""
     if weight.is_cuda:
         return weight.dtype == torch.bfloat16
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and onednn.is_trusted()
+    return weight.dtype == torch.float32 and onednn.is_trusted()
 
 
 def _is_last(module: Any) -> bool:
