@@ -27,7 +27,7 @@ Degree = Annotated[int, BeforeValidator(_a_degree)]
 
 class Parallelism(Section):
     """How model and samples are divided over the processes. The degrees multiply to the number of processes; the names
-    are torchtitan's. With backend: jax read devices of the one process for processes."""
+    are torchtitan's. With backend: jax read devices, those of all processes, for processes."""
 
     data_parallel_replicate_degree: Degree = -1
     """Groups of processes that each hold the whole model, and take a share of each step's samples. -1: the rest, that
@@ -37,9 +37,9 @@ class Parallelism(Section):
     """Processes over which weights, gradients and the optimizer's state are divided, each with a share of the samples
     (fully sharded data parallelism). -1: the rest; each group of replicas is then one process."""
 
-    tensor_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    tensor_parallel_degree: Degree = 1
     """Processes over which attention heads, inner widths of MLPs, experts and the vocabulary are split. They share
-    their samples, and exchange sums within each layer: best inside one node."""
+    their samples, and exchange sums within each layer: best inside one node. -1: the rest."""
 
     disable_loss_parallel: bool = False
     """With tensor_parallel_degree, gather the head in each process for the loss, in place of taking the loss where each
@@ -49,14 +49,15 @@ class Parallelism(Section):
     """With tensor_parallel_degree, keep a slice of the tokens in each process between attention and MLPs, in place of
     all of them: layers keep less for their backward pass, in which inputs are gathered a second time."""
 
-    context_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    context_parallel_degree: Degree = 1
     """Processes that each have a part of the tokens of every pack, for packs that are too long for one. They exchange
-    keys and values within each attention layer."""
+    keys and values within each attention layer. -1: the rest."""
 
     expert_parallel_degree: Annotated[int, Field(ge=1)] = 1
     """Processes over which the experts of a mixture are dealt out, each with tokens of its own, which are sent to their
     experts and back. Neighbours among those of data_parallel_shard_degree x context_parallel_degree x
-    tensor_parallel_degree, which it divides; what is left of these divides the experts as it does other weights."""
+    tensor_parallel_degree, which it divides; what is left of these divides the experts as it does other weights.
+    With backend: jax it divides data_parallel_shard_degree."""
 
     pipeline_parallel_degree: Annotated[int, Field(ge=1)] = 1
     """Processes over which layers are dealt out in stages. Packs pass through the stages one after another, so that all

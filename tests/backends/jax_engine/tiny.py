@@ -47,3 +47,8 @@ def random_pack(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 128) -> Pa
         some = random.random(length).astype(np.float32) * (random.random(length) > 0.3)
         samples.append(Sample(random.integers(0, vocabulary, length, np.int32), some, Origin("random", 1)))
     return pack(samples, range(len(samples)))
+
+
+def losses(result: Any) -> np.ndarray:
+    """The losses of a run, step by step."""
+    return np.array([row["loss"] for row in result.history])

@@ -330,15 +330,14 @@ def test_flags_and_python_are_one_recipe(tmp_path: Path):
         ("--dataset_name x", "--repo_id: not given"),
         ("--repo_id m --dtype float16", "--dtype: found 'float16'; allowed: float32, bfloat16"),
         ("--repo_id m --attn_mechanism ring", "--attn_mechanism: found 'ring'; allowed: auto, vanilla"),
-        ("--repo_id m --sharding_axis 1,2,1,1,1", "--sharding_axis: fsdp is 2"),
+        ("--repo_id m --sharding_axis 1,1,-1,1,1", "--sharding_axis: ep is -1"),
+        ("--repo_id m --sharding_axis 1,-1,1,-1,1", "--sharding_axis: found (1, -1, 1, -1, 1); allowed: -1 once"),
         ("--repo_id m --sharding_axis 1,x", "--sharding_axis: found '1,x'"),
         ("--repo_id m --esurge_page_size 64", "--esurge_page_size: found 64; answers are made by"),
         ("--no_packing true", "--no_packing: takes no value"),
     ],
 )
 def test_flags_that_are_wrong_say_what_to_write(words: str, line: str):
-    if "sharding_axis 1,2" in words and "parallelism.data_parallel_shard_degree" in all_settings():
-        pytest.skip("models are laid over devices here")
     with pytest.raises(RecipeError) as caught:
         SFTTrainer(**trainer_arguments([*words.split(), *("--repo_id m".split() if "packing maybe" in words else [])]))
     assert line in str(caught.value)
@@ -383,12 +382,18 @@ def test_formats_of_numbers_are_taken_as_each_library_has_them(dtype: str):
     assert model.settings["model.save_dtype"] == "float32"
 
 
-@pytest.mark.skipif("parallelism.data_parallel_shard_degree" not in all_settings(), reason="no such setting here")
 def test_a_mesh_is_spelled_as_in_easydel(monkeypatch: pytest.MonkeyPatch):
     load = ed.AutoEasyDeLModelForCausalLM.from_pretrained
     shard = "parallelism.data_parallel_shard_degree"
     assert load("tiny").settings == {}, "one process: there is nothing to divide"
     assert load("tiny", sharding_axis_dims=(1, 2, 1, 1, 1)).settings == {shard: 2}
+    jax = load("tiny", backend="jax", sharding_axis_dims=(2, -1, 1, 2, 2)).settings
+    degrees = {"data_parallel_replicate": 2, "data_parallel_shard": -1, "tensor_parallel": 2, "context_parallel": 2}
+    assert jax == {"backend": "jax", **{f"parallelism.{name}_degree": length for name, length in degrees.items()}}
+    rest = load("tiny", backend="jax", sharding_axis_dims=(1, 1, 1, 1, -1)).settings
+    assert rest == {"backend": "jax", "parallelism.context_parallel_degree": -1}
+    both = load("tiny", sharding_axis_dims=(1, 2, 4, 1, 1)).settings
+    assert both == {shard: 8, "parallelism.expert_parallel_degree": 4}, "experts lie on devices that divide weights"
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert load("tiny").settings == {shard: -1}, "as in EasyDeL all that is left"
     assert load("tiny", auto_shard_model=False).settings == {}

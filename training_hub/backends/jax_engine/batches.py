@@ -3,7 +3,7 @@
 A pack is padded to the next of a few lengths; padding is a document of its own that nothing sees and nothing trains.
 """
 
-# B packs side by side, T tokens of the longest of them, padded
+# B packs side by side, T tokens of the longest of them, padded, S parts into which the tokens of each are divided
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Arrays:
     """Packs side by side, as numpy; registered as a tree of arrays by `objective`.
 
     ids, positions, segments [B, T] int32: positions restart in each document; segments number documents from 1, padding
-    is 0. rows [B, T] int32: the positions whose next token is trained, then zeros; targets [B, T] int32 and weights
-    [B, T] float32: those next tokens and their weights, then zeros. chunks []: how many chunks of rows are not padding.
-    noise: what is drawn at random in training; without it nothing is.
+    is 0. rows [B S, T / S] int32: the positions within each part whose next token is trained, then zeros; targets int32
+    and weights float32, of the same shape: those next tokens and their weights, then zeros. chunks []: how many chunks
+    of rows are not padding. noise: what is drawn at random in training; without it nothing is.
     """
 
     ids: np.ndarray
@@ -48,17 +48,18 @@ class Sizes:
 
     Eight at most, in whole chunks, which bounds how many programs a run compiles and holds; and of the places of a pack
     that is not very short a third is padding at most. The length depends on the pack alone, so that a run that goes on
-    computes the same bits.
+    computes the same bits. parts: into which the tokens of a pack are divided, each of whole chunks.
     """
 
     lengths: tuple[int, ...]
+    parts: int = 1
 
     @staticmethod
-    def of(longest: int, halvings: int = 3) -> Sizes:
+    def of(longest: int, halvings: int = 3, parts: int = 1) -> Sizes:
         """Lengths for packs of at most `longest` tokens."""
         halves = [longest >> times for times in range(halvings + 1)]
-        wanted = {_whole(length, CHUNK) for half in halves for length in (half, 3 * half // 4)}
-        return Sizes(tuple(sorted(wanted)))
+        wanted = {_whole(length, CHUNK * parts) for half in halves for length in (half, 3 * half // 4)}
+        return Sizes(tuple(sorted(wanted)), parts)
 
     def length(self, tokens: int) -> int:
         return next(length for length in self.lengths if length >= tokens)
@@ -83,30 +84,31 @@ def side_by_side(packs: Sequence[Pack], sizes: Sizes, count: int | None = None) 
     Raises DataError where the first token of a document has a weight: nothing predicts it.
     """
     length = sizes.length(max(len(pack) for pack in packs))
-    rows = [_row(pack, length) for pack in packs]
+    rows = [_row(pack, length, sizes.parts) for pack in packs]
     while len(rows) < (count or 0):
         rows.append({name: np.zeros_like(array) for name, array in rows[0].items()})
-    columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    trained = max(int(np.count_nonzero(row["weights"])) for row in rows)
+    columns: dict[str, Any] = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    trained = int(np.count_nonzero(columns["weights"], axis=1).max())
     return Arrays(**columns, chunks=np.asarray(-(-trained // CHUNK), np.int32))
 
 
-def _row(pack: Pack, length: int) -> dict[str, np.ndarray]:
+def _row(pack: Pack, length: int, parts: int) -> dict[str, np.ndarray]:
     led = np.flatnonzero(pack.weights[pack.boundaries[:-1]])
     if len(led):
         found = ", ".join(str(pack.samples[i]) for i in led[:5])
         raise DataError(
             f"samples {found}: the first token has a weight, but nothing predicts it; its weight must be 0."
         )
-    rows = np.flatnonzero(pack.weights[1:])
+    rows, own = np.flatnonzero(pack.weights[1:]), length // parts
     lengths = np.diff(pack.boundaries)
+    trained = [(rows[rows // own == part], part) for part in range(parts)]
     return {
-        "ids": _padded(pack.ids, length, np.int32),
-        "positions": _padded(pack.positions, length, np.int32),
-        "segments": _padded(np.repeat(np.arange(1, len(lengths) + 1), lengths), length, np.int32),
-        "rows": _padded(rows, length, np.int32),
-        "targets": _padded(pack.ids[rows + 1], length, np.int32),
-        "weights": _padded(pack.weights[rows + 1], length, np.float32),
+        "ids": _padded(pack.ids, length, np.int32)[None],
+        "positions": _padded(pack.positions, length, np.int32)[None],
+        "segments": _padded(np.repeat(np.arange(1, len(lengths) + 1), lengths), length, np.int32)[None],
+        "rows": np.stack([_padded(some - part * own, own, np.int32) for some, part in trained]),
+        "targets": np.stack([_padded(pack.ids[some + 1], own, np.int32) for some, _ in trained]),
+        "weights": np.stack([_padded(pack.weights[some + 1], own, np.float32) for some, _ in trained]),
     }
 
 

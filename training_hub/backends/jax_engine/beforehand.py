@@ -6,12 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from training_hub.backends.jax_engine.checkpoints import Checkpoints
+from training_hub.backends.jax_engine.checkpoints import Checkpoints, shapes_in
 from training_hub.backends.jax_engine.freezing import tables_of
 from training_hub.backends.jax_engine.materials import Materials
-from training_hub.backends.shared.checkpoint_folders import RECIPE, WEIGHTS, facts_of, newest_valid
+from training_hub.backends.shared.checkpoint_folders import RECIPE, facts_of, newest_valid
 from training_hub.backends.shared.disk import BESIDE_TENSORS, free_bytes, room_for, saves_ahead
 from training_hub.backends.shared.sameness import Shapes, changed_facts, changed_shapes, model_facts, other_engine
 from training_hub.data.feed import Feed
@@ -55,7 +53,7 @@ def refuse_another_run(recipe: Recipe, materials: Materials, trained: Shapes, fo
         *differences(load_file(folder / RECIPE), recipe),
         *other_engine(facts_of(folder), recipe, "jax"),
         *changed_facts(facts_of(folder), numbers_of(materials)),
-        *changed_shapes(_shapes(folder), trained),
+        *changed_shapes(shapes_in(folder), trained),
     ]
     if changed:
         raise CheckpointError(
@@ -65,11 +63,6 @@ def refuse_another_run(recipe: Recipe, materials: Materials, trained: Shapes, fo
                 "if unbroken. Restore them, or set checkpoint.resume: restart.",
             ]
         )
-
-
-def _shapes(folder: Path) -> Shapes:
-    with safe_open(folder / WEIGHTS, framework="numpy") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def kept_numbers(settings: Optimizer, trained: Shapes, tables: Collection[str]) -> int:

@@ -20,6 +20,7 @@ from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.noise import Rates, noise_of
 from training_hub.backends.jax_engine.objective import TokenLoss
 from training_hub.backends.jax_engine.osft import Spaces
+from training_hub.backends.jax_engine.processes import ALONE, Group
 from training_hub.backends.jax_engine.shapes import Shape
 from training_hub.backends.jax_engine.spaces import merged
 from training_hub.backends.jax_engine.step import Merge, Steps
@@ -85,7 +86,8 @@ def attention_of(shape: Shape, machine: Machine, longest: int, mesh: Mesh) -> At
 
 def build_of(shape: Shape, attention: Attention, machine: Machine, mesh: Mesh, adaptation: Adaptation) -> Build:
     """What the forward pass is built from, where nothing is drawn at random."""
-    return Build(shape, attention.attend, jnp.dtype(machine.dtype), adaptation.scale, mesh.gathered)
+    attend, mix, dtype = mesh.attending(attention.attend), mesh.mixing(shape), jnp.dtype(machine.dtype)
+    return Build(shape, attend, dtype, adaptation.scale, mesh.gathered, mix)
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,14 @@ def programs(
     adaptation: Adaptation,
     halves: tuple[Any, Any],
     console: Console,
+    group: Group = ALONE,
 ) -> Programs:
     """The functions of a run; `auto` forgets as little of each layer as the free memory allows.
 
     halves: what trains and what stays: arrays, or only their shapes, formats and places.
     """
     shape = materials.shape
-    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
+    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest), parts=mesh.parts)
     packs, rates = [feed.largest_pack()], Rates.of(recipe, shape, adaptation.dropout)
     largest = mesh.spread(side_by_side(packs, sizes, mesh.rows))
     if rates.is_any:
@@ -132,10 +135,11 @@ def programs(
         steps = Steps(Forward(build, how, machine.is_scanned(how)), loss, mesh, merge)
         temporary = _temporary_bytes(steps, mesh, largest, *halves)
         sums = sum(4 * prod(mesh.sharding(name).shard_shape(one.shape)) for name, one in halves[0].items())
-        if temporary is None or free is None or temporary + sums <= USABLE * free or how == ways[-1]:
+        is_short = temporary is not None and free is not None and temporary + sums > USABLE * free
+        if how == ways[-1] or not group.highest("a plan of the memory", [int(is_short)])[0]:
             break
-        took = (temporary + sums) / GIB
-        console.say(f"model: with activation_checkpointing {how} a step takes {took:.3g} GiB beside weights")
+        took = "more than some process has" if temporary is None else f"{(temporary + sums) / GIB:.3g} GiB"
+        console.say(f"model: with activation_checkpointing {how} a step takes {took} beside weights")
     return Programs(steps, attention, sizes, temporary)
 
 

@@ -1,6 +1,6 @@
 """The loss of each source of the data, step by step."""
 
-# B packs side by side, N trained positions, S sources
+# B packs side by side, N trained positions of a part of one, S sources
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from training_hub.types import Pack
 
 
 class BySource:
-    """Sums of one step: of the losses and of the weights of each source's trained tokens."""
+    """Sums of one step: of the losses and of the weights of each source's trained tokens.
 
-    def __init__(self, sources: Sequence[str], store: TokenStore, what: str = "source_loss"):
+    parts: into which the tokens of a pack are divided, each with rows of its own.
+    """
+
+    def __init__(self, sources: Sequence[str], store: TokenStore, what: str = "source_loss", parts: int = 1):
         self._names = metric_names(sources, what)
-        self._of_sample = store.source_index
+        self._of_sample, self._parts = store.source_index, parts
         self._sums_2S = np.zeros((2, len(sources)))
 
     def begin(self) -> None:
@@ -27,11 +30,14 @@ class BySource:
 
     def add(self, packs: Sequence[Pack], losses_BN: np.ndarray) -> None:
         """Add the weighted losses of packs side by side, in the order of their trained positions."""
-        for pack, losses_N in zip(packs, losses_BN, strict=False):
+        length = losses_BN.shape[-1]
+        for pack, of_parts in zip(packs, losses_BN.reshape(-1, self._parts, length), strict=False):
             rows = np.flatnonzero(pack.weights[1:])
+            counts = np.bincount(rows // length, minlength=self._parts)
+            losses = np.concatenate([some[:count] for some, count in zip(of_parts, counts, strict=True)])
             documents = np.searchsorted(pack.boundaries, rows, side="right") - 1
             sources = self._of_sample[pack.samples[documents]]
-            np.add.at(self._sums_2S[0], sources, losses_N[: len(rows)].astype(np.float64))
+            np.add.at(self._sums_2S[0], sources, losses.astype(np.float64))
             np.add.at(self._sums_2S[1], sources, pack.weights[rows + 1].astype(np.float64))
 
     def means(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ Weights are looked up in the table by what they are. A layer is a pure function 
 layers can be laid out one after another, or be one program that runs over their stacked weights.
 """
 
-# B packs side by side, T tokens, D width, H query heads, G key heads, d numbers of a head, E experts, k of them a token
+# B packs side by side, T tokens, D width, H query heads, G key heads, d numbers of a head
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from training_hub.backends.jax_engine import rope
+from training_hub.backends.jax_engine.activations import ACTIVATE
 from training_hub.backends.jax_engine.attention import Attend
+from training_hub.backends.jax_engine.mixture import Mix, mixed
 from training_hub.backends.jax_engine.noise import NOTHING, Rates, drop, folded
 from training_hub.backends.jax_engine.products import linear
 from training_hub.backends.jax_engine.shapes import Shape
@@ -26,13 +28,6 @@ from training_hub.backends.jax_engine.table import LEFT, RIGHT
 
 Weights = Mapping[str, Array]
 """Weights of one layer by leaf; `NAME.lora_A` and `NAME.lora_B` beside a matrix NAME are those of an adapter."""
-
-ACTIVATE: Mapping[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-}
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,8 @@ jax.tree_util.register_dataclass(Place, ["segments", "cosine", "sine", "keys"], 
 class Build:
     """What a forward pass is built from, beside numbers: shape, attention, format, and what adapters multiply by.
 
-    gather: within a program, lets every device have a value whole; the table of embeddings is looked up so. rates: what
-    is drawn at random in training.
+    gather: within a program, lets every device have a value whole; the table of embeddings is looked up so. mix: what
+    a mixture of experts does. rates: what is drawn at random in training.
     """
 
     shape: Shape
@@ -68,6 +63,7 @@ class Build:
     dtype: Any
     adapter_scale: float = 1.0
     gather: Callable[[Array], Array] = lambda value: value
+    mix: Mix = mixed
     rates: Rates = NOTHING
 
 
@@ -87,7 +83,7 @@ def block(build: Build, x_BTD: Array, weights: Weights, place: Place, window: Ar
     x_BTD = x_BTD + _attend(build, rms_norm(x_BTD, weights["norm1"], shape), weights, place, window)
     normed = rms_norm(x_BTD, weights["norm2"], shape)
     if "router" in weights:
-        return x_BTD + _mixture(build, normed, weights)
+        return x_BTD + build.mix(build, normed, weights)
     return x_BTD + _gated(build, normed, weights, place)
 
 
@@ -137,32 +133,6 @@ def _rotated(x_BTHd: Array, place: Place) -> Array:
 def _gated(build: Build, x_BTD: Array, weights: Weights, place: Place) -> Array:
     gate, up = (dense(build, x_BTD, weights, place, name) for name in ("gate", "up"))
     return dense(build, ACTIVATE[build.shape.activation](gate) * up, weights, place, "down")
-
-
-def _mixture(build: Build, x_BTD: Array, weights: Weights) -> Array:
-    """Each token through the experts that its router likes best, weighted by how much; the sum of their answers."""
-    shape, flat = build.shape, x_BTD.reshape(-1, x_BTD.shape[-1])
-    logits = linear(x_BTD, weights["router"]).reshape(len(flat), -1)
-    shares, chosen = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), shape.experts_per_token)
-    if shape.norm_top_k:
-        shares = shares / shares.sum(axis=-1, keepdims=True)
-    order = jnp.argsort(chosen.reshape(-1), stable=True)  # (token, expert) pairs, expert by expert
-    sizes = jnp.bincount(chosen.reshape(-1), length=shape.experts).astype(jnp.int32)
-    inputs = flat[order // shape.experts_per_token]
-    gate, up = _by_expert(inputs, weights["gates"], sizes), _by_expert(inputs, weights["ups"], sizes)
-    answers = _by_expert(ACTIVATE[shape.activation](gate) * up, weights["downs"], sizes)
-    answers = answers * shares.reshape(-1)[order].astype(answers.dtype)[:, None]
-    summed = jnp.zeros(flat.shape, jnp.float32).at[order // shape.experts_per_token].add(answers.astype(jnp.float32))
-    return summed.astype(x_BTD.dtype).reshape(x_BTD.shape)
-
-
-def _by_expert(x_NI: Array, weight_EOI: Array, sizes_E: Array) -> Array:
-    """[N, O]: the first sizes[0] rows times the first expert's matrix, the next with the second's, and so on."""
-    turned = jnp.swapaxes(weight_EOI.astype(x_NI.dtype), 1, 2)
-    precision = lax.Precision.HIGHEST if x_NI.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.ragged_dot(x_NI, turned, sizes_E, precision=precision, preferred_element_type=jnp.float32).astype(
-        x_NI.dtype
-    )
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:

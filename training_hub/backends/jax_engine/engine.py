@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,14 @@ from training_hub.types import Console, Proof, TrainResult
 
 
 class JaxEngine:
-    """Trains with JAX on whatever devices it finds: CPUs, GPUs, TPUs."""
+    """Trains with JAX on whatever devices it finds: CPUs, GPUs, TPUs; in this process alone or with others that were
+    started with it."""
 
     name = "jax"
+
+    def num_devices(self) -> int:
+        """Processes of a node: one, which has all its devices."""
+        return 1
 
     def objections(self, recipe: Recipe) -> list[str]:
         """Why this recipe cannot run here; cheap checks that load no weights, and no JAX."""
@@ -35,6 +40,7 @@ class JaxEngine:
         measures: also time a matrix product, and say as `time` how long the run takes at least.
         """
         problems = [*missing_packages(), *refusals(recipe), *_model_problems(recipe, with_weights=False)]
+        problems += _of_processes(recipe)
         if problems:
             raise RecipeError(problems)
         from training_hub.backends.jax_engine.planner import plan
@@ -44,6 +50,8 @@ class JaxEngine:
     def check(self, recipe: Recipe, given: Given) -> list[Proof]:
         """Every proof that a run would try before its first step, and more rows compared; `objections` is empty."""
         _refuse_live(given)
+        if problems := _of_processes(recipe):
+            raise RecipeError(problems)
         from training_hub.backends.jax_engine.session import check
 
         return check(recipe, given)
@@ -90,6 +98,17 @@ def _refuse_live(given: Given) -> None:
         )
 
 
+def _of_processes(recipe: Recipe) -> list[str]:
+    """Why what is asked of one process cannot be said of several: it does not know their devices."""
+    asked = recipe.processes
+    if (asked.procs, asked.nodes) in ((1, 1), ("auto", 1), ("gpu", 1)):
+        return []
+    return [
+        f"processes: found {asked.procs} on each of {asked.nodes} nodes; backend jax does this for the devices of one "
+        "process. Leave processes out, and write degrees of parallelism for the devices that are here."
+    ]
+
+
 def _model_problems(recipe: Recipe, *, with_weights: bool = True) -> list[str]:
     chosen = recipe.model
     if chosen.path.startswith("("):  # not a path: it stands for a model that is handed over
@@ -101,13 +120,19 @@ def _model_problems(recipe: Recipe, *, with_weights: bool = True) -> list[str]:
     if found:
         return found
     config = read_config(chosen)
-    return config_problems(config, chosen.path) or _of_experts(recipe, config)
+    return config_problems(config, chosen.path) or list(_of_experts(recipe, shape_of(config).experts))
 
 
-def _of_experts(recipe: Recipe, config: Any) -> list[str]:
-    """OSFT of experts cuts fused weights, which this engine does not have."""
-    if find_algorithm(recipe.algorithm).adaptation != "osft" or not shape_of(config).experts:
-        return []
-    return [
-        f"algorithm: osft; backend jax does not protect experts, which {recipe.model.path} has. Use backend: torch."
-    ]
+def _of_experts(recipe: Recipe, experts: int) -> Iterator[str]:
+    """What cannot be done with so many experts. OSFT of experts cuts fused weights, which this engine does not have."""
+    if experts and find_algorithm(recipe.algorithm).adaptation == "osft":
+        yield (
+            f"algorithm: osft; backend jax does not protect experts, which {recipe.model.path} has. Use backend: torch."
+        )
+    degree = recipe.parallelism.expert_parallel_degree
+    if degree > 1 and (not experts or experts % degree):
+        allowed = [number for number in range(1, experts + 1) if experts % number == 0]
+        yield (
+            f"parallelism.expert_parallel_degree: {degree}, but {recipe.model.path} has {experts or 'no'} experts. "
+            f"Write {' or '.join(map(str, allowed)) or 1}."
+        )

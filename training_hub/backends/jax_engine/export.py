@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from training_hub.backends.jax_engine import weights as files
 from training_hub.backends.jax_engine.full import Adaptation
 from training_hub.backends.jax_engine.loop import Run, moving, nonfinite, take_weights
+from training_hub.backends.jax_engine.processes import whole
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
 from training_hub.backends.shared.outcome import card_of, final_step
@@ -50,8 +53,9 @@ def finish(run: Run, beside: Beside, folder: RunFolder) -> str | None:
         run.exam.show(final_step(run))
     name = saved_format(run, beside)
     trained = sum(weight.size for weight in moving(run).values())
-    whole = files.count(run.steps.forward.build.shape)
-    difference = write_model(run, beside, folder.final, card_of(run, folder, name, whole, trained))
+    numbers = files.count(run.steps.forward.build.shape)
+    documents = card_of(run, folder, name, numbers, trained) if run.group.is_main else {}
+    difference = write_model(run, beside, folder.final, documents)
     run.console.say(
         f"final: {folder.final} ({name}), loaded again and equal; logits differ from training by at most "
         f"{difference:.1e}"
@@ -78,25 +82,51 @@ def write_model(run: Run, beside: Beside, folder: Path, documents: Mapping[str, 
     Before the folder gets its name it is read again: every tensor must be, bit for bit, what was meant to be written.
     Raises TrainingError where it is not, or where a weight is not finite.
     """
+    fetch = partial(whole, is_kept=run.group.is_main)
+    trained = {name: fetch(weight) for name, weight in run.trained.items()}
+    # An adapter lies in a file of its own, for which the weights beside it are not needed.
+    frozen = {name: fetch(weight) for name, weight in run.frozen.items()} if run.adaptation.file is None else {}
+    with ExitStack() as stack:
+        begun = run.group.on_main(
+            "writing the model", lambda: str(_write(run, beside, folder, documents or {}, trained, frozen, stack))
+        )
+        difference = _logit_difference(run, Path(begun))
+        if not math.isfinite(difference):
+            raise TrainingError(
+                "the final model computes logits that are not finite, though its weights are: they have become too "
+                "large. It is not written. Write a lower optimizer.lr, and training.on_nonfinite: stop to see the step."
+            )
+        run.group.on_main("the final model", stack.close)
+    return difference
+
+
+def _write(
+    run: Run,
+    beside: Beside,
+    folder: Path,
+    documents: Mapping[str, bytes],
+    trained: dict[str, np.ndarray],
+    frozen: dict[str, np.ndarray],
+    stack: ExitStack,
+) -> Path:
+    """The folder that will be `folder` when the stack is closed, its tensors compared with what they were."""
     if not folder.parent.is_dir():
         raise DiskError(f"{folder.parent} is gone; it was there when the run began. The final model is not written.")
     wanted = run.recipe.model.save_dtype
     formats = beside.formats if wanted == "auto" else dict.fromkeys(beside.formats, wanted)
-    trained, frozen = ({name: np.asarray(one) for name, one in each.items()} for each in (run.trained, run.frozen))
     if problems := nonfinite(trained):
         raise TrainingError([*problems, "Such a model is not written."])
     tensors = run.adaptation.tensors(trained, frozen, formats)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    with (
-        disk_errors_explained("the final model", folder, size),
-        write_whole(folder, {"dtype": saved_format(run, beside)}, replace=True) as aside,
-    ):
-        run.adaptation.write(tensors, aside, None if wanted == "auto" else wanted)
-        set_stop_ids(aside / "generation_config.json", beside.stop_ids)
-        save_tokenizer(beside.tokenizer, beside.chat_template, aside)
-        for name, content in (documents or {}).items():
-            (aside / name).write_bytes(content)
-        return _verify(run, aside, tensors)
+    stack.enter_context(disk_errors_explained("the final model", folder, size))
+    aside = stack.enter_context(write_whole(folder, {"dtype": saved_format(run, beside)}, replace=True))
+    run.adaptation.write(tensors, aside, None if wanted == "auto" else wanted)
+    set_stop_ids(aside / "generation_config.json", beside.stop_ids)
+    save_tokenizer(beside.tokenizer, beside.chat_template, aside)
+    for name, content in documents.items():
+        (aside / name).write_bytes(content)
+    _verify(run, aside, tensors)
+    return aside
 
 
 def generation_stops(source: Path, scratch: Path, stop_ids: Sequence[int]) -> set[int]:
@@ -110,19 +140,12 @@ def generation_stops(source: Path, scratch: Path, stop_ids: Sequence[int]) -> se
     return {stops} if isinstance(stops, int) else set(stops or ())
 
 
-def _verify(run: Run, folder: Path, tensors: Mapping[str, np.ndarray]) -> float:
+def _verify(run: Run, folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     found = dict(files.read_all(folder, run.adaptation.file))
     problems = [f"{name} is not what was written" for name in tensors if not _is_same(tensors[name], found.get(name))]
     problems += [f"{name} is not of the model" for name in found if name not in tensors]
     if problems:
         raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])
-    difference = _logit_difference(run, folder)
-    if not math.isfinite(difference):
-        raise TrainingError(
-            "the final model computes logits that are not finite, though its weights are: they have become too large. "
-            "It is not written. Write a lower optimizer.lr, and training.on_nonfinite: stop to see the step."
-        )
-    return difference
 
 
 def _is_same(one: np.ndarray, other: np.ndarray | None) -> bool:
@@ -131,7 +154,7 @@ def _is_same(one: np.ndarray, other: np.ndarray | None) -> bool:
 
 def _logit_difference(run: Run, folder: Path) -> float:
     loaded = run.mesh.place(run.adaptation.read(folder, run.console))
-    here, there = (np.asarray(logits(run, trained, run.frozen)) for trained in (run.trained, loaded))
+    here, there = (whole(logits(run, trained, run.frozen)) for trained in (run.trained, loaded))
     return float(np.abs(here - there).max())
 
 

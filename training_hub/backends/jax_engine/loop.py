@@ -6,11 +6,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -23,6 +23,7 @@ from training_hub.backends.jax_engine.generate import Speech
 from training_hub.backends.jax_engine.mesh import Mesh
 from training_hub.backends.jax_engine.noise import noise_of
 from training_hub.backends.jax_engine.optim import Updater
+from training_hub.backends.jax_engine.processes import ALONE, Group, placed, whole
 from training_hub.backends.jax_engine.step import Steps
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
@@ -75,6 +76,7 @@ class Run:
     facts: dict[str, Any]
     best: Best
     speech: Speech
+    group: Group = ALONE
     engine: str = "jax"
     step: int = 0
     skipped_in_row: int = 0
@@ -114,15 +116,19 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
             return
         is_best = report.validation_loss is not None and run.best.note(measured(report), run.step)
         is_due = is_saving_due(run, is_watched) or (is_best and run.recipe.checkpoint.keep_best)
-        if is_due or stop.number is not None:
+        # Clocks differ, and a signal may have reached one process only: what one is asked for, all do.
+        asked = [stop.number or 0, int(is_due), int(bool(run.stop_reason))]
+        number, must_save, must_end = run.group.highest(f"the end of step {run.step}", asked)
+        if number or must_save:
             save(run)
+            number = run.group.highest("the checkpoint", [stop.number or 0])[0]  # one may have come while it was saved
         if run.step < run.feed.total_steps:
+            run.stop_reason = run.stop_reason or ("a callback of the first process ended it" if must_end else "")
             if reason := run.best.reason or run.stop_reason:
                 run.console.say(f"stopped: {reason}")
                 return
-            if stop.number is not None:
-                save(run)  # where the signal came while it was saved, this does nothing
-                raise interrupted(stop.number, run.step, run.feed.total_steps, run.checkpoints.folder(run.step))
+            if number:
+                raise interrupted(number, run.step, run.feed.total_steps, run.checkpoints.folder(run.step))
 
 
 def before_first_step(run: Run) -> None:
@@ -210,7 +216,7 @@ def accumulate(run: Run, packs: Sequence[Pack], step: int | None = None) -> tupl
     if run.by_source is not None:
         run.by_source.begin()
         for (some, _), each in zip(groups, losses, strict=True):
-            run.by_source.add(some, np.asarray(each))
+            run.by_source.add(some, whole(each))
     return math.fsum(float(total) for total in totals), sums
 
 
@@ -230,7 +236,7 @@ def side_by_sides(
 def update(run: Run, gradients: Tree, norm: Array, trained_weight: float, rate: float) -> None:
     """Move the weights by the sums of gradients of a step, whose mean has this norm."""
     run.trained, run.state = run.updater.step(
-        run.trained, run.state, gradients, run.frozen, norm, jnp.float32(trained_weight), jnp.float32(rate)
+        run.trained, run.state, gradients, run.frozen, norm, np.float32(trained_weight), np.float32(rate)
     )
     jax.block_until_ready(run.trained)
 
@@ -295,7 +301,7 @@ def evaluate(run: Measured, store: TokenStore, what: str = "validation", sets: B
             total, losses = run.steps.total(run.trained, run.frozen, arrays)
             totals.append(float(total))
             if sets is not None:
-                sets.add(some, np.asarray(losses))
+                sets.add(some, whole(losses))
             advance(sum(len(one) for one in some))
     return math.fsum(totals) / float(store.trained_weight.sum())
 
@@ -309,8 +315,14 @@ def save(run: Run) -> None:
     """Write a checkpoint of the step the run has reached, once. Raises TrainingError for weights that are broken."""
     if run.saved_step == run.step and run.step > 0:
         return
-    weights = {name: np.asarray(weight) for name, weight in moving(run).items()}
-    optimizer = run.updater.named(run.state, run.trained)
+    fetch = partial(whole, is_kept=run.group.is_main)
+    weights = {name: fetch(weight) for name, weight in moving(run).items()}
+    optimizer = run.updater.named(run.state, run.trained, fetch)
+    run.group.on_main("saving", lambda: _write(run, weights, optimizer))
+    run.saved_at, run.saved_step = time.monotonic(), run.step
+
+
+def _write(run: Run, weights: Mapping[str, np.ndarray], optimizer: Mapping[str, np.ndarray]) -> None:
     if problems := nonfinite({**weights, **optimizer}):
         raise broken(problems, run.step, run.recipe, run.checkpoints.steps())
     best = run.best.step if run.recipe.checkpoint.keep_best else None
@@ -329,7 +341,6 @@ def save(run: Run) -> None:
     protected = [step for step in (best, kept) if step is not None]
     with disk_errors_explained(f"checkpoint step-{run.step}", run.checkpoints.folder(run.step), size):
         run.checkpoints.save(run.step, weights, optimizer, facts, dump(run.recipe), protected)
-    run.saved_at, run.saved_step = time.monotonic(), run.step
 
 
 def resume(run: Run, step: int) -> None:
@@ -355,7 +366,7 @@ def moving(run: Run) -> Tree:
 
 def take_weights(run: Run, weights: Mapping[str, np.ndarray]) -> None:
     """Take the weights of a checkpoint for what trains, now or later."""
-    taken = {name: jax.device_put(weights[name], held.sharding) for name, held in moving(run).items()}
+    taken = {name: placed(weights[name], held.sharding) for name, held in moving(run).items()}
     run.trained = {name: taken[name] for name in run.trained}
     run.frozen = {name: taken.get(name, held) for name, held in run.frozen.items()}
 
@@ -377,5 +388,5 @@ def _loss_alone(run: Run, index: int) -> float:
 
 def nonfinite(arrays: Mapping[str, Any]) -> list[str]:
     """One line for each array with NaN or infinite numbers; [] where there is none."""
-    counts = {name: int((~np.isfinite(np.asarray(array, np.float32))).sum()) for name, array in arrays.items()}
+    counts = {name: int((~np.isfinite(np.asarray(whole(array), np.float32))).sum()) for name, array in arrays.items()}
     return [f"{name} holds {count:,} numbers that are not finite" for name, count in counts.items() if count]

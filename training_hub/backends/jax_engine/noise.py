@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from training_hub.backends.jax_engine.processes import placed
 from training_hub.backends.jax_engine.shapes import Shape
 from training_hub.recipe import Recipe
 from training_hub.types import Pack
@@ -74,7 +75,7 @@ def noise_of(packs: Sequence[Pack], positions_BT: Array, seed: int, step: int) -
         samples[row, : len(pack)] = np.repeat(pack.samples, own)
         lengths[row, : len(pack)] = np.repeat(own, own)
     key = np.random.SeedSequence([seed, step]).generate_state(2, np.uint32)
-    return Noise(key, *(jax.device_put(each, positions_BT.sharding) for each in (samples, lengths)))
+    return Noise(key, *(placed(each, positions_BT.sharding) for each in (samples, lengths)))
 
 
 def token_keys(noise: Noise, positions_BT: Array) -> Array:

@@ -4,7 +4,8 @@ Hidden rows that are trained are gathered, and go through the head chunk by chun
 chunk's logits, so these are made once, and the loop runs only over chunks that hold something.
 """
 
-# B packs side by side, T tokens, N trained positions, padded to T, R of one chunk, D width, V vocabulary
+# B packs side by side, or parts of them, T tokens, N trained positions, padded to T, R of one chunk, D width,
+# V vocabulary
 
 from __future__ import annotations
 
@@ -65,15 +66,20 @@ def term(
     trains_head: whether the head's gradient is wanted; where it is not, it is taken for 0.
     """
     hidden_BTD = forward.hidden(params, batch.ids, batch.positions, batch.segments, batch.noise)
-    rows_BND = jnp.take_along_axis(hidden_BTD, batch.rows[:, :, None], axis=1)
+    rows_BND = _at_rows(hidden_BTD, batch)
     return _head(loss, trains_head, rows_BND, params[forward.head], batch.targets, batch.weights, batch.chunks)
 
 
 def term_of_whole(forward: Forward, loss: TokenLoss, params: Params, batch: Arrays) -> Array:
     """The same sum from the logits of every position: what `term` is compared with."""
     logits_BTV = forward.logits(params, batch.ids, batch.positions, batch.segments)
-    at_rows = jnp.take_along_axis(logits_BTV, batch.rows[:, :, None], axis=1)
-    return jnp.sum(loss.losses(at_rows, batch.targets) * batch.weights)
+    return jnp.sum(loss.losses(_at_rows(logits_BTV, batch), batch.targets) * batch.weights)
+
+
+def _at_rows(array_BTX: Array, batch: Arrays) -> Array:
+    """[B, N, X]: what stands at the trained positions of each part of a pack."""
+    of_parts = array_BTX.reshape(*batch.rows.shape, array_BTX.shape[-1])
+    return jnp.take_along_axis(of_parts, batch.rows[:, :, None], axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

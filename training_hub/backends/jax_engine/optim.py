@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from training_hub.backends.jax_engine.processes import placed, whole
 from training_hub.backends.jax_engine.rules import Rule, rule_of
 from training_hub.recipe.sections import Optimizer as Settings
 
@@ -107,16 +108,16 @@ class Updater:
         found: State = jax.tree_util.tree_map_with_path(pinned, state)
         return found
 
-    def named(self, state: State, weights: Tree) -> dict[str, np.ndarray]:
+    def named(self, state: State, weights: Tree, fetch: Callable[[Array], np.ndarray] = whole) -> dict[str, np.ndarray]:
         """What the optimizer keeps of these weights, by `weight name/state name`."""
         found: dict[str, np.ndarray] = {}
         for path, value in jax.tree_util.tree_leaves_with_path(state):
             name, kind = _place(path)
             rule, _ = self._of(name, weights[name])
             if kind in rule.names:
-                found[f"{name}/{rule.names[kind]}"] = np.asarray(value)
+                found[f"{name}/{rule.names[kind]}"] = fetch(value)
             elif kind == STEP and rule.counts:
-                found[f"{name}/{STEP}"] = np.asarray(value, np.float32)
+                found[f"{name}/{STEP}"] = np.asarray(fetch(value), np.float32)
         return found
 
     def like(self, state: State, weights: Tree, tensors: Mapping[str, np.ndarray]) -> State:
@@ -130,9 +131,9 @@ class Updater:
                 return value
             rule, _ = self._of(name, weights[name])
             if kind not in rule.names:
-                return jnp.asarray(tensors.get(f"{name}/{STEP}", 0), value.dtype)
+                return placed(np.asarray(tensors.get(f"{name}/{STEP}", 0), value.dtype), value.sharding)
             held = np.asarray(tensors[f"{name}/{rule.names[kind]}"])
-            return jax.device_put(held.astype(value.dtype), value.sharding)
+            return placed(held.astype(value.dtype), value.sharding)
 
         found: State = jax.tree_util.tree_map_with_path(taken, state)
         return found

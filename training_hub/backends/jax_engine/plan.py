@@ -35,6 +35,7 @@ def describe(
     programs: Programs,
     held: Mapping[str, Any],
     save_dtype: str,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """The plan. held: every weight, or its shape, format and place."""
     trained = adaptation.shapes()
@@ -44,7 +45,7 @@ def describe(
         "engine": "jax",
         "device": machine.platform,
         "devices": dict(mesh.layout),
-        "processes": 1,
+        "processes": processes,
         "dtype": machine.dtype,
         "save_dtype": save_dtype,
         "parameters": files.count(materials.shape),

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +18,7 @@ from training_hub.backends.jax_engine.batches import CHUNK
 from training_hub.backends.jax_engine.export import Beside, generation_stops, logits, saved_format, write_model
 from training_hub.backends.jax_engine.loop import Run, Tree, accumulate, side_by_sides
 from training_hub.backends.jax_engine.optim import Updater
+from training_hub.backends.jax_engine.processes import whole
 from training_hub.backends.shared.proofs import (
     MOVED,
     SAMPLES,
@@ -94,7 +94,7 @@ def _stops(subject: Subject) -> list[Proof]:
 def _finite_weights(run: Run) -> Proof:
     name, limit = "every weight is a finite number", "0"
     everything = {**run.frozen, **run.trained}
-    wrong = {key: int((~np.isfinite(np.asarray(weight))).sum()) for key, weight in everything.items()}
+    wrong = {key: int((~np.isfinite(whole(weight))).sum()) for key, weight in everything.items()}
     held = [f"{key} holds {count:,} numbers that are not finite" for key, count in wrong.items() if count]
     if not held:
         return Proof(name, "holds", "0 are not", limit)
@@ -133,7 +133,7 @@ def _accumulation(subject: Subject, excerpts: Sequence[Sample], gradients: Tree,
 
 def _verdict(subject: Subject, name: str, one: tuple[Tree, float], other: tuple[Tree, float], remedy: str) -> Proof:
     loss = abs(one[1] - other[1]) / max(abs(other[1]), 1e-12)
-    here, there = ({key: np.asarray(each, np.float64) for key, each in some[0].items()} for some in (one, other))
+    here, there = ({key: whole(each).astype(np.float64) for key, each in some[0].items()} for some in (one, other))
     apart = _norm({key: here[key] - there[key] for key in here}) / max(_norm(there), 1e-30)
     return compared(name, loss, apart, TOLERANCE[subject.dtype], remedy)
 
@@ -150,17 +150,17 @@ def _moved(run: Run, gradients: Tree) -> Proof:
     if not chosen:
         return Proof(name, "left out", "", f"above {limit:.0%}", "every weight is too large to copy")
     before = {key: run.trained[key] for key in chosen}
-    has_gradient = {key: np.asarray(gradients[key]) != 0 for key in chosen}
+    has_gradient = {key: whole(gradients[key]) != 0 for key in chosen}
     is_whole = len(chosen) == len(run.trained) and run.recipe.optimizer.weight_decay == 0
     small = Updater(settings, run.recipe.training.max_norm, pin=run.mesh.pin, tables=run.updater.tables)
     updater = run.updater if is_whole else small
-    copies = {key: jax.device_put(np.array(before[key]), before[key].sharding) for key in chosen}
+    copies = {key: jnp.copy(before[key]) for key in chosen}
     slopes = {key: gradients[key] for key in chosen}
     norm = updater.norm(slopes, 1.0)
     after, _ = updater.step(
-        copies, updater.begin(before), slopes, run.frozen, norm, jnp.float32(1), jnp.float32(SMALL_RATE)
+        copies, updater.begin(before), slopes, run.frozen, norm, np.float32(1), np.float32(SMALL_RATE)
     )
-    moved = {key: np.asarray(after[key]) != np.asarray(before[key]) for key in chosen}
+    moved = {key: whole(after[key]) != whole(before[key]) for key in chosen}
     changed = sum(int((moved[key] & has_gradient[key]).sum()) for key in chosen)
     share = changed / max(1, sum(int(each.sum()) for each in has_gradient.values()))
     remedy = "" if share > limit else "Weights this precise cannot be trained: write model.dtype: auto."
@@ -171,7 +171,7 @@ def _saved(subject: Subject) -> Proof:
     name, run = "saved and loaded gives the same logits", subject.run
     if sum(weight.nbytes for weight in run.trained.values()) > EXPORTED_AT_START_BYTES:
         return Proof(name, "left out", "", "", "done with the final model")
-    scale = max(float(np.abs(np.asarray(logits(run, run.trained, run.frozen))).max()), 1e-12)
+    scale = max(float(np.abs(whole(logits(run, run.trained, run.frozen))).max()), 1e-12)
     with tempfile.TemporaryDirectory(dir=subject.scratch, prefix=".preflight-") as folder:
         try:
             difference = write_model(run, subject.beside, Path(folder) / "model") / scale

@@ -15,8 +15,14 @@ PACKAGES = ("jax", "jaxlib", "optax")
 
 MISSING = "backend: jax needs {names}, not installed here: pip install 'training-hub[jax]', or write backend: torch."
 
-DIVIDING = ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree")
-"""Settings of parallelism that this engine honours, by the devices of its process."""
+DIVIDING = (
+    "data_parallel_replicate_degree",
+    "data_parallel_shard_degree",
+    "tensor_parallel_degree",
+    "context_parallel_degree",
+    "expert_parallel_degree",
+)
+"""Settings of parallelism that this engine honours, by the devices of all its processes."""
 
 OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "SGD", "Adagrad", "RMSprop", "Adafactor", "Lion", "Muon")
 """Update rules that are torch's own here, step for step; a test compares each."""
@@ -51,8 +57,6 @@ CHECKS: tuple[Check, ...] = (
         "checkpoints are written between two steps here; write disabled, " + TORCH,
     ),
     ("monitoring.profile", bool, "steps are not taken apart here; write false, " + TORCH),
-    ("processes.nodes", lambda value: value != 1, "this engine runs in one process; write 1, " + TORCH),
-    ("processes.procs", lambda value: value != 1, "one process has all devices of its node; write 1."),
 )
 """Settings that change nothing here, or that this engine cannot honour: when, and what to write."""
 
@@ -65,7 +69,19 @@ def missing_packages() -> list[str]:
 
 def refusals(recipe: Recipe) -> list[str]:
     """Why this recipe cannot run here, setting by setting, each with its remedy."""
-    return [*_settings(recipe), *_algorithm(recipe), *_optimizer(recipe), *_parallelism(recipe)]
+    procs = recipe.processes.procs
+    several = of_several(recipe, (procs if isinstance(procs, int) else 1) * recipe.processes.nodes)
+    return [*_settings(recipe), *_algorithm(recipe), *_optimizer(recipe), *_parallelism(recipe), *several]
+
+
+def of_several(recipe: Recipe, processes: int) -> list[str]:
+    """What a run in so many processes cannot do."""
+    if processes == 1 or not recipe.evaluation.generate:
+        return []
+    return [
+        f"evaluation.generate: found {recipe.evaluation.generate}; backend jax answers in one process alone, and the "
+        f"run has {processes}. Write false, or processes.procs: 1 where one has all devices, {TORCH}"
+    ]
 
 
 def _settings(recipe: Recipe) -> Iterator[str]:

@@ -107,7 +107,7 @@ def load_saved(recipe: Recipe, materials: Materials, console: Console) -> Saved:
         recipe, machine, materials.shape, materials.source, materials.longest, console
     )
     feed = feed_of(recipe, materials, machine)
-    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest))
+    sizes = Sizes.of(max(feed.settings.token_budget, materials.longest), parts=mesh.parts)
     steps = Steps(forward, PLAIN, mesh)
     return Saved(recipe, steps, trained, frozen, feed, sizes, mesh, console, recipe.data.packing)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training_hub.algorithms import find_algorithm
-from training_hub.backends import Given
+from training_hub.backends import Given, Watcher
 from training_hub.backends.jax_engine import weights as files
 from training_hub.backends.jax_engine.beforehand import numbers_of, starting_step
 from training_hub.backends.jax_engine.build import (
@@ -34,7 +35,9 @@ from training_hub.backends.jax_engine.mesh import mesh_of
 from training_hub.backends.jax_engine.optim import Updater
 from training_hub.backends.jax_engine.osft import Spaces
 from training_hub.backends.jax_engine.plan import describe, summary
+from training_hub.backends.jax_engine.processes import ALONE, Group, digest, joined, refuse_differences
 from training_hub.backends.jax_engine.proofs import Subject, prove
+from training_hub.backends.jax_engine.refusals import of_several
 from training_hub.backends.jax_engine.spaces import Projection
 from training_hub.backends.shared.materials import limits_of
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
@@ -44,7 +47,7 @@ from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.watch import Watch
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed, packs_validation
-from training_hub.errors import TrainingError
+from training_hub.errors import RecipeError, TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
@@ -74,25 +77,42 @@ class Session:
 
 
 def train(recipe: Recipe, given: Given) -> TrainResult:
-    """Run the recipe to its end, going on from the newest whole checkpoint of its output folder."""
-    console, folder = open_console(recipe.monitoring.console), RunFolder(Path(recipe.output))
+    """Run the recipe to its end, going on from the newest whole checkpoint of its output folder.
+
+    Where the environment says that this is one process of several (RANK, WORLD_SIZE), with the others.
+    """
+    with joined(recipe.comm) as group, group.kept("weights or gradients of the others"):
+        return _train(recipe, given, group)
+
+
+def _train(recipe: Recipe, given: Given, group: Group) -> TrainResult:
+    if problems := of_several(recipe, group.world_size):
+        raise RecipeError(problems)
+    console = open_console(recipe.monitoring.console if group.is_main else "off")
+    folder = RunFolder(Path(recipe.output))
     began = time.perf_counter()
-    materials = load_materials(recipe, given, console, folder.rejects)
+    rejects = folder.rejects if group.is_main else None
+    materials = group.main_first("reading data", lambda: load_materials(recipe, given, console, rejects))
+    refuse_differences(group, numbers_of(materials))
     keep_programs(recipe)
     machine = machine_of(recipe)
     feed = feed_of(recipe, materials, machine)
     adaptation = adaptation_of(recipe, materials, machine, console)
-    step = starting_step(recipe, materials, adaptation.shapes(), feed, console)
+    step = group.on_main(
+        "looking for checkpoints", lambda: starting_step(recipe, materials, adaptation.shapes(), feed, console)
+    )
     console.say(f"model: loading {recipe.model.path} as {machine.dtype} on {machine.platform}")
-    session = assemble(recipe, given, materials, machine, feed, adaptation, console, folder)
+    session = assemble(recipe, given, materials, machine, feed, adaptation, console, folder, group)
     run = session.run
     if step is not None:
         resume(run, step)
         console.say(f"resume: going on after step {step} of {feed.total_steps}")
     plan = plan_of(session)
-    write_json(folder.plan, plan)
+    if group.is_main:
+        write_json(folder.plan, plan)
     console.say(summary(plan))
     model_path = _run(session)
+    group.gather("the end of the steps", "done")  # the last line of the metrics has been written
     history = tuple(read_metrics(folder.metrics)) if folder.metrics.exists() else ()
     reason = (run.watch.reason if run.watch is not None else "") or early_end(run)
     return TrainResult(
@@ -149,16 +169,22 @@ def assemble(
     adaptation: Adaptation,
     console: Console,
     folder: RunFolder,
+    group: Group = ALONE,
 ) -> Session:
     """The run at step 0."""
+    mesh = mesh_of(recipe.parallelism, materials.shape)
     loaded = files.load(materials.source, materials.shape, console)
     if broken := nonfinite(loaded.weights):
         raise TrainingError([*broken, f"{recipe.model.path} came with them. Download or convert it again."])
     for line in loaded.notes:
         console.say(f"model: {line}")
-    mesh = mesh_of(recipe.parallelism, materials.shape)
-    trained, frozen = (mesh.place(each) for each in adaptation.split(loaded.weights))
-    made = programs(recipe, materials, machine, mesh, feed, adaptation, (trained, frozen), console)
+    halves = adaptation.split(loaded.weights)
+    if group.world_size > 1:
+        new = {name: array for half in halves for name, array in half.items() if name not in loaded.weights}
+        refuse_differences(group, {"computes in": machine.dtype, "new weights": digest(new), **versions("jax")})
+    trained, frozen = (mesh.place(half) for half in halves)
+    made = programs(recipe, materials, machine, mesh, feed, adaptation, (trained, frozen), console, group)
+    refuse_differences(group, {"attention": made.attention.name})
     around = Projection(adaptation.protects, *adaptation.decay) if isinstance(adaptation, Spaces) else None
     tables = tables_of(materials.shape)
     updater = Updater(recipe.optimizer, recipe.training.max_norm, adaptation.undecayed, mesh.pin, around, tables)
@@ -182,13 +208,14 @@ def assemble(
         turns=adaptation.turns,
         exam=exam_of(recipe, materials),
         speech=Speech(made.steps.forward, limits_of(materials.config), made.steps.merge),
+        group=group,
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
     if len(sources) > 1 and recipe.loss.by_source:
-        run.by_source = BySource(sources, feed.store)
+        run.by_source = BySource(sources, feed.store, parts=mesh.parts)
     sets = [one["name"] for one in materials.prepared.report.get("validation", {}).get("sources", ())]
     if run.validation is not None and len(sets) > 1:
-        run.validation_sets = BySource(sets, run.validation, "validation_loss")
+        run.validation_sets = BySource(sets, run.validation, "validation_loss", mesh.parts)
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, lambda store, what: evaluate(run, store, what))
     template = materials.template.source if materials.template else None
@@ -202,18 +229,18 @@ def plan_of(session: Session) -> dict[str, Any]:
     held = {**run.frozen, **run.trained}
     return describe(
         run.recipe, session.materials, run.feed, session.machine, run.adaptation, run.mesh, session.made, held,
-        save_dtype,
+        save_dtype, run.group.world_size,
     )  # fmt: skip
 
 
 def _run(session: Session) -> Path | None:
     """From the dry step to the final model, whose folder it gives, None where none is written."""
     run, recipe, folder, console = session.run, session.run.recipe, session.folder, session.run.console
-    callbacks = session.given.watchers
-    with (
-        StopRequest() as stop,
-        open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=callbacks) as watchers,
-    ):
+    audience: AbstractContextManager[list[Watcher]] = nullcontext([])
+    if run.group.is_main:
+        callbacks = session.given.watchers
+        audience = open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=callbacks)
+    with StopRequest() as stop, audience as watchers:
         dry_step(run)
         if recipe.training.preflight and run.step == 0:
             begin_safely(session)
@@ -221,8 +248,7 @@ def _run(session: Session) -> Path | None:
             for watch in watchers:
                 watch(report)
             run.stop_reason = asked_to_stop(watchers)
-        metrics = final_metrics(run, tuple(read_metrics(folder.metrics)))
-        if metrics:
+        if run.group.is_main and (metrics := final_metrics(run, tuple(read_metrics(folder.metrics)))):
             console.say(speed_line(metrics))
         path = finish(run, session.beside, folder) if recipe.checkpoint.final else None
         return Path(path) if path else None
@@ -254,5 +280,6 @@ def preflight(session: Session, thorough: bool = False) -> list[Proof]:
         scratch=session.folder.path,
     )
     proofs = prove(subject)
-    write_json(session.folder.preflight, as_json(proofs, time.perf_counter() - began))
+    if session.run.group.is_main:
+        write_json(session.folder.preflight, as_json(proofs, time.perf_counter() - began))
     return proofs

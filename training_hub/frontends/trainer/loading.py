@@ -14,7 +14,7 @@ from typing import Any
 from training_hub.errors import RecipeError
 from training_hub.frontends.trainer.fields import ATTENTION, CHECKPOINTING
 from training_hub.frontends.trainer.together import dtype_name
-from training_hub.recipe.names import all_settings, nearest
+from training_hub.recipe.names import nearest
 from training_hub.recipe.translate import shown
 
 AXES = {
@@ -106,7 +106,7 @@ class AutoEasyDeLModelForCausalLM:
 
         dtype: format of forward and backward (float32, bfloat16, float64, as text or as torch, numpy or JAX has it).
         param_dtype: format in which the trained weights are saved; while they move they are always float32.
-        sharding_axis_dims: lengths of the axes dp, fsdp, ep, tp, sp; 1 and -1 say nothing on one device.
+        sharding_axis_dims: lengths of the axes dp, fsdp, ep, tp, sp; -1 for what the others leave.
         config_kwargs: gradient_checkpointing, attn_mechanism, attn_dtype, attn_softmax_dtype.
         backend: the engine, torch or jax. quantization_config: of bitsandbytes, for weights under an adapter.
         Raises RecipeError listing everything that cannot be had, before anything is read.
@@ -114,9 +114,9 @@ class AutoEasyDeLModelForCausalLM:
         loading = _Loading(os.fspath(pretrained_model_name_or_path))
         problems = [
             *_formats(loading, dtype, param_dtype, precision),
+            *_engine(loading, backend, platform),
             *_mesh(loading, sharding_axis_dims, sharding_axis_names, auto_shard_model),
             *_config(loading, dict(config_kwargs or {}), dtype),
-            *_engine(loading, backend, platform),
             *_quantization(loading, quantization_config),
             *_left_out(
                 device=device,
@@ -179,19 +179,24 @@ def _mesh(loading: _Loading, dims: Sequence[int], names: Sequence[str], is_shard
             f"what is left. Write sharding_axis_dims={(1, -1, 1, 1, 1)}"
         )
         return
-    is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1"
-    said_of_one = (1,) if is_one_of_several and AXES["fsdp"] in all_settings() else (1, -1)
-    asked = {name: length for name, length in zip(names, dims, strict=True) if length not in said_of_one}
+    if dims.count(-1) > 1:
+        yield f"sharding_axis_dims: found {shown(tuple(dims))}; allowed: -1 once, for what the others leave."
+    # With JAX a process may have many devices; with torch a process by itself has one, and nothing to divide.
+    has_several = os.environ.get("WORLD_SIZE", "1") != "1" or loading.settings.get("backend") == "jax"
+    said_of_one = (1,) if has_several else (1, -1)
+    lengths = dict(zip(names, dims, strict=True))
+    asked = {name: length for name, length in lengths.items() if length not in said_of_one}
     if any(length > 1 for length in asked.values()) and not is_sharded:
         yield "auto_shard_model: False, but sharding_axis_dims asks for axes. Leave one out."
+    experts = lengths.get("ep", 1)
+    if experts == -1:
+        yield "sharding_axis_dims: ep is -1; allowed: a number that divides that of the model's experts. Write it."
+        return
+    if experts > 1:  # ours are dealt out to devices that also divide the other weights
+        shards = lengths.get("fsdp", 1)
+        asked["fsdp"] = shards if shards == -1 else shards * experts
     for name, length in asked.items() if is_sharded else ():
-        if AXES[name] in all_settings():
-            loading.give(AXES[name], length, "sharding_axis_dims")
-        else:
-            yield (
-                f"sharding_axis_dims: {name} is {length}; allowed: 1, or -1 for whatever is left. Models are not yet "
-                "laid over several devices in this direction."
-            )
+        loading.give(AXES[name], length, "sharding_axis_dims")
 
 
 def _config(loading: _Loading, given: dict[str, Any], dtype: Any) -> Iterator[str]:

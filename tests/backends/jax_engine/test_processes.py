@@ -1,0 +1,192 @@
+"""Two processes have the numbers of one, stop together, go on as one and back, and say what ended them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
+
+from tests.backends.jax_engine.tiny import losses, saved
+from tests.invariants.run import recipe, train
+from training_hub.backends.jax_engine.processes import _meeting_place
+from training_hub.errors import DataError, Interrupted, LaunchError, TrainingError
+from training_hub.folders import damage
+from training_hub.launch import run
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+
+TWO = {"procs": 2}
+DIVIDED = {"data_parallel_replicate_degree": 1, "data_parallel_shard_degree": -1}
+ASKED: dict[str, Any] = {
+    "backend": "jax",
+    "training": {"steps": 6, "preflight": False, "max_tokens_per_gpu": 256, "activation_checkpointing": "none"},
+    "checkpoint": {"interval": 3, "final": False},
+    "parallelism": DIVIDED,
+}
+
+
+def workers() -> dict[int, int]:
+    """Rank -> process id of the workers that this process has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # gone meanwhile, or somebody else's
+            continue
+        told = dict(one.decode().split("=", 1) for one in variables if b"=" in one)
+        if told.get("TRAINING_HUB_PARENT") == str(os.getpid()):
+            found[int(told["RANK"])] = int(folder.name)
+    return found
+
+
+def at_step(output: Path, step: int, act: Callable[[], None]) -> None:
+    """Act when the metrics tell of `step`."""
+
+    def wait() -> None:
+        file = output / "metrics.jsonl"
+        while not file.exists() or file.read_text().count("\n") < step:
+            time.sleep(0.005)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def one_layer(tiny_model_folder, tmp_path_factory) -> Path:
+    """A model that each process compiles quickly."""
+    folder, tokenizer = tmp_path_factory.mktemp("one-layer"), AutoTokenizer.from_pretrained(tiny_model_folder)
+    saved("llama", folder, vocab_size=len(tokenizer), initializer_range=0.02, num_hidden_layers=1)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(one_layer, chat_file, tmp_path_factory):
+    return train(one_layer, chat_file, tmp_path_factory.mktemp("one") / "run", **ASKED)
+
+
+@pytest.fixture(scope="module")
+def stopped(one_layer, chat_file, tmp_path_factory):
+    """A run in two processes, one of which got a SIGTERM after the third step: its folder, and the error."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    at_step(output, 3, lambda: os.kill(workers()[1], signal.SIGTERM))
+    with pytest.raises(Interrupted) as caught:
+        run(recipe(one_layer, chat_file, output, processes=TWO, **ASKED))
+    return output, caught.value
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(stopped):
+    output, error = stopped
+    saved = sorted(int(folder.name[5:]) for folder in (output / "checkpoints").iterdir())
+    assert error.signal_number == signal.SIGTERM and f"after step {saved[-1]} of 6" in str(error)
+    assert 3 <= saved[-1] < 6 and not workers()
+    assert not [line for step in saved for line in damage(output / "checkpoints" / f"step-{step}")]
+
+
+def test_two_processes_have_the_numbers_of_one_which_goes_on_from_their_checkpoint(
+    stopped, unbroken, one_layer, chat_file
+):
+    """All losses to 1e-5 in float32: sums are in another order."""
+    resumed = train(one_layer, chat_file, stopped[0], **ASKED)
+    assert resumed.status == "finished" and resumed.plan["processes"] == 1
+    assert np.abs(losses(resumed) - losses(unbroken)).max() <= 1e-5
+
+
+def test_processes_meet_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "4321")
+    assert _meeting_place(0) == ("127.0.0.1:4321", "127.0.0.1:4321"), "on one machine nobody else is to hear"
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    assert _meeting_place(0) == ("node0:4321", None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(LaunchError, match=r"cannot meet at MASTER_PORT.*nproc_per_node"):
+        _meeting_place(0)
+
+
+@pytest.mark.slow
+def test_two_processes_prove_train_and_save_as_one_does(one_layer, chat_file, tmp_path):
+    """With proofs, validation, a watch, the best step kept: losses, measures and weights to 1e-5. Then two go on from
+    what one saved, each with one half of the tokens of a pack."""
+    more = {
+        **ASKED,
+        "training": {**ASKED["training"], "preflight": True},
+        "data": {"validation_fraction": 0.1},
+        "evaluation": {"watch": str(chat_file), "watch_interval": 3, "interval": 2},
+        "checkpoint": {"interval": 4, "keep_best": True},
+    }
+    one = train(one_layer, chat_file, tmp_path / "one", **more)
+    two = train(one_layer, chat_file, tmp_path / "two", processes=TWO, **more)
+    assert len(two.history) == 6 and two.plan["processes"] == 2 and two.plan["devices"]["fsdp"] == 2
+    assert np.abs(losses(two) - losses(one)).max() <= 1e-5
+    for name in ("validation_loss", "watch_loss", "best_validation_loss", "best_step"):
+        assert two.metrics[name] == pytest.approx(one.metrics[name], abs=1e-5), name
+    assert (tmp_path / "two" / "preflight.json").exists()
+    ours, theirs = (load_file(each.model_path / "model.safetensors") for each in (two, one))
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in theirs) <= 1e-5
+
+    def stop(report) -> None:
+        if report.step == 5:
+            raise KeyError("the plug was pulled")
+
+    with pytest.raises(TrainingError):
+        train(one_layer, chat_file, tmp_path / "begun", [stop], **more)
+    more["parallelism"] = {"data_parallel_replicate_degree": 1, "context_parallel_degree": 2}
+    resumed = train(one_layer, chat_file, tmp_path / "begun", processes=TWO, **more)
+    assert resumed.plan["devices"]["sp"] == 2
+    assert np.abs(losses(resumed) - losses(one)).max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["lora_sft", "osft"])
+def test_adapters_and_protected_weights_are_those_of_one_process(algorithm, one_layer, chat_file, tmp_path):
+    """All losses to 1e-5 in float32."""
+    more = {**ASKED, "algorithm": algorithm, "checkpoint": {"interval": None}}
+    more |= {"osft": {"unfreeze_rank_ratio": 0.3}} if algorithm == "osft" else {"lora": {"r": 4}}
+    one = train(one_layer, chat_file, tmp_path / "one", **more)
+    two = train(one_layer, chat_file, tmp_path / "two", processes=TWO, **more)
+    assert np.abs(losses(two) - losses(one)).max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_in_the_caller(one_layer, chat_file, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match=r"line 1: no known format(.|\n)*rank 0 of 2"):
+        run(recipe(one_layer, rows, tmp_path / "run", processes=TWO, **ASKED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "number"), [(0, "SIGKILL"), (1, "SIGKILL"), (1, "SIGSTOP")])
+def test_a_process_that_is_lost_ends_the_run_which_then_goes_on(rank, number, unbroken, one_layer, chat_file, tmp_path):
+    output, kind = tmp_path / "run", getattr(signal, number)
+    asked = {**ASKED, "checkpoint": {"interval": 1, "final": False}, "comm": {"timeout_seconds": 10}}
+    at_step(output, 3, lambda: os.kill(workers()[rank], kind))
+    with pytest.raises(LaunchError) as caught:
+        run(recipe(one_layer, chat_file, output, processes=TWO, **asked))
+    assert f"rank {rank} of 2" in (said := str(caught.value)) and "The newest checkpoint is step-" in said
+    assert not workers()
+    assert not [line for folder in (output / "checkpoints").glob("step-*") for line in damage(folder)]
+    resumed = train(one_layer, chat_file, output, processes=TWO, **asked)
+    assert np.abs(losses(resumed) - losses(unbroken)).max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_what_processes_of_the_torch_engine_saved_in_pieces_is_gone_on_from(one_layer, chat_file, tmp_path):
+    """To 1e-4 over all steps, as the two engines agree."""
+    alone = train(one_layer, chat_file, tmp_path / "alone", **ASKED)
+    output = tmp_path / "run"
+    at_step(output, 3, lambda: os.kill(workers()[1], signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run(recipe(one_layer, chat_file, output, processes=TWO, **{**ASKED, "backend": "torch"}))
+    assert list(output.glob("checkpoints/step-*/model-rank1.safetensors"))
+    resumed = train(one_layer, chat_file, output, **ASKED)
+    assert resumed.engine == "jax" and np.abs(losses(resumed) - losses(alone)).max() <= 1e-4
