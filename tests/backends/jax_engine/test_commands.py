@@ -24,7 +24,7 @@ from training_hub.monitoring.console import open_console
 from training_hub.recipe.freezing import Freezing
 
 QUIET = ("--no-data.cache", "--monitoring.console", "off", "--model.dtype", "float32")
-OURS = ("memory_gib", "engine", "devices", "slices", "exchanged_gib_per_step", "quantization")
+OURS = ("memory_gib", "engine", "devices", "slices", "split_among", "exchanged_gib_per_step", "quantization")
 """What the two engines' plans do not have in common: what takes memory, and how processes are laid out."""
 
 

@@ -166,8 +166,8 @@ class Layout:
             source, parameter = sources[name]
             own = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
             mesh = self._mesh_of(own)
-            wanted: tuple[str, ...] = (*TOKENS, "tp") if source in self.summed else TOKENS
-            wanted = EXPERT_TOKENS if mesh is not self.mesh else wanted
+            tokens: tuple[str, ...] = (*TOKENS, "tp") if source in self.summed else TOKENS
+            wanted = tokens if mesh is self.mesh else EXPERT_TOKENS
             across = tuple(one for one in wanted if one not in own and size_of(mesh, one) > 1)
             sorts.setdefault((mesh, across), []).append(weight)
         for (mesh, across), some in sorts.items():

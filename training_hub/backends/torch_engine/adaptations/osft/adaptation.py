@@ -209,7 +209,8 @@ class Osft:
         whole = {name: p for name, p in self._spaces.parameters.items() if not isinstance(p, DTensor)}
         lost = [name for name, p in whole.items() if p.dtype != written.dtype or self._spaces.is_finer(name)]
         exact = {name: self._spaces.exact(name) for name in lost}
-        return self._full.export({**weights, **exact}, written, came)
+        dense = {name: weight for name, weight in weights.items() if name not in self._spaces.weights()}
+        return self._full.export({**dense, **exact}, written, came)
 
     files: ModelFiles | None = None
     """How the final model is written and read again: as a whole one."""
