@@ -115,6 +115,30 @@ def problems_of(settings: dict[str, Any], **arguments: Any) -> list[str]:
             ["checkpoint.keep_best", "data.validation_fraction: 0.05"],
         ),
         (
+            {"training.activation_checkpointing": "memory_budget"},
+            {"training.activation_checkpointing": "memory_budget", "training.compile": True},
+            ["training.activation_checkpointing: memory_budget", "training.compile: true"],
+        ),
+        (
+            {"training.activation_memory_budget": 0.2},
+            {
+                "training.activation_memory_budget": 0.2,
+                "training.activation_checkpointing": "memory_budget",
+                "training.compile": True,
+            },
+            ["training.activation_memory_budget: 0.2 would change nothing"],
+        ),
+        (
+            {"training.compile": True, "training.activation_checkpointing": "full"},
+            {"training.compile": True, "training.activation_checkpointing": "none"},
+            ["training.compile: torch compiles nothing within", "training.activation_checkpointing: memory_budget"],
+        ),
+        (
+            {"training.compile": True, "algorithm": "lora_sft"},
+            {"training.compile": True, "algorithm": "sft"},
+            ["training.compile: true does not go with algorithm: lora_sft", "training.compile: false"],
+        ),
+        (
             {"checkpoint.max_shard_size": "5 GiB"},
             {"checkpoint.max_shard_size": "5 GB"},
             ["checkpoint.max_shard_size: found '5 GiB'", "KB, MB, GB or TB", "checkpoint.max_shard_size: 50GB"],

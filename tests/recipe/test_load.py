@@ -135,6 +135,8 @@ FREE = [
         "data.validation_samples",
         "training.max_tokens_per_gpu",
         "model.quantization",
+        "training.compile",
+        "training.activation_checkpointing",  # some need a compiler
         "optimizer.name",  # a schedule-free one forbids schedules
     }
     and path not in {"processes.node_rank", "processes.master_port"}

@@ -47,6 +47,7 @@ NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "data.cache_dir": ("data.cache", (True,)),
     "data.cache_size": ("data.cache", (True,)),
     "data.max_bad_share": ("data.on_bad_row", ("skip",)),
+    "training.activation_memory_budget": ("training.activation_checkpointing", ("memory_budget",)),
     "training.max_skipped": ("training.on_nonfinite", ("skip",)),
     "optimizer.beta1": ("optimizer.name", (*ADAM, *LION)),
     "optimizer.beta2": ("optimizer.name", (*ADAM, *LION)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training_hub.recipe.evaluation import metric_problems, names_of
 from training_hub.recipe.findings import Contradiction, Names, is_default, plainly, value_at
@@ -100,4 +100,52 @@ def _shards(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
         )
 
 
-CHECKS = (_generation, _best, _hub, _shards)
+UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("algorithm", ("sft", "osft"), "the compiler makes code anew for each layer with an adapter, and gives up"),
+    ("training.fp8", (False,), "products in 8 bits are kernels of their own"),
+    ("model.quantization", ("none",), "frozen weights of few bits are read by kernels of their own"),
+    ("qat.weight_dtype", (None,), "layers that round are modules of another library"),
+    (
+        "evaluation.generate",
+        (False,),
+        "answers grow token by token, for which blocks would be compiled again and again",
+    ),
+    ("distillation.teacher", (None,), "a compiled student did not find the losses of a plain one each time"),
+    ("parallelism.tensor_parallel_degree", (1,), "parts of layers run forwards of our own"),
+    ("parallelism.context_parallel_degree", (1,), "attention gathers tokens within a layer"),
+    ("parallelism.pipeline_parallel_degree", (1,), "a pipeline runs layers of its own"),
+    ("parallelism.expert_parallel_degree", (1,), "experts are sent tokens within a layer"),
+)
+"""What blocks are not compiled beside, as far as it was tried: a setting, its values that go, and why no others do."""
+
+FORGETTING = ("selective", "full", "offload")
+
+
+def _compiled(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    path, how = "training.compile", "training.activation_checkpointing"
+    asked = recipe.training
+    if asked.activation_checkpointing == "memory_budget" and not asked.compile:
+        yield Contradiction(
+            (how, path),
+            f"{names(how)}: memory_budget is kept by the compiler, and {names(path)} is false. Write "
+            f"{names.write(path, True)}, or {names.write(how, 'auto')}.",
+        )
+    if not asked.compile:
+        return
+    if asked.activation_checkpointing in FORGETTING:
+        yield Contradiction(
+            (path, how),
+            f"{names(path)}: torch compiles nothing within a layer that {names(how)}: {asked.activation_checkpointing} "
+            f"runs again. Write {names.write(how, 'memory_budget')}, or none.",
+        )
+    for other, values, reason in UNCOMPILED:
+        found = value_at(recipe, other)
+        if found not in values:
+            yield Contradiction(
+                (path, other),
+                f"{names(path)}: true does not go with {names(other)}: {plainly(found)}, since {reason}. Write "
+                f"{names.write(path, False)}.",
+            )
+
+
+CHECKS = (_generation, _best, _hub, _shards, _compiled)

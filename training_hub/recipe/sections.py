@@ -222,11 +222,20 @@ class Training(Section):
     """Tokens that go through a device at once. Bounds memory and never changes the result. Default: the larger of
     8192 and max_seq_len."""
 
-    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload", "memory_budget"] = "auto"
     """What layers forget in forward and make again in backward; changes memory and time, never the result.
     full: all but their input. selective: not the results of matrix products and of torch's attention. offload: as full,
-    and the inputs wait in the host's memory, beside a GPU. auto: as little as the device's free memory allows, by the
-    plan's estimate, of none, selective and full."""
+    and the inputs wait in the host's memory, beside a GPU. memory_budget: what the compiler finds cheapest, within
+    activation_memory_budget. auto: as little as the device's free memory allows, by the plan's estimate, of none,
+    selective and full (with training.compile: none)."""
+
+    activation_memory_budget: Share = 0.5
+    """With activation_checkpointing: memory_budget, what a compiled block may keep for its backward pass, from 0 (its
+    inputs) to 1 (what it would keep by itself)."""
+
+    compile: bool = False
+    """Compile each decoder block with torch.compile, which takes up to minutes at the first step. For GPUs: fewer and
+    larger kernels. The result differs by rounding."""
 
     fp8: bool = False
     """Multiply the matrices of linear layers in 8-bit floating point, forward and for the gradient of their input; the

@@ -106,9 +106,23 @@ def test_a_key_that_is_a_setting_names_one_and_its_default_is_valid_there(name: 
 
 
 def test_every_problem_is_told_at_once_in_the_words_of_the_file():
-    said = refused("training.seq_len=0", "optimizer.lr=-1", "training.compile=true", "comm.trace_buf_size=5")
-    for name in ("(training.seq_len)", "optimizer.lr", "training.compile", "comm.trace_buf_size"):
+    said = refused("training.seq_len=0", "optimizer.lr=-1", "training.gc_freq=1", "comm.trace_buf_size=5")
+    for name in ("(training.seq_len)", "optimizer.lr", "training.gc_freq", "comm.trace_buf_size"):
         assert f"{name}: found" in said
+
+
+def test_blocks_are_compiled_and_keep_what_a_budget_allows():
+    keeps = ("activation_checkpoint.mode=memory_budget", "activation_checkpoint.memory_budget=0.3")
+    for key in ("training.compile=true", "compile.enable=true"):
+        found = recipe(key, *keeps).training
+        assert (found.compile, found.activation_checkpointing, found.activation_memory_budget) == (
+            True,
+            "memory_budget",
+            0.3,
+        )
+    assert recipe("training.compile=true", "activation_checkpoint.mode=none").training.compile
+    assert "Write activation_checkpoint.mode: memory_budget" in refused("training.compile=true")
+    assert "activation_checkpoint.memory_budget" in refused("activation_checkpoint.memory_budget=0.3")
 
 
 def test_a_value_of_a_wrong_kind_is_refused():

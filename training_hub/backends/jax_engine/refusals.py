@@ -47,7 +47,7 @@ CHECKS: tuple[Check, ...] = (
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
     (
         "training.activation_checkpointing",
-        lambda value: value == "offload",
+        lambda value: value in ("offload", "memory_budget"),
         "JAX keeps what it keeps on its device here; write full, " + TORCH,
     ),
     ("checkpoint.max_shard_size", lambda value: value != "50GB", "a model is one file here; leave it out, " + TORCH),

@@ -25,6 +25,9 @@ Each takes less memory than the one before, and more time."""
 OFFLOAD = "offload"
 """Of a layer its input is kept, beside the device: in page-locked memory of the host."""
 
+MEMORY_BUDGET = "memory_budget"
+"""Compiled blocks keep what the compiler finds cheapest within a budget; layers themselves do nothing."""
+
 USABLE = 0.92
 """Share of free memory that a plan may fill; the rest is for what an allocator loses between blocks."""
 
@@ -51,7 +54,7 @@ def checkpoint_layers(model: nn.Module, how: str, contexts: Contexts | None = No
     run: Callable[..., Any] = partial(checkpoint, use_reentrant=False, **options)
     layers = list(_layers(model))
     for layer in layers:
-        layer.gradient_checkpointing = how != NONE
+        layer.gradient_checkpointing = how not in (NONE, MEMORY_BUDGET)
         layer._gradient_checkpointing_func = partial(_inputs_away, away or to_host, run) if how == OFFLOAD else run
     return bool(layers)
 

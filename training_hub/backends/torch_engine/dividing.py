@@ -93,7 +93,7 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
         return f"its buffers {named(lost)} are not computed anew"
     if info["missing_keys"] or info["mismatched_keys"]:
         return "its files call weights otherwise than it does"
-    if dtype in TYPES and problem_on(device) is None:
+    if dtype in TYPES and problem_on(device) is None and not recipe.training.compile:
         swap(model)
     told = [*unexpected_notes(info["unexpected_keys"]), *filter(None, [round_in_forward(model, recipe.qat)])]
     return LoadedModel(model, original, "", tuple(told), files, base_of(chosen, model))

@@ -22,11 +22,11 @@ from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
-from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
 from training_hub.backends.torch_engine.by_source import BySource, sets_of
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib, way_problem
 from training_hub.backends.torch_engine.checkpoints import Checkpoints
+from training_hub.backends.torch_engine.compiling import LIVE, budgeted, compile_blocks
 from training_hub.backends.torch_engine.dividing import divide, load_for, refuse_broken_model
 from training_hub.backends.torch_engine.exam import exam_of
 from training_hub.backends.torch_engine.final import finish, saved_dtype, write_model
@@ -35,7 +35,7 @@ from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout, layout_of
 from training_hub.backends.torch_engine.layouts.beforehand import process_problems
 from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, train
-from training_hub.backends.torch_engine.materials import Materials, load_materials, stop_ids
+from training_hub.backends.torch_engine.materials import Materials, first_lengths, load_materials, stop_ids
 from training_hub.backends.torch_engine.merging import merge_for
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
@@ -128,7 +128,7 @@ class TorchEngine:
     def _model_problems(self, recipe: Recipe) -> list[str]:
         chosen = recipe.model
         if chosen.path.startswith("("):  # not a path: it stands for a model that is handed over
-            return []
+            return [LIVE] if recipe.training.compile else []
         found = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
         if found or Path(chosen.path).expanduser().exists():
             return found
@@ -212,6 +212,7 @@ class TorchEngine:
             audience = open_watchers(recipe, folder.path, console, resume_step=run.step, callbacks=given.watchers)
         with (
             memory_errors_explained(run),
+            budgeted(recipe.training),
             closing_masters(run),
             StopRequest() as stop,
             audience as watchers,
@@ -313,6 +314,8 @@ def assemble(
         adaptation.share_work(layout.group)
         adaptation.begin_as_it_came(loaded.base)
     adaptation.begin(console)
+    if recipe.training.compile:
+        console.say(f"model: {compile_blocks(model)}")
     if layout.is_divided:
         loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
@@ -357,12 +360,6 @@ def assemble(
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
     return run
-
-
-def first_lengths(materials: Materials) -> list[int]:
-    """Tokens of the first rows, as many as attention is tried on."""
-    lengths: list[int] = materials.prepared.train.lengths[:TIMED_TOKENS].tolist()
-    return lengths
 
 
 def forget_activations(run: Run, how: str) -> None:

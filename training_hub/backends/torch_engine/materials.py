@@ -10,6 +10,7 @@ from typing import Any
 from training_hub.backends import Given
 from training_hub.backends.shared import materials as shared
 from training_hub.backends.shared.materials import check_limits, limits_of, watched_rows
+from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.model_config import read_limits
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, read_teacher
 from training_hub.data.prepare import Prepared, prepare
@@ -79,3 +80,9 @@ def rows_kept_back(materials: Materials, most: int = 8) -> list[list[int]]:
     """Token ids of the first validation rows, on which two models can be compared; [] where there are none."""
     store = materials.prepared.validation
     return [] if store is None else [store[index].ids.tolist() for index in range(min(most, len(store)))]
+
+
+def first_lengths(materials: Materials) -> list[int]:
+    """Tokens of the first rows, as many as attention is tried on."""
+    lengths: list[int] = materials.prepared.train.lengths[:TIMED_TOKENS].tolist()
+    return lengths

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
-from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, is_kept, num_layers
+from training_hub.backends.torch_engine.checkpointing import MEMORY_BUDGET, NONE, checkpoint_layers, is_kept, num_layers
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.fused.swap import swap
@@ -78,6 +78,7 @@ def estimate(
     share: Share = EVERYTHING,
     is_staged: bool = False,
     under_way: float = 1.0,
+    is_compiled: bool = False,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
@@ -86,7 +87,7 @@ def estimate(
     checkpointing: how layers forget what they made; one layer's activations are there again in its backward pass.
     teacher: what a second model takes beside. share: what this process has of a model that is divided.
     is_staged: checkpoints are copied into the host's memory first; `staged` is what that takes there, which beside a
-    GPU is not in `total`.
+    GPU is not in `total`. is_compiled: blocks are compiled, and keep less than is counted.
     under_way: packs whose activations are there at once, in a pipeline.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
@@ -97,7 +98,7 @@ def estimate(
     own = torch.empty(holdings.trained, device="meta")
     is_low = dtype in LOW_PRECISION
     exact = 4 if is_low else dtype.itemsize
-    is_swapped = dtype in TYPES and problem_on(device) is None
+    is_swapped = not is_compiled and dtype in TYPES and problem_on(device) is None
     on_kernels = is_swapped and device.type == "cpu"
     parts: Estimate = {
         "libraries": LIBRARIES.get(device.type, 0),
@@ -286,7 +287,7 @@ def saved_bytes(
     options: dict[str, Any] = {"is_copied": is_copied, "on_kernels": on_kernels, "among": among}
     everything = _saved_bytes(blank, largest, NONE, **options)
     layers = num_layers(blank)
-    if checkpointing == NONE or not layers:
+    if checkpointing in (NONE, MEMORY_BUDGET) or not layers:
         return everything
     kept = _saved_bytes(blank, largest, checkpointing, **options)
     # Beside what a layer makes again there are the gradients of as much: full checkpointing of 8 layers was measured

@@ -124,7 +124,8 @@ def load_model(
     names, tried = attention_names(recipe.model.attention, loaded, lengths, loaded.device, kind)
     attention = attach_attention(loaded, names, dtype)
     told_of = [*notes, *tried, *attention_notes(attention, names), *model_notes(loaded)]
-    told_of += [line for line in (run_on_kernels(loaded), _rounding(loaded, recipe.qat), _slow(loaded)) if line]
+    on_kernels = None if recipe.training.compile else run_on_kernels(loaded)
+    told_of += [line for line in (on_kernels, _rounding(loaded, recipe.qat), _slow(loaded)) if line]
     if recipe.training.fp8:
         told_of.append(_in_eight_bits(loaded))
     found = tuple(told_of)

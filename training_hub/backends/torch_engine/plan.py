@@ -187,11 +187,12 @@ def memory_of(
     model = fullest(model, asked) if in_stages else model
     wanted = recipe.training.activation_checkpointing
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
-    ways = (wanted,) if wanted != "auto" else possible if num_layers(model) else (NONE,)
+    ways = (wanted,) if wanted != "auto" else possible if num_layers(model) and not recipe.training.compile else (NONE,)
     for how in ways:
         memory = estimate(
             model, recipe.optimizer, dtype, device, largest,
             accumulates=accumulates, holdings=holdings, checkpointing=how, teacher=teacher, share=share,
+            is_compiled=recipe.training.compile,
             is_staged=recipe.checkpoint.async_mode != "disabled",
             under_way=under_way,
         )  # fmt: skip

@@ -203,8 +203,13 @@ PLACE: Mapping[str, Key] = MappingProxyType(
         ),
         "activation_checkpoint.mode": Key(
             "selective",
-            "none, selective or full.",
+            "none, selective, full or memory_budget; with training.compile none or memory_budget.",
             TEXT,
+        ),
+        "activation_checkpoint.memory_budget": Key(
+            0.5,
+            "With mode: memory_budget, what a compiled block may keep, from 0 to 1.",
+            NUMBER,
         ),
         "activation_checkpoint.selective_ac_option": Key(
             "op",

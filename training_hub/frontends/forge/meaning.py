@@ -18,7 +18,7 @@ from training_hub.recipe.translate import shown
 
 DECAYS = {"linear": "linear", "cosine": "cosine"}
 TOGETHER = "parallelism.pipeline_parallel_microbatch_size"
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "selective", "full", "memory_budget")
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,9 @@ def _activations(reading: Reading) -> Iterator[str]:
     else:
         near = nearest(str(mode), CHECKPOINTING) or "selective"
         yield f"{key}: found {shown(mode)}; allowed: {', '.join(CHECKPOINTING)}. Write {key}: {near}"
+    budget = "activation_checkpoint.memory_budget"
+    if mode == "memory_budget" or reading.is_given(budget):
+        reading.give("training.activation_memory_budget", reading.value(budget), budget)
 
 
 def _reports(reading: Reading) -> Iterator[str]:

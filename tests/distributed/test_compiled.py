@@ -1,0 +1,104 @@
+"""Compiled blocks find the numbers of blocks that are run as they are written, in one process and in several.
+
+Float32: compiled products add in another order, and fused operations round once where written ones round several times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
+from tests.distributed.test_equal_numbers import SGD, STEPS, apart, weights
+from tests.invariants.run import train
+from tests.invariants.test_families import folder_of
+from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
+from training_hub.backends.torch_engine.compiling import budgeted, compile_blocks
+from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
+from training_hub.backends.torch_engine.tensors import to_device
+from training_hub.recipe.sections import Training
+
+# torch's compiler looks at the gradients of what it is given, and is warned of that.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")]
+
+CLOSE = 1e-5
+COMPILED = {**STEPS, "compile": True}
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "gpt2": ("gpt2", {}),
+    "mixtral": ("mixtral", {}),
+    "bfloat16": ("llama", {"model": {"dtype": "bfloat16", "save_dtype": "float32"}}),
+    "budget": ("llama", {"training": {"activation_checkpointing": "memory_budget", "activation_memory_budget": 0.2}}),
+    "osft": ("llama", {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False}}),
+}
+TOGETHER = {
+    "replicas": {},
+    "slices": {"data_parallel_shard_degree": -1},
+}
+
+
+SETTINGS: dict[str, Any] = {"optimizer": SGD, "evaluation": {"interval": 2}, "data": {"validation_fraction": 0.2}}
+
+
+def same(found: Any, wanted: Any, rel: float) -> None:
+    assert len(found) == len(wanted) > 0
+    for row, other in zip(found, wanted, strict=True):
+        for key in {"loss", "grad_norm", "validation_loss"} & row.keys():
+            assert row[key] == pytest.approx(other[key], rel=rel), key
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_one_process_finds_the_numbers_of_eager_blocks(case, tiny_model_folder, uneven_file, tmp_path):
+    family, sections = ALONE[case]
+    model = folder_of(family, tiny_model_folder, tmp_path / "model")
+    settings = {**SETTINGS, **sections}
+    own = settings.pop("training", {})
+    eager = train(model, uneven_file, tmp_path / "eager", training=STEPS, **settings)
+    compiled = train(model, uneven_file, tmp_path / "compiled", training={**COMPILED, **own}, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["recompile_limit"], "code is made for a few kinds of packs, not for each"
+    same(compiled.history, eager.history, 2e-2 if case == "bfloat16" else CLOSE)
+    distance = apart(weights(compiled.model_path), weights(eager.model_path))
+    assert distance <= (1e-2 if case == "bfloat16" else CLOSE)
+
+
+@pytest.mark.parametrize("layout", TOGETHER)
+def test_two_processes_find_them_too(layout, two, tiny_model_folder, uneven_file, tmp_path):
+    model = folder_of("llama", tiny_model_folder, tmp_path / "model")
+    settings = SETTINGS
+    together = two.train(
+        model, uneven_file, tmp_path / "compiled", training=COMPILED, parallelism=TOGETHER[layout], **settings
+    )
+    eager = train(model, uneven_file, tmp_path / "eager", training=STEPS, **settings)
+    for each in together:
+        assert each.get("status") == "finished", each
+        same(each["history"], eager.history, CLOSE)
+    assert apart(weights(together[0]["model_path"]), weights(eager.model_path)) <= CLOSE
+
+
+def kept_bytes(budget: float) -> int:
+    """Bytes beside parameters that the compiled blocks of a model keep for the backward pass."""
+    register_attention()
+    model = tiny_model("llama", num_hidden_layers=3).train()
+    model.set_attn_implementation(DOCUMENTS)
+    compile_blocks(model)
+    asked = Training(compile=True, activation_checkpointing="memory_budget", activation_memory_budget=budget)
+    with budgeted(asked):
+        loss = CrossEntropy()(model, to_device(random_pack((40, 24, 40, 24)), torch.device("cpu"))).total
+    own, found, nodes, seen = {p.data_ptr() for p in model.parameters()}, {}, [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [other for other, _ in node.next_functions]
+        if "CompiledFunction" in type(node).__name__:
+            found |= {one.data_ptr(): one.nbytes for one in node.saved_tensors if one.data_ptr() not in own}
+    return sum(found.values())
+
+
+def test_a_smaller_budget_keeps_less_of_each_block():
+    assert 0 < kept_bytes(0.0) < kept_bytes(1.0)
