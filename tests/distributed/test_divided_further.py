@@ -86,6 +86,32 @@ def test_two_processes_find_the_numbers_of_one(case, two, wide_model_folder, une
     assert apart(weights(alone.model_path, name), weights(together[0]["model_path"], name)) <= CLOSE
 
 
+IN_BFLOAT16: dict[str, dict[str, Any]] = {
+    "int4": {**LORA, "model": {"quantization": "int4", "dtype": "bfloat16"}},
+    "int8": {**LORA, "model": {"quantization": "int8", "dtype": "bfloat16"}},
+    "adalora": {**CASES["adalora"][1], "model": {"dtype": "bfloat16"}},
+    "rounded": {"qat": {"weight_dtype": "int4"}, "model": {"dtype": "bfloat16"}},
+    "muon": {"optimizer": {"name": "Muon", "lr": 1e-3}, "model": {"dtype": "bfloat16"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+def test_slices_in_bfloat16_follow_one_process(case, two, wide_model_folder, uneven_file, tmp_path):
+    """8 bits of mantissa, and sums in another order: losses agree to 2 %."""
+    package = LIBRARIES.get(case, "torch")
+    if find_spec(package) is None:
+        pytest.skip(f"no {package}")
+    settings = {"training": STEPS, "optimizer": SGD, "evaluation": ANSWERS["evaluation"], **IN_BFLOAT16[case]}
+    settings["data"] = {"validation_fraction": 0.2}
+    alone = train(wide_model_folder, uneven_file, tmp_path / "alone", **settings)
+    together = two.train(wide_model_folder, uneven_file, tmp_path / "together", parallelism=SLICES, **settings)
+    for each in together:
+        assert each.get("status") == "finished", each
+        for row, wanted in zip(each["history"], alone.history, strict=True):
+            assert row["loss"] == pytest.approx(wanted["loss"], rel=0.02)
+
+
 ANSWERS = {
     "training": {**STEPS, "steps": 2},
     "optimizer": SGD,
