@@ -99,27 +99,15 @@ def test_adapters_and_protected_weights_are_the_same_on_every_mesh(algorithm, ti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
-def test_experts_that_are_dealt_out_have_the_numbers_of_one_device(family, tiny_model_folder, chat_file, tmp_path):
+def test_experts_that_are_dealt_out_have_the_numbers_of_one_device(tiny_model_folder, chat_file, tmp_path):
     """All losses to 1e-5 in float32."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     changes = {"vocab_size": len(tokenizer), "initializer_range": 0.02, "num_hidden_layers": 1}
-    saved(family, tmp_path / "model", **changes)
+    saved("mixtral", tmp_path / "model", **changes)
     tokenizer.save_pretrained(tmp_path / "model")
     made = compared(tmp_path / "model", chat_file, tmp_path, OF_EXPERTS, OF_EXPERTS["fsdp-ep-tp"], **ASKED)
     layouts = [tuple(one["devices"][axis] for axis in AXES) for one in made]
     assert layouts == [(2, 1, 4, 1, 1), (1, 2, 2, 2, 1), (1, 1, 4, 1, 2), (1, 2, 2, 2, 1)]
-
-
-@pytest.mark.slow
-def test_the_torch_engine_goes_on_from_a_mesh(tiny_model_folder, chat_file, tmp_path):
-    """To 1e-4 over all steps, as the two engines agree: checkpoints hold whole weights, whatever the mesh."""
-    alone = train(tiny_model_folder, chat_file, tmp_path / "alone", **ASKED)
-    divided = recipe(tiny_model_folder, chat_file, tmp_path / "run", **ASKED, parallelism=MESHES["fsdp-tp-sp"])
-    (made,) = on_eight([{**divided.model_dump(), "stop_at": 5}], tmp_path)
-    assert "the plug" in made["error"]
-    resumed = train(tiny_model_folder, chat_file, tmp_path / "run", **{**ASKED, "backend": "torch"})
-    assert resumed.engine == "torch" and np.abs(losses(resumed) - losses(alone)).max() <= 1e-4
 
 
 def test_weights_are_divided_where_their_sides_divide_evenly(tmp_path):
