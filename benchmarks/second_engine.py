@@ -13,7 +13,8 @@ The first two steps, in which programs are compiled and kernels built, are left 
 padding is none. Told are tokens per second, and per second that all threads together spent on a processor, which other
 work on the machine hardly changes; the median of the rounds and their range. `jax is faster by` is the ratio of the
 medians, and the range of the ratios round by round. GSM8K is read from the folder named by TRAINING_HUB_TEST_DATA;
-without it made-up rows stand in. What each process did is appended to results.jsonl, and RESULTS.md is written from it.
+without it made-up rows stand in. Rows longer than --max-length are left out. What each process did is appended to
+results.jsonl, and RESULTS.md is written from it.
 
 EasyDeL is compared in the one configuration in which its SFT path trains what it is asked to: packing off (on, it
 crashes by default, and trains on padding otherwise), loss on the assistant's tokens, every row padded to --max-length,
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,9 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", asked.size, texts_of(rows))
-        path = write_rows(Path(folder) / "rows.jsonl", rows)
+        # Twice what is trained, so that no side comes to the end of an epoch.
+        fitting = list(islice(_fitting(rows, model, asked.max_length), 2 * asked.batch * asked.steps))
+        path = write_rows(Path(folder) / "rows.jsonl", fitting)
         for number in range(asked.rounds):
             for dtype in asked.dtype:
                 for engine in asked.sides:
@@ -137,6 +141,16 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
                         file=sys.stderr,
                     )
     return made
+
+
+def _fitting(rows: Sequence[dict[str, Any]], model: Path, most: int) -> Iterator[dict[str, Any]]:
+    """The rows of at most so many tokens: longer ones are cut by one side and refused by another."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for row in rows:
+        if len(tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"]) <= most:
+            yield row
 
 
 def run_side(order: dict[str, Any], asked: argparse.Namespace, file: Path) -> dict[str, Any]:
