@@ -103,6 +103,7 @@ def test_osft_goes_on_from_the_weights_that_came(others, tiny_model_folder, chat
     settings = {**OSFT, "osft": {**OSFT["osft"], "others": others}, "model": LOW, "training": TWO_STEPS}
     still = train(tiny_model_folder, chat_file, tmp_path / "still", **settings, optimizer=STILL)
     base = base_weights(tiny_model_folder)
+    assert final_weights(still).keys() == base.keys()
     assert all(same(final_weights(still)[name], one) for name, one in base.items())
     moved = final_weights(train(tiny_model_folder, chat_file, tmp_path / "moved", **settings, optimizer={"lr": 1e-3}))
     key = "model.layers.0.mlp.up_proj.weight"
