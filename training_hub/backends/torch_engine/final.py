@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from training_hub.backends.shared.outcome import card_of, final_step
 from training_hub.backends.torch_engine.adaptations.full import Full
@@ -217,10 +217,18 @@ def gather_whole(run: Run, written: Written, base: BaseWeights) -> Held:
                 cast = whole.to(written.dtype if is_whole and whole.is_floating_point() else whole.dtype).cpu()
                 weights[name] = cast if same is None else same
                 unmoved |= set() if same is None else {name}
+        if is_whole and run.layout.pipeline is not None and run.layout.is_first:
+            weights |= _other_tensors(run.model)
         logits = probed_logits(run.model, run.device)
         run.layout.let_go(run.model)
     weights, names = run.layout.collected(weights, unmoved)
     return Held(weights, names, logits, numbers_of(run))
+
+
+def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the layers of a stage hold beside parameters and files have, on the CPU: others do not have these layers."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items() if name not in own}
 
 
 def go_back(run: Run, step: int) -> None:
