@@ -33,7 +33,7 @@ def text_settings() -> list[str]:
         path
         for path, setting in all_settings().items()
         if setting.takes_text and not (setting.takes_list or setting.takes_number or setting.takes_boolean)
-        if path not in ("algorithm", "backend", "evaluation.best_metric", "hub.repo_id")
+        if path not in ("algorithm", "backend", "evaluation.best_metric", "hub.repo_id", "checkpoint.max_shard_size")
     ]
 
 

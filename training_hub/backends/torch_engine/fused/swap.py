@@ -97,14 +97,15 @@ def swap(model: nn.Module) -> None:
     """Replace every module that the kernels can run, in place; parameters and names stay."""
     head = _head_of(model)
     for name, module in list(model.named_modules()):
-        kind = None if isinstance(module, OnKernels) or module is head else _kind_for(module)
+        kind = None if isinstance(module, OnKernels) or module in head else _kind_for(module)
         if kind is not None:
             model.set_submodule(name, made(kind, module.__dict__))
 
 
-def _head_of(model: Any) -> nn.Module | None:
-    """The layer that makes logits, whose loss is taken elsewhere."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _head_of(model: Any) -> frozenset[nn.Module]:
+    """The layer that makes logits, whose loss is taken elsewhere, with what an adapter has put around it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return frozenset(() if head is None else head.modules())
 
 
 def multiply_in_eight_bits(model: nn.Module) -> int:
@@ -113,7 +114,7 @@ def multiply_in_eight_bits(model: nn.Module) -> int:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and eight_bit.fits(module.weight)
+        if isinstance(module, nn.Linear) and module not in head and eight_bit.fits(module.weight)
     ]
     for name, module in found:
         model.set_submodule(name, made(subclass(nn.Linear, _eight_bit_linear), module.__dict__))
