@@ -107,15 +107,17 @@ class Mesh:
         """Within a program: the same attention where tokens are divided: each device's queries, the keys of all."""
         return attend if self.parts == 1 else partial(self._attend, attend)
 
-    def _attend(self, attend: Attend, q: Array, k: Array, v: Array, segments: Array, window: Array | int) -> Array:
+    def _attend(
+        self, attend: Attend, q: Array, k: Array, v: Array, segments: Array, window: Array | int, **more: Any
+    ) -> Array:
         if q.shape[1] % self.parts:  # a few tokens that are only looked at
-            return attend(q, k, v, segments, window)
+            return attend(q, k, v, segments, window, **more)
         heads = TENSOR if k.shape[2] % self.layout[TENSOR] == 0 else None
         own, all_of_them = self._along(ROWS, TOKENS, heads), self._along(ROWS, None, heads)
         q = lax.with_sharding_constraint(q, own)
         k, v = (lax.with_sharding_constraint(each, all_of_them) for each in (k, v))
         segments = lax.with_sharding_constraint(segments, self._along(ROWS))
-        return lax.with_sharding_constraint(attend(q, k, v, segments, window), own)
+        return lax.with_sharding_constraint(attend(q, k, v, segments, window, **more), own)
 
     def mixing(self, shape: Shape) -> Mix:
         """Within a program: the mixture of experts of a layer, by the devices among which experts are dealt out."""
