@@ -6,7 +6,7 @@ versions of libraries are others: `--easydel PATH/TO/bin/python`. Without it tha
 
     python -m venv easydel_venv
     easydel_venv/bin/pip install easydel==0.3.0 pillow
-    easydel_venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu  # it reads weights
+    easydel_venv/bin/pip install torch==2.13.0  # it reads weights; a CPU build will do
     python benchmarks/second_engine.py --easydel easydel_venv/bin/python
 
 The first two steps, in which programs are compiled and kernels built, are left out. Useful tokens are those of samples,
