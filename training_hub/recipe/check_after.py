@@ -116,7 +116,8 @@ UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("parallelism.pipeline_parallel_degree", (1,), "a pipeline runs layers of its own"),
     ("parallelism.expert_parallel_degree", (1,), "experts are sent tokens within a layer"),
 )
-"""What blocks are not compiled beside, as far as it was tried: a setting, its values that go, and why no others do."""
+"""What blocks are not compiled beside: a setting, its values that go, and why no others do. Adapters and teachers were
+tried; of the others no trial said that they go."""
 
 FORGETTING = ("selective", "full", "offload")
 

@@ -191,6 +191,11 @@ def test_bfloat16_keeps_float32_masters_and_the_format_that_the_model_came_in(ch
     assert (masters[name] != before[name].astype(np.float32)).mean() > 0.9
 
 
+def test_compiling_is_not_to_be_asked_of_an_engine_that_always_does(tiny_model_folder, chat_file, tmp_path):
+    with pytest.raises(RecipeError, match=r"training\.compile: found True; backend jax: JAX compiles"):
+        train(tiny_model_folder, chat_file, tmp_path / "run", backend="jax", training={"compile": True})
+
+
 def test_what_the_engine_does_not_do_is_refused_at_once_in_words(tiny_model_folder, chat_file, tmp_path):
     asked = {
         "model": {"dtype": "float64"},

@@ -39,11 +39,11 @@ def splash(q: Array, k: Array, v: Array, segments: Array, window: int, *, is_int
 
 
 def triton(q: Array, k: Array, v: Array, segments: Array, window: int, *, is_interpreted: bool = False) -> Array:
-    """By GPU kernels that keep documents apart. Raises NotImplementedError for a window, which they do not have."""
+    """By GPU kernels that keep documents apart. Raises ValueError for a window, which they do not have."""
     from jax.experimental.pallas.ops.gpu.attention import mha
 
     if window < q.shape[1]:
-        raise NotImplementedError(f"JAX's kernel for GPUs has no sliding window, and the model one of {window} tokens")
+        raise ValueError(f"JAX's kernel for GPUs has no sliding window, and the model one of {window} tokens")
     shared = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(each, shared, axis=2) for each in (k, v))
     found: Array = mha(q, k, v, segments, sm_scale=1 / math.sqrt(q.shape[-1]), causal=True, interpret=is_interpreted)

@@ -42,15 +42,15 @@ CHECKS: tuple[Check, ...] = (
     ("qat.weight_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
     ("qat.activation_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
     ("training.fp8", bool, "matrices are multiplied in bfloat16 or float32 here; write false, " + TORCH),
+    ("training.compile", bool, "JAX compiles whole steps, always; write false."),
     ("distillation.teacher", lambda value: value is not None, "this engine has no teachers; leave it out, " + TORCH),
-    ("qat.weight_dtype", lambda value: value is not None, "no layer rounds here; leave it out, " + TORCH),
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
     (
         "training.activation_checkpointing",
         lambda value: value in ("offload", "memory_budget"),
         "JAX keeps what it keeps on its device here; write full, " + TORCH,
     ),
-    ("checkpoint.max_shard_size", lambda value: value != "50GB", "a model is one file here; leave it out, " + TORCH),
+    ("checkpoint.max_shard_size", lambda value: value != "50GB", "files hold 5 GB here; leave it out, " + TORCH),
     (
         "checkpoint.async_mode",
         lambda value: value != "disabled",

@@ -364,11 +364,12 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part_BKLx: Tensor, among: int) -> Tensor:
+        ctx.tokens = part_BKLx.shape[2]
         return part_BKLx.new_empty(*part_BKLx.shape[:2], among * part_BKLx.shape[2], part_BKLx.shape[3])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        raise NotImplementedError("shapes have no gradients")
+        return upstream[0][:, :, : ctx.tokens], None
 
 
 def _gathering(

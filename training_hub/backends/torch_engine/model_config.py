@@ -32,22 +32,17 @@ def read_blank_model(chosen: Model, rounding: Qat = Qat()) -> tuple[PreTrainedMo
     """
     import transformers
 
-    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code, with_weights=False)
-    if problems:
-        raise RecipeError(problems)
-    config = from_library(chosen, "AutoConfig", source_options(chosen))
-    original = _original_dtype(chosen.path, config)
-    config._attn_implementation = None
-    config._experts_implementation = None
+    config, original = read_config(chosen, with_weights=False)
     with torch.device("meta"):
         blank = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=chosen.trust_remote_code)
     round_in_forward(blank, rounding)
     return blank, original
 
 
-def read_config(chosen: Model) -> tuple[Any, torch.dtype]:
-    """The config of the model, and the format its weights come in. Raises RecipeError naming every problem."""
-    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code)
+def read_config(chosen: Model, *, with_weights: bool = True) -> tuple[Any, torch.dtype]:
+    """The config of the model, and the format its weights come in. Raises RecipeError naming every problem of its
+    folder; with_weights: also where that has no weights."""
+    problems = folder_problems(chosen.path, trust_remote_code=chosen.trust_remote_code, with_weights=with_weights)
     if problems:
         raise RecipeError(problems)
     config = from_library(chosen, "AutoConfig", source_options(chosen))
