@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.crew import Crew
 from tests.invariants.run import final_weights, recipe
+from tests.workers import workers
 from training_hub.backends import Given
 from training_hub.errors import LaunchError
 from training_hub.folders import damage
@@ -41,20 +42,6 @@ SETTINGS: dict[str, Any] = {
 def unbroken(two: Crew, tiny_model_folder: Path, chat_file: Path, tmp_path_factory) -> dict[str, torch.Tensor]:
     ended = two.train(tiny_model_folder, chat_file, tmp_path_factory.mktemp("runs") / "unbroken", **SETTINGS)
     return load_file(Path(ended[0]["model_path"]) / "model.safetensors")
-
-
-def workers() -> dict[int, int]:
-    """Rank -> process id of the workers that this process has started."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile, or somebody else's
-            continue
-        told = dict(one.decode().split("=", 1) for one in variables if b"=" in one)
-        if told.get("TRAINING_HUB_PARENT") == str(os.getpid()):
-            found[int(told["RANK"])] = int(folder.name)
-    return found
 
 
 def at_step(output: Path, step: int, act: Callable[[], None]) -> threading.Thread:

@@ -18,12 +18,10 @@ from tests.distributed.test_split_models import (
     SMALL_PACKS,
     TENSOR,
     Case,
+    broken_off,
     same_steps,
 )
-from tests.invariants.run import recipe, train
-from training_hub.backends import Given
-from training_hub.errors import TrainingError
-from training_hub.launch import run
+from tests.invariants.run import train
 
 OSFT = {"unfreeze_rank_ratio": 0.5, "cache": False}
 
@@ -91,27 +89,8 @@ LONGER = {"training": {"global_batch_size": 4, "epochs": 1, "preflight": False},
 
 @pytest.mark.slow
 def test_what_is_protected_goes_on_however_the_model_is_split(two, folders, uneven_file, tmp_path):
-    model, output = folders("llama"), tmp_path / "run"
     settings = {"algorithm": "osft", "osft": OSFT, "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9}, **LONGER}
-    unbroken = train(model, uneven_file, tmp_path / "unbroken", **settings)
-
-    def go_on(parallelism: dict[str, int], step: int) -> None:
-        order = {"signalled": 1, "step": step}
-        ended = two.train(model, uneven_file, output, order, parallelism=parallelism, **settings)
-        assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
-
-    go_on(TENSOR, 2)
-
-    def stop(report: Any) -> None:
-        raise KeyError("the plug was pulled")
-
-    with pytest.raises(TrainingError, match="the plug was pulled"):
-        run(recipe(model, uneven_file, output, **settings), Given(watchers=[stop]))
-    go_on(CONTEXT, 5)
-    resumed = two.train(model, uneven_file, output, parallelism=TENSOR, **settings)
-    same_steps(unbroken, resumed)
-    same_protection(unbroken, resumed)
-    assert apart(weights(unbroken.model_path), weights(resumed[0]["model_path"])) <= CLOSE
+    same_protection(*broken_off(two, folders("llama"), uneven_file, tmp_path, settings))
 
 
 @pytest.mark.slow

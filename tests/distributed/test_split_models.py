@@ -6,6 +6,7 @@ Weights are compared under plain SGD, for the reason that test_equal_numbers.py 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,32 +144,36 @@ def test_an_adapter_learns_the_same_beside_a_split_model(parallelism, two, folde
     assert apart(weights(alone.model_path, "adapter_model"), found) <= CLOSE
 
 
+def broken_off(two: Any, model: Path, rows: Path, folder: Path, settings: dict[str, Any]) -> tuple[Any, list[dict]]:
+    """What a run gives in one process, and what one gives that is broken off in turn with split heads, in one process
+    and with split tokens, and ends with split heads: the same steps."""
+    unbroken, output = train(model, rows, folder / "unbroken", **settings), folder / "run"
+
+    def go_on(parallelism: dict[str, int], step: int) -> None:
+        order = {"signalled": 1, "step": step}
+        ended = two.train(model, rows, output, order, parallelism=parallelism, **settings)
+        assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
+
+    def stop(report: Any) -> None:
+        raise KeyError("the plug was pulled")
+
+    go_on(TENSOR, 2)
+    with pytest.raises(TrainingError, match="the plug was pulled"):
+        run(recipe(model, rows, output, **settings), Given(watchers=[stop]))
+    go_on(CONTEXT, 5)
+    resumed = two.train(model, rows, output, parallelism=TENSOR, **settings)
+    same_steps(unbroken, resumed)
+    assert apart(weights(unbroken.model_path), weights(resumed[0]["model_path"])) <= CLOSE
+    return unbroken, resumed
+
+
 def test_a_run_goes_on_however_the_model_is_split(two, folders, uneven_file, tmp_path):
-    model = folders("llama")
     settings = {
         "training": {"global_batch_size": 4, "epochs": 1, "preflight": False},
         "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
         "checkpoint": {"interval": 1},
     }
-    unbroken = train(model, uneven_file, tmp_path / "unbroken", **settings)
-    output = tmp_path / "run"
-
-    def go_on(parallelism: dict[str, int], step: int) -> None:
-        order = {"signalled": 1, "step": step}
-        ended = two.train(model, uneven_file, output, order, parallelism=parallelism, **settings)
-        assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
-
-    go_on(TENSOR, 2)
-
-    def stop(report: Any) -> None:
-        raise KeyError("the plug was pulled")
-
-    with pytest.raises(TrainingError, match="the plug was pulled"):
-        run(recipe(model, uneven_file, output, **settings), Given(watchers=[stop]))
-    go_on(CONTEXT, 5)
-    resumed = two.train(model, uneven_file, output, parallelism=TENSOR, **settings)
-    same_steps(unbroken, resumed)
-    assert apart(weights(unbroken.model_path), weights(resumed[0]["model_path"])) <= CLOSE
+    broken_off(two, folders("llama"), uneven_file, tmp_path, settings)
 
 
 def test_a_teacher_is_asked_beside_a_split_student(two, folders, uneven_file, tmp_path):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from tests.backends.jax_engine.tiny import losses, saved
 from tests.invariants.run import recipe, train
+from tests.workers import workers
 from training_hub.backends.jax_engine.processes import _meeting_place
 from training_hub.errors import DataError, Interrupted, LaunchError, TrainingError
 from training_hub.folders import damage
@@ -32,20 +33,6 @@ ASKED: dict[str, Any] = {
     "checkpoint": {"interval": 3, "final": False},
     "parallelism": DIVIDED,
 }
-
-
-def workers() -> dict[int, int]:
-    """Rank -> process id of the workers that this process has started."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile, or somebody else's
-            continue
-        told = dict(one.decode().split("=", 1) for one in variables if b"=" in one)
-        if told.get("TRAINING_HUB_PARENT") == str(os.getpid()):
-            found[int(told["RANK"])] = int(folder.name)
-    return found
 
 
 def at_step(output: Path, step: int, act: Callable[[], None]) -> None:
