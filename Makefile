@@ -37,9 +37,10 @@ demo-base: $(VENV)/.installed ## pre-train the demo's tiny base model again (lon
 continual-base: $(VENV)/.installed ## pre-train the larger base of benchmarks/continual.py (minutes)
 	$(RUN) benchmarks/continual_base.py
 
-# Each of WORKERS processes takes whole files of tests and computes in one thread.
+# Each of WORKERS processes takes whole files of tests, in order: those with the most tests first would leave long ones to
+# the end. Each computes in one thread.
 test: $(VENV)/.installed ## the tests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
 	$(RUN) -m pytest -q
