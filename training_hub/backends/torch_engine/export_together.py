@@ -58,8 +58,7 @@ def export_together(
     """Write the model of `run` as `written` into `folder`, atomic, as `export` does; how many files of weights it has.
 
     All processes must call it. base: what the weights are that nothing has moved. beside: writes what else lies in the
-    folder, in process 0. Raises TrainingError where
-    numbers are not finite or the files do not hold the model.
+    folder, in process 0. Raises TrainingError where numbers are not finite or the files do not hold the model.
     """
     group, moved, dtype = run.group, run.updater.masters.weights, written.dtype
     exact = {parameter: moved.get(name, local_of(parameter)) for name, parameter in run.model.named_parameters()}
