@@ -31,15 +31,16 @@ STEPS = {"steps": 8, "preflight": False}
 class Gate:
     """Holds up the thread that writes, where it flushes a file to the disk, until it is opened.
 
-    A profile function sees each call of a C function without taking the place of any.
+    A profile function sees each call of a C function without taking the place of any. Where `holds` names a folder,
+    what is flushed before that folder is there goes through.
     """
 
-    def __init__(self, *, is_armed: bool = True, opens_after: float | None = None):
-        self.is_armed, self.opens_after = is_armed, opens_after
+    def __init__(self, *, holds: Path | None = None, opens_after: float | None = None):
+        self.holds, self.opens_after = holds, opens_after
         self.reached, self.opened = threading.Event(), threading.Event()
 
     def __call__(self, frame: Any, event: str, called: Any) -> None:
-        if event == "c_call" and called is os.fsync and self.is_armed:
+        if event == "c_call" and called is os.fsync and (self.holds is None or self.holds.exists()):
             self.reached.set()
             assert self.opened.wait(self.opens_after or 60) or self.opens_after
 
@@ -138,7 +139,10 @@ def test_a_disk_that_refuses_ends_the_run_in_words_and_leaves_the_last_whole_che
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_at_4(report: Any) -> None:
-        if report.step == 4:  # no file may grow beyond this, as if the disk were full
+        if report.step == 4:
+            while not (tmp_path / "checkpoints" / "step-2").exists():
+                time.sleep(0.01)
+            # No file may grow beyond this, as if the disk were full.
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
         if report.step == 5:
             time.sleep(1)  # longer than the disk takes to refuse
@@ -149,25 +153,22 @@ def test_a_disk_that_refuses_ends_the_run_in_words_and_leaves_the_last_whole_che
             train(tiny_model_folder, chat_file, tmp_path, [fill_at_4], **settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] <= 5
+    last = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1]
+    assert last <= 6, "it ends where it is seen, at the latest where the next one is saved"
     assert whole_steps(tmp_path) == [2]
     assert same_bits(train(tiny_model_folder, chat_file, tmp_path, **settings), unbroken)
 
 
 HELD_UP = """
 import sys, threading, yaml
+from pathlib import Path
 from tests.invariants.test_background_saving import Gate
-from training_hub.backends import Given
 from training_hub.launch import run
 from training_hub.recipe import Recipe
 
-gate = Gate(is_armed=False)
-threading.setprofile(gate)
-
-def arm(report):
-    gate.is_armed = report.step >= 6
-
-run(Recipe.model_validate(yaml.safe_load(open(sys.argv[1]))), Given(watchers=[arm]))
+recipe = Recipe.model_validate(yaml.safe_load(open(sys.argv[1])))
+threading.setprofile(Gate(holds=Path(recipe.output) / "checkpoints" / ".tmp-step-6"))
+run(recipe)
 """
 
 
