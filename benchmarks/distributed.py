@@ -1,6 +1,6 @@
 """Two processes of one thread against one process of two threads: the same run, on the same two cores, in turn.
 
-    python benchmarks/distributed.py      # all layouts, float32 and bfloat16; 25 minutes on two quiet cores
+    python benchmarks/distributed.py      # all layouts, float32 and bfloat16; 30 minutes on two quiet cores
 
 Each round runs every side once, in an order that turns by one from round to round. Tokens per second are those of the
 steps after the first two. Processor seconds are user and system time of all processes of a side, from start to end.
@@ -33,6 +33,7 @@ SIDES: dict[str, dict[str, int]] = {
     "slices (FSDP2)": {"data_parallel_shard_degree": 2},
     "heads (TP)": {"tensor_parallel_degree": 2},
     "tokens (CP)": {"context_parallel_degree": 2},
+    "stages (PP)": {"pipeline_parallel_degree": 2},
 }
 """Sides, and the degrees of parallelism of those that are two processes."""
 
@@ -139,7 +140,8 @@ def written(found: list[dict[str, Any]]) -> str:
         f"A Llama of {one['size']} parameters, {one['batch']} rows a step ({one['rows']}), {len(one['losses'])} steps, "
         f"of which the first {WARM_STEPS} are not counted, {1 + one['round']} rounds of all sides in turn. One process "
         "has two threads, two have one each, on the same two cores; gloo is what they talk through. The ratio is that "
-        "of the medians, in brackets the lowest and highest of the rounds.",
+        "of the medians, in brackets the lowest and highest of the rounds. A step is one pack, so stages wait "
+        "for each other half the time; `training-hub plan` says how long they do for a recipe.",
         "",
         f"{one['machine']}, load {one['load']:.0f} at the end; "
         + ", ".join(f"{name} {number}" for name, number in one["versions"].items())
