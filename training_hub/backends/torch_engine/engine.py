@@ -377,7 +377,7 @@ def closing_masters(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        run.updater.masters.release()
+        run.updater.release()
         round_no_more(run.model)
 
 

@@ -222,7 +222,12 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     if run.by_source is not None:
         run.by_source.begin()
-    masters, last = run.updater.masters, run.adaptation.expect_last_backward
+    masters = run.updater.masters
+
+    def last() -> None:
+        run.adaptation.expect_last_backward()
+        run.updater.expect_last_backward()
+
     done = run.layout.learn(
         run.model, run.objective, batch.packs, batch.trained_weight, spare_pack(run), last=last, made=masters.collect
     )
@@ -230,6 +235,7 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
         total += term.total
         if run.by_source is not None:
             run.by_source.add(term, tensors, one)
+    run.updater.end_backward()
     if run.by_source is not None:
         run.layout.sum(run.by_source.sums)
     return run.layout.sum(total) / batch.trained_weight

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase
+from training_hub.backends.torch_engine.early_sums import EarlySums
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.owners import Owners
@@ -210,6 +211,11 @@ class Updater:
         self.masters = masters
         self.layout = layout
         self.max_norm = max_norm
+        are_complete = masters.adaptation is None or not masters.adaptation.adds_gradients
+        are_replicas = layout.group.world_size > 1 and not layout.is_divided
+        self.early: EarlySums | None = None
+        if are_replicas and are_complete:
+            self.early = EarlySums(layout.group, masters.parameters, masters.weights)
         whole = {
             name
             for name, weight in masters.divided.items()
@@ -242,6 +248,16 @@ class Updater:
 
         return Both([*beside, *each.values()], turns)
 
+    def expect_last_backward(self) -> None:
+        """The backward pass that comes completes the gradients of a step: let replicas add them up as they come."""
+        if self.early is not None:
+            self.early.begin()
+
+    def end_backward(self) -> None:
+        """The backward passes of a step are over; to be called before processes say anything else to each other."""
+        if self.early is not None:
+            self.early.send_rest()
+
     @torch.no_grad()
     def clip(self) -> Tensor:
         """Scale gradients down to `max_norm`; their norm before that, over all weights, as a float32 scalar.
@@ -251,7 +267,10 @@ class Updater:
         self.masters.gather()
         if self.layout.is_divided:
             return self._clip_pieces()
-        self.layout.group.sum_gradients(self.masters.weights.values())
+        if self.early is not None:
+            self.early.finish()
+        else:
+            self.layout.group.sum_gradients(self.masters.weights.values())
         weights = [weight for weight in self.masters.weights.values() if weight.grad is not None]
         limit = self.max_norm if self.max_norm > 0 else float("inf")
         return torch.nn.utils.clip_grad_norm_(weights, limit)
@@ -275,6 +294,12 @@ class Updater:
         self.optimizer.step()
         self.masters.publish()
         self.masters.drop_gradients()
+
+    def release(self) -> None:
+        """Let go of the parameters."""
+        self.masters.release()
+        if self.early is not None:
+            self.early.release()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -16,6 +16,9 @@ class OfParameters:
     undivided: frozenset[str] = frozenset()
     """Parameters that stay whole in each process where the model is divided."""
 
+    adds_gradients: bool = False
+    """Whether `gather` adds to gradients of parameters, which processes can then not add up before."""
+
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters: nothing."""
         return {}

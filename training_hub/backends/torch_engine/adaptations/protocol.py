@@ -18,11 +18,13 @@ class Adaptation(Protocol):
     """Chooses or replaces the weights that train.
 
     claimed: parameters that it moves itself, which the optimizer leaves alone. undivided: those that stay whole in each
-    process where the model is divided.
+    process where the model is divided. adds_gradients: whether `gather` adds to gradients of parameters, which
+    processes can then not add up before.
     """
 
     claimed: frozenset[str]
     undivided: frozenset[str]
+    adds_gradients: bool
 
     @property
     def files(self) -> ModelFiles | None:

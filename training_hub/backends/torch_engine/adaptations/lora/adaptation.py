@@ -72,6 +72,7 @@ class Lora(OfParameters):
         self._model = model
         if config.peft_type == ALLOCATED:
             self._allocation = Allocation(self._peft)
+            self.adds_gradients = True
             # Ranks are shared out by comparing all of the adapter, which is small.
             self.undivided = frozenset(name for name, _ in model.named_parameters() if name.endswith(f".{ADAPTER}"))
         # Ranks are taken in the numbers that the optimizer moves: these are float32, without masters beside them.

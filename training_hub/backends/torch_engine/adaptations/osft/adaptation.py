@@ -43,6 +43,7 @@ class Osft:
     """The adaptation that keeps every update out of the protected directions."""
 
     undivided: frozenset[str] = frozenset()
+    adds_gradients: bool = False
 
     def __init__(self, recipe: Recipe):
         self._settings, self._optimizer = recipe.osft, recipe.optimizer
