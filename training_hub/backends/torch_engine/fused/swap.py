@@ -132,8 +132,18 @@ def is_ours(module: Any) -> bool:
     return bool(module.config._attn_implementation.startswith(OURS))
 
 
+def takes_no_mask(decoder: nn.Module) -> bool:
+    """Whether this decoder attends by our functions and hands them `no_mask` as it is."""
+    names = {
+        kind.__name__.removesuffix("Model").removesuffix("Text")
+        for kind in type(decoder).__mro__
+        if kind.__module__.startswith("transformers.models.")
+    }
+    return not names.isdisjoint(NORM_OFFSETS) and is_ours(decoder)
+
+
 def no_mask(device: torch.device) -> Tensor:
-    """An attention mask that says nothing, for a swapped decoder that attends by our functions.
+    """An attention mask that says nothing, for a decoder that attends by our functions.
 
     With none at all transformers looks for packed documents in the positions, and has a GPU's host wait for the answer
     in each forward pass; a mask of four dimensions it passes on as it is.
