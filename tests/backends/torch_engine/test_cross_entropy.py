@@ -93,6 +93,23 @@ def test_another_first_document_leaves_the_loss_of_the_second_bit_equal(family: 
     assert torch.equal(ours(model, pack), ours(model, other))
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gpt2", "phi", "cohere")])
+def test_nobody_looks_for_documents_in_the_positions_for_which_a_gpus_host_would_wait(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import masking_utils
+
+    def look(positions: Tensor) -> None:
+        raise AssertionError("transformers looks for documents")
+
+    model, pack = tiny_model(family), random_pack()
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    gradients(model, ours(model, pack))
+    if family == "llama":  # without a mask it would look
+        with pytest.raises(AssertionError, match="looks for documents"):
+            ours(model, pack, CrossEntropy(through_head=False))
+
+
 def test_doubling_a_weight_adds_that_tokens_loss_once_more() -> None:
     model, pack = tiny_model("llama"), random_pack()
     token = int(np.flatnonzero(pack.weights)[3])

@@ -89,6 +89,7 @@ def documents_attention(
     From query [B, Q, T, D], key [B, K, T, D], value [B, K, T, E]. `document_lengths` sums to T and needs B = 1; without
     it each row is one document.
     """
+    attention_mask = _told(attention_mask)
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return _transformers_sdpa(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     rule = _rule(module, query, scaling, dropout, kwargs)
@@ -102,6 +103,11 @@ def documents_attention(
     if rule.bias is None and len(set(document_lengths)) == 1:
         return _attend_alike(query, key, value, rule, len(document_lengths)), None
     return _attend_each(query, key, value, rule, document_lengths), None
+
+
+def _told(mask: Tensor | None) -> Tensor | None:
+    """The mask, None for one that says nothing: an empty one keeps transformers from looking for one by itself."""
+    return mask if mask is not None and mask.numel() else None
 
 
 def _transformers_sdpa(
@@ -308,7 +314,7 @@ def varlen_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The same as `documents_attention`, in one kernel call for the whole pack."""
-    if attention_mask is None and cu_seq_lens_q is not None and max_length_q is not None:
+    if _told(attention_mask) is None and cu_seq_lens_q is not None and max_length_q is not None:
         rule = _rule(module, query, scaling, dropout, kwargs)
         if not (rule.needs_scores or dropout) and _kernel_takes(query, value):
             return _varlen(query, key, value, rule, cu_seq_lens_q, max_length_q), None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training_hub.backends.shared.sources import metric_names
-from training_hub.backends.torch_engine.tensors import PackTensors, Term
+from training_hub.backends.torch_engine.tensors import PackTensors, Term, put
 from training_hub.data.prepare import Prepared
 from training_hub.data.store import TokenStore
 from training_hub.types import Pack
@@ -34,9 +34,9 @@ class BySource:
         assert term.losses is not None
         weights_N = tensors.target_weights
         documents = np.searchsorted(pack.boundaries, tensors.places(), side="right") - 1
-        sources = torch.from_numpy(self._of_sample[pack.samples[documents]].astype(np.int64))
+        sources_N = put(self._of_sample[pack.samples[documents]].astype(np.int64), weights_N.device)
         both_2N = torch.stack([term.losses, weights_N.to(term.losses.dtype)]).to(torch.float64)
-        self._sums_2S.index_add_(1, sources.to(both_2N.device, non_blocking=True), both_2N)
+        self._sums_2S.index_add_(1, sources_N, both_2N)
 
     @property
     def sums(self) -> Tensor:

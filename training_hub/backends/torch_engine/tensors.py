@@ -99,17 +99,22 @@ def to_device(pack: Pack, device: torch.device | str) -> PackTensors:
         )
     lengths = np.diff(pack.boundaries)
     return PackTensors(
-        ids=_move(pack.ids.astype(np.int64)[None], device),
-        positions=_move(pack.positions.astype(np.int64)[None], device),
-        weights=_move(pack.weights.astype(np.float32)[None], device),
+        ids=put(pack.ids.astype(np.int64)[None], device),
+        positions=put(pack.positions.astype(np.int64)[None], device),
+        weights=put(pack.weights.astype(np.float32)[None], device),
         lengths=tuple(int(length) for length in lengths),
-        cu_seqlens=_move(pack.boundaries.astype(np.int32), device),
-        rows=_move(np.flatnonzero(pack.weights[1:]).astype(np.int64), device),
+        cu_seqlens=put(pack.boundaries.astype(np.int32), device),
+        rows=put(np.flatnonzero(pack.weights[1:]).astype(np.int64), device),
         on_host=pack,
     )
 
 
-def _move(array: np.ndarray, device: torch.device | str) -> Tensor:
+def put(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """The array as a tensor on `device`.
+
+    A GPU gets it from page-locked memory: for a copy from any other the host waits until the GPU has come to it, asked
+    to wait or not. Source: CUDA's runtime API, "API synchronization behavior".
+    """
     tensor = torch.from_numpy(array)
     if torch.device(device).type != "cuda":
         return tensor.to(device)

@@ -131,6 +131,53 @@ def test_rms_norm_is_its_formula(dtype: torch.dtype, offset: float, shape: tuple
 
 
 @DTYPES
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 3, 5), (130, 48)], ids=str)
+def test_a_norm_adds_the_gradient_that_went_around_it(
+    dtype: torch.dtype, offset: float, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3) * (weight + offset)
+
+    x, delta, weight = (random(*sizes, dtype=dtype) for sizes in (shape, shape, shape[-1:]))
+    assert_same(
+        lambda *parts: torch.stack(functions.norm_beside(*parts, 1e-3, offset)),
+        lambda x, weight: torch.stack([x, normed(x, weight)]),
+        [x, weight],
+        dtype,
+    )
+    assert_same(
+        lambda *parts: torch.stack(functions.add_norm(*parts, 1e-3, offset)),
+        lambda x, delta, weight: torch.stack([x + delta, normed(x + delta, weight)]),
+        [x, delta, weight],
+        dtype,
+    )
+
+
+@DTYPES
+def test_a_sum_and_its_norm_are_the_same_bits_in_one_pass_and_in_two(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, delta, weight = (random(*sizes, dtype=dtype).detach() for sizes in ((70, 48), (70, 48), (48,)))
+    total, result = functions.add_norm(x, delta, weight, 1e-3, 0.0)
+    assert torch.equal(total, x + delta)
+    assert torch.equal(result, functions.rms_norm(x + delta, weight, 1e-3, 0.0))
+
+
+def test_a_gradient_that_does_not_come_is_none_of_the_sum() -> None:
+    torch.manual_seed(0)
+    x, delta, weight = (random(*sizes, dtype=torch.float32) for sizes in ((70, 48), (70, 48), (48,)))
+    upstream = torch.randn(70, 48)
+    total, result = functions.add_norm(x, delta, weight, 1e-3, 0.0)
+    (alone,) = torch.autograd.grad(functions.rms_norm(x + delta, weight, 1e-3, 0.0), x, upstream)
+    (through,) = torch.autograd.grad(result, x, upstream, retain_graph=True)
+    around, of_delta, of_weight = torch.autograd.grad(total, (x, delta, weight), upstream, allow_unused=True)
+    assert torch.equal(around, upstream) and torch.equal(of_delta, upstream) and of_weight is None
+    torch.testing.assert_close(through, alone)
+
+
+@DTYPES
 def test_swiglu_is_its_formula(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     inputs = [random(3, 700, dtype=dtype, scale=4.0), random(3, 700, dtype=dtype)]

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from tests.backends.torch_engine.tiny_models import DENSE, random_pack, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
-from training_hub.backends.torch_engine.fused import onednn
+from training_hub.backends.torch_engine.fused import functions, onednn
 from training_hub.backends.torch_engine.fused.build import kernels, kernels_problem
 from training_hub.backends.torch_engine.fused.swap import OnKernels, run_on_kernels, swap, swap_back
-from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy, decoder_states
+from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy, cross_entropy, decoder_states
 from training_hub.backends.torch_engine.tensors import to_device
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason=f"no kernels here: {kernels_problem()}")
 
 
 def loss_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    total = cross_entropy(model)[0](model, to_device(random_pack(), "cpu")).total
+    return learned(model, cross_entropy(model)[0])
+
+
+def learned(
+    model: torch.nn.Module, objective: CrossEntropy = CrossEntropy()
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    total = objective(model, to_device(random_pack(), "cpu")).total
     total.backward()
     return total.detach(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
@@ -48,7 +55,9 @@ SWAPPED = {
     "qwen3": {"Qwen3RMSNorm", "Qwen3MLP", "Qwen3Attention", "Qwen3DecoderLayer"},
     "mistral": {"MistralRMSNorm", "MistralMLP", "MistralAttention", "MistralDecoderLayer"},
     "granite": {"GraniteRMSNorm", "GraniteMLP", "GraniteAttention"},
-    "gemma": {"GemmaRMSNorm"},
+    "gemma": {"GemmaRMSNorm", "GemmaDecoderLayer"},
+    "gemma2": {"Gemma2RMSNorm"},
+    "qwen3-moe": {"Qwen3MoeRMSNorm", "Qwen3MoeDecoderLayer"},
     "phi3": {"Phi3RMSNorm"},
     "gpt2": set(),
 }
@@ -65,6 +74,38 @@ def test_these_modules_run_on_kernels_and_keep_their_names(family: str) -> None:
     assert {name: one.data_ptr() for name, one in model.state_dict().items()} == before
     swap_back(model)
     assert not any(isinstance(one, OnKernels) for one in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3-moe"])
+def test_a_layer_adds_and_norms_in_one_pass_unless_something_hangs_on_its_norm(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_attention()
+    model = tiny_model(family)
+    model.set_attn_implementation(DOCUMENTS)
+    swap(model)
+    called: list[str] = []
+    call = functions._call
+
+    def noted(name: str, *rest: Any) -> None:
+        called.append(name)
+        call(name, *rest)
+
+    monkeypatch.setattr(functions, "_call", noted)
+    one_pass, gradients = learned(model)
+    assert called.count("add_norm_forward") == len(model.model.layers)
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda module, given, made: seen.append(made))
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    called.clear()
+    model.zero_grad()
+    two_passes, others = learned(model)
+    assert "add_norm_forward" not in called and len(seen) == 2 * len(model.model.layers)
+    assert torch.equal(one_pass, two_passes)
+    for name, gradient in gradients.items():
+        # The same sums in float32, one of them in another order.
+        assert float((others[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-7, name
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -13,8 +14,13 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU Triton's interpreter is needed: TRITON_INTERPRET=1", allow_module_level=True)
 
-from training_hub.backends.torch_engine.fused import triton_kernels  # noqa: E402
+from tests.backends.torch_engine.tiny_models import random_pack, tiny_model  # noqa: E402
+from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention  # noqa: E402
+from training_hub.backends.torch_engine.fused import functions, triton_kernels  # noqa: E402
+from training_hub.backends.torch_engine.fused.swap import swap  # noqa: E402
+from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy  # noqa: E402
 from training_hub.backends.torch_engine.objectives.token_loss import TokenLoss  # noqa: E402
+from training_hub.backends.torch_engine.tensors import to_device  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -44,10 +50,31 @@ def test_rms_norm(dtype: torch.dtype, offset: float, rows: int, width: int) -> N
     result, inverse = torch.empty_like(x), torch.empty(rows, device=DEVICE)
     triton_kernels.rms_norm_forward(x, weight, result, inverse, rows, width, 1e-5, offset)
     of_x, partial = torch.empty_like(x), torch.empty(-(-rows // 64), width, device=DEVICE)
-    triton_kernels.rms_norm_backward(upstream, x, weight, inverse, of_x, partial, rows, width, offset)
+    triton_kernels.rms_norm_backward(upstream, None, x, weight, inverse, of_x, partial, rows, width, offset)
     x_64, weight_64 = exact(x, weight)
     wanted = x_64 * (x_64.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight_64 + offset)
     gradients = torch.autograd.grad(wanted, (x_64, weight_64), upstream.double())
+    assert_near(result, wanted, dtype)
+    assert_near(of_x, gradients[0], dtype)
+    assert_near(partial.sum(0), gradients[1], dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (130, 48), (65, 128), (3, 5000)])
+def test_a_sum_and_its_norm(dtype: torch.dtype, offset: float, rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    x, delta, beside, upstream = (random(rows, width, dtype=dtype) for _ in range(4))
+    weight = random(width, dtype=dtype)
+    total, result, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(rows, device=DEVICE)
+    triton_kernels.add_norm_forward(x, delta, weight, total, result, inverse, rows, width, 1e-5, offset)
+    of_x, partial = torch.empty_like(x), torch.empty(-(-rows // 64), width, device=DEVICE)
+    triton_kernels.rms_norm_backward(upstream, beside, total, weight, inverse, of_x, partial, rows, width, offset)
+    x_64, delta_64, weight_64 = exact(x, delta, weight)
+    total_64 = x_64 + delta_64
+    wanted = total_64 * (total_64.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight_64 + offset)
+    gradients = torch.autograd.grad((total_64, wanted), (x_64, weight_64), (beside.double(), upstream.double()))
+    assert_near(total, total_64, dtype)
     assert_near(result, wanted, dtype)
     assert_near(of_x, gradients[0], dtype)
     assert_near(partial.sum(0), gradients[1], dtype)
@@ -101,3 +128,31 @@ def test_cross_entropy(dtype: torch.dtype, rows: int, vocabulary: int, loss: Tok
     wanted = loss.losses(0.7 * logits_64, targets) * weights.double()
     assert_near(losses, wanted, torch.float32)
     assert_near(gradient, torch.autograd.grad(wanted.sum(), logits_64)[0], dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_a_model_on_these_kernels_learns_what_the_library_learns(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_attention()
+    model = tiny_model(family).to(DEVICE)
+    model.set_attn_implementation(DOCUMENTS)
+    exact = copy.deepcopy(model).double()
+    elsewhere, started = functions._call, set()
+
+    def call(name: str, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+        if name == "cross_entropy":  # the loss calls another on a GPU than on a CPU
+            elsewhere(name, tensors, *numbers)
+            return
+        started.add(name)
+        getattr(triton_kernels, name)(*tensors, *numbers)
+
+    monkeypatch.setattr(functions, "_call", call)
+    swap(model)
+    losses = [CrossEntropy()(one, to_device(random_pack(), DEVICE)).total for one in (model, exact)]
+    for loss in losses:
+        loss.backward()
+    assert {"rms_norm_forward", "add_norm_forward", "rms_norm_backward"} <= started
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-5)
+    for (name, found), wanted in zip(model.named_parameters(), exact.parameters(), strict=True):
+        # Float32 through two layers: up to 1e-5 of a gradient's norm.
+        assert found.grad is not None and wanted.grad is not None
+        assert float((found.grad - wanted.grad).norm() / wanted.grad.norm().clamp_min(1e-6)) < 1e-4, name

@@ -35,3 +35,8 @@ def exchange(model: nn.Module, name: str, module: nn.Module, make: Callable[[Any
     """Let the module of this name run the forward that `make` makes for its class, in place."""
     own: Any = type(module)
     model.set_submodule(name, made(subclass(own, make), module.__dict__))
+
+
+def runs(module: nn.Module, make: Callable[[Any], Forward]) -> bool:
+    """Whether this module runs the forward that `make` made for its class."""
+    return getattr(type(module), "made_by", "") == make.__name__ and "forward" not in vars(module)

@@ -128,21 +128,73 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        result, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-        _call("rms_norm_forward", (x, weight, result, inverse), rows, width, eps, offset)
+        result, inverse = torch.empty_like(x), _a_number_a_row(x)
+        _call("rms_norm_forward", (x, weight, result, inverse), len(inverse), x.shape[-1], eps, offset)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
         return result
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        result, partial = torch.empty_like(x), x.new_empty(-(-rows // CHUNK), width, dtype=torch.float32)
-        tensors = (upstream[0].contiguous(), x, weight, inverse, result, partial)
-        _call("rms_norm_backward", tensors, rows, width, ctx.offset)
-        return result, partial.sum(0).to(weight.dtype), None, None
+        return (*_of_norm(ctx, None, upstream[0]), None, None)
+
+
+def norm_beside(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x itself and its `rms_norm`. What goes on with this x sends its gradient back to the norm, which adds it to its
+    own in one pass."""
+    both: tuple[Tensor, Tensor] = _NormBeside.apply(x.contiguous(), weight, eps, offset)
+    return both
+
+
+class _NormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return x, _RMSNorm.forward(ctx, x, weight, eps, offset)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_of_norm(ctx, *upstream), None, None)
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x + delta, of one shape, and its `rms_norm`, in one pass; as `norm_beside` backward."""
+    both: tuple[Tensor, Tensor] = _AddNorm.apply(x.contiguous(), delta.contiguous(), weight, eps, offset)
+    return both
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        total, result, inverse = torch.empty_like(x), torch.empty_like(x), _a_number_a_row(x)
+        tensors = (x, delta, weight, total, result, inverse)
+        _call("add_norm_forward", tensors, len(inverse), x.shape[-1], eps, offset)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.offset = offset
+        return total, result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_x, of_weight = _of_norm(ctx, *upstream)
+        return of_x, of_x, of_weight, None, None
+
+
+def _a_number_a_row(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+def _of_norm(ctx: Any, beside: Tensor | None, upstream: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and the weight, from those of x itself and of its norm; None for one that is 0."""
+    if upstream is None:
+        return beside, None
+    x, weight, inverse = ctx.saved_tensors
+    width = x.shape[-1]
+    result, partial = torch.empty_like(x), x.new_empty(-(-len(inverse) // CHUNK), width, dtype=torch.float32)
+    beside = None if beside is None else beside.contiguous()
+    tensors = (upstream.contiguous(), beside, x, weight, inverse, result, partial)
+    _call("rms_norm_backward", tensors, len(inverse), width, ctx.offset)
+    return result, partial.sum(0).to(weight.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -290,18 +342,20 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _call(name: str, tensors: tuple[Tensor, ...], *numbers: float) -> None:
-    """Run kernel `name` where the tensors are.
+def _call(name: str, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+    """Run kernel `name` where the tensors are, the first of which there must be.
 
     The C function takes addresses, whether the first tensor's type is the low one, numbers, threads.
     """
-    if tensors[0].is_cuda:
+    first = tensors[0]
+    assert first is not None
+    if first.is_cuda:
         from training_hub.backends.torch_engine.fused import triton_kernels
 
-        with torch.cuda.device(tensors[0].device):
+        with torch.cuda.device(first.device):
             getattr(triton_kernels, name)(*tensors, *numbers)
-    elif not tensors[0].is_meta:
-        is_low = tensors[0].dtype == torch.bfloat16
+    elif not first.is_meta:
+        is_low = first.dtype == torch.bfloat16
         getattr(_library(), name)(*_at(*tensors), is_low, *map(_in_c, numbers), torch.get_num_threads())
 
 
@@ -311,5 +365,5 @@ def _in_c(number: float) -> Any:
     return ctypes.c_long(number) if isinstance(number, int) else ctypes.c_float(number)
 
 
-def _at(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
-    return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+def _at(*tensors: Tensor | None) -> tuple[ctypes.c_void_p, ...]:
+    return tuple(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors)

@@ -315,6 +315,16 @@ int attention_backward(const Layer *y, const Heads *q, const Heads *k, const Hea
 
 enum { CHUNK = 64 }; /* rows whose gradient of the weight is added up before it meets the others */
 
+/* One row over itself; gives 1 / rms of what it was. */
+INLINE float normed(float *restrict row, const float *restrict scale, long D, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long d = 0; d < D; d++) sum += row[d] * row[d];
+    float by = 1.0f / sqrtf(sum / D + eps);
+    for (long d = 0; d < D; d++) row[d] *= by * scale[d];
+    return by;
+}
+
 void rms_norm_forward(const void *x, const void *weight, void *y, float *inverse, int low, long T, long D, float eps,
                       float offset, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -324,21 +334,38 @@ void rms_norm_forward(const void *x, const void *weight, void *y, float *inverse
         for (long d = 0; d < D; d++) scale[d] += offset;
 #pragma omp for schedule(static)
         for (long t = 0; t < T; t++) {
-            float sum = 0;
             take(x, low, t * D, D, 1.0f, row);
-#pragma omp simd reduction(+ : sum)
-            for (long d = 0; d < D; d++) sum += row[d] * row[d];
-            float by = 1.0f / sqrtf(sum / D + eps);
-            inverse[t] = by;
-            for (long d = 0; d < D; d++) row[d] *= by * scale[d];
+            inverse[t] = normed(row, scale, D, eps);
             give(y, low, t * D, D, row);
         }
     }
 }
 
-/* partial [ceil(T / CHUNK), D]: the gradient of the weight, to be added up. */
-void rms_norm_backward(const void *dy, const void *x, const void *weight, const float *inverse, void *dx,
-                       float *partial, int low, long T, long D, float offset, int threads) {
+/* sum = x + delta, rounded as the tensors are, and y its norm. */
+void add_norm_forward(const void *x, const void *delta, const void *weight, void *sum, void *y, float *inverse, int low,
+                      long T, long D, float eps, float offset, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float row[D], more[D], scale[D];
+        take(weight, low, 0, D, 1.0f, scale);
+        for (long d = 0; d < D; d++) scale[d] += offset;
+#pragma omp for schedule(static)
+        for (long t = 0; t < T; t++) {
+            take(x, low, t * D, D, 1.0f, row);
+            take(delta, low, t * D, D, 1.0f, more);
+            for (long d = 0; d < D; d++) row[d] += more[d];
+            give(sum, low, t * D, D, row);
+            if (low) take(sum, low, t * D, D, 1.0f, row);
+            inverse[t] = normed(row, scale, D, eps);
+            give(y, low, t * D, D, row);
+        }
+    }
+}
+
+/* beside: a gradient of x that went around the norm, or NULL. dx: both together.
+ * partial [ceil(T / CHUNK), D]: the gradient of the weight, to be added up. */
+void rms_norm_backward(const void *dy, const void *beside, const void *x, const void *weight, const float *inverse,
+                       void *dx, float *partial, int low, long T, long D, float offset, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         float row[D], up[D], scale[D];
@@ -360,6 +387,10 @@ void rms_norm_backward(const void *dy, const void *x, const void *weight, const 
                 }
                 along /= D;
                 for (long d = 0; d < D; d++) up[d] = (up[d] - row[d] * along) * by;
+                if (beside) {
+                    take(beside, low, t * D, D, 1.0f, row);
+                    for (long d = 0; d < D; d++) up[d] += row[d];
+                }
                 give(dx, low, t * D, D, up);
             }
         }

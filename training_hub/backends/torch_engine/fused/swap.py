@@ -16,20 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused import eight_bit, functions, onednn
-from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, made, subclass
+from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, made, runs, subclass
+from training_hub.backends.torch_engine.fused.layers import LAYERS, NORM_OFFSETS, last_layer, layer, norm, only
 from training_hub.backends.torch_engine.fused.low_rank import project
 from training_hub.backends.torch_engine.fused.products import linear
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NORM_OFFSETS = {
-    **dict.fromkeys(("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3"), 0.0),
-    **dict.fromkeys(("Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV3", "GptOss", "Olmo2"), 0.0),
-    **dict.fromkeys(("Gemma", "Gemma2", "Gemma3"), 1.0),
-}
-"""Families whose RMSNorm the kernel computes, and what it adds to their weight."""
 
 GATED = ("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Granite", "Cohere", "SmolLM3", "Qwen3Moe", "DeepseekV3")
 """Families whose MLP is down(act(gate(x)) * up(x)); swapped where act is SiLU."""
@@ -48,7 +42,7 @@ OURS = "training_hub_"
 """How the names of our own attention functions begin."""
 
 LAST_LAYERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Families whose layer is h = x + attention(norm(x)), then h + mlp(norm(h)); the last one is swapped."""
+"""Those of `LAYERS` whose attention, which is ours, can keep wanted rows alone; their last layer does."""
 
 WANTED_ROWS = "wanted_rows"
 """Keyword that a swapped decoder takes: the tokens whose states are wanted, [N] int64. Every layer sees it, the last
@@ -124,7 +118,7 @@ def multiply_in_eight_bits(model: nn.Module) -> int:
 def gives_wanted_rows(decoder: nn.Module) -> bool:
     """Whether this decoder takes WANTED_ROWS, and then returns [1, N, D] for these tokens alone."""
     layers = getattr(decoder, "layers", None)
-    return isinstance(layers, nn.ModuleList) and isinstance(layers[-1], OnKernels) and "forward" not in vars(layers[-1])
+    return isinstance(layers, nn.ModuleList) and runs(layers[-1], last_layer)
 
 
 def has_swapped_attention(decoder: nn.Module) -> bool:
@@ -138,8 +132,18 @@ def is_ours(module: Any) -> bool:
     return bool(module.config._attn_implementation.startswith(OURS))
 
 
+def takes_no_mask(decoder: nn.Module) -> bool:
+    """Whether this decoder attends by our functions and hands them `no_mask` as it is."""
+    names = {
+        kind.__name__.removesuffix("Model").removesuffix("Text")
+        for kind in type(decoder).__mro__
+        if kind.__module__.startswith("transformers.models.")
+    }
+    return not names.isdisjoint(NORM_OFFSETS) and is_ours(decoder)
+
+
 def no_mask(device: torch.device) -> Tensor:
-    """An attention mask that says nothing, for a swapped decoder that attends by our functions.
+    """An attention mask that says nothing, for a decoder that attends by our functions.
 
     With none at all transformers looks for packed documents in the positions, and has a GPU's host wait for the answer
     in each forward pass; a mask of four dimensions it passes on as it is.
@@ -162,13 +166,13 @@ def _kind_for(module: nn.Module) -> type | None:
     if not own.__module__.startswith("transformers.models."):
         return None
     if own.__name__.endswith("RMSNorm") and own.__name__[:-7] in NORM_OFFSETS and hasattr(module, "weight"):
-        return subclass(own, _norm)
+        return subclass(own, norm)
     if own.__name__.endswith("MLP") and own.__name__[:-3] in GATED and _is_silu(module):
         return subclass(own, _gated)
     if own.__name__.endswith("Attention") and own.__name__[:-9] in WINDOWS:
         return subclass(own, _attention)
-    if own.__name__.endswith("DecoderLayer") and own.__name__[:-12] in LAST_LAYERS and _is_last(module):
-        return subclass(own, _last_layer)
+    if own.__name__.endswith("DecoderLayer") and own.__name__[:-12] in LAYERS:
+        return subclass(own, last_layer if own.__name__[:-12] in LAST_LAYERS and _is_last(module) else layer)
     return None
 
 
@@ -198,18 +202,6 @@ def _linear(own: Any) -> Forward:
 def _eight_bit_linear(own: Any) -> Forward:
     def forward(self: Any, input: Tensor) -> Tensor:
         return eight_bit.linear(input, self.weight, self.bias)
-
-    return forward
-
-
-def _norm(own: Any) -> Forward:
-    offset = NORM_OFFSETS[own.__name__[:-7]]
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not functions.are_known(hidden_states, self.weight):
-            return own.forward(self, hidden_states)
-        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-        return functions.rms_norm(hidden_states, self.weight, eps, offset)
 
     return forward
 
@@ -246,7 +238,7 @@ def _attention(own: Any) -> Forward:
             output, shares = own.forward(
                 self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
-            return _only(output, kept_rows), shares
+            return only(output, kept_rows), shares
         assert position_embeddings is not None
         query, key, value = _turned_heads(self, hidden_states, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
@@ -254,27 +246,7 @@ def _attention(own: Any) -> Forward:
         output, _ = attend(
             self, query, key, value, None, scaling=self.scaling, dropout=dropout, sliding_window=window(self), **kwargs
         )
-        return self.o_proj(_only(output.reshape(*hidden_states.shape[:-1], -1), kept_rows)), None
-
-    return forward
-
-
-def _only(x_BTx: Tensor, rows: Tensor | None) -> Tensor:
-    return x_BTx if rows is None else x_BTx.index_select(1, rows)
-
-
-def _last_layer(own: Any) -> Forward:
-    """What the last layer says is read at trained tokens only, so its products after attention are theirs alone.
-
-    Of a model of 8 layers on chats in which 57 % of the tokens are trained, that is 4 % of all operations.
-    """
-
-    def forward(self: Any, hidden_states: Tensor, wanted_rows: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if wanted_rows is None:
-            return own.forward(self, hidden_states, **kwargs)
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), kept_rows=wanted_rows, **kwargs)
-        hidden_states = _only(hidden_states, wanted_rows) + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.o_proj(only(output.reshape(*hidden_states.shape[:-1], -1), kept_rows)), None
 
     return forward
 

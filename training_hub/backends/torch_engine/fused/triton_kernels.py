@@ -28,14 +28,27 @@ def rms_norm_forward(
     _norm_forward[(triton.cdiv(rows, tile),)](x, weight, result, inverse, rows, width, eps, offset, tile, block)
 
 
-def rms_norm_backward(
-    upstream: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, result: Tensor, partial: Tensor,
-    rows: int, width: int, offset: float,
+def add_norm_forward(
+    x: Tensor, delta: Tensor, weight: Tensor, total: Tensor, result: Tensor, inverse: Tensor,
+    rows: int, width: int, eps: float, offset: float,
 ) -> None:  # fmt: skip
-    """result: the gradient of x. partial [N / 64, D]: that of the weight, summed over 64 rows each."""
+    """total [N, D] = x + delta, as the tensors are rounded; result and inverse those of its norm."""
     block, tile = _tile(width)
-    grid = (triton.cdiv(rows, CHUNK.value),)
-    _norm_backward[grid](upstream, x, weight, inverse, result, partial, rows, width, offset, tile, block)
+    grid = (triton.cdiv(rows, tile),)
+    _add_norm_forward[grid](x, delta, weight, total, result, inverse, rows, width, eps, offset, tile, block)
+
+
+def rms_norm_backward(
+    upstream: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor,
+    result: Tensor, partial: Tensor, rows: int, width: int, offset: float,
+) -> None:  # fmt: skip
+    """result: the gradient of x, with what of it went around the norm, `beside`. partial [N / 64, D]: that of the
+    weight, summed over 64 rows each."""
+    block, tile = _tile(width)
+    grid, others = (triton.cdiv(rows, CHUNK.value),), upstream if beside is None else beside
+    _norm_backward[grid](
+        upstream, others, x, weight, inverse, result, partial, rows, width, offset, beside is not None, tile, block
+    )
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, result: Tensor, count: int) -> None:
@@ -104,9 +117,30 @@ def _norm_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_backward(  # type: ignore[no-untyped-def]
-    upstream, x, weight, inverse, result, partial, rows, width, offset, TILE: tl.constexpr, BLOCK: tl.constexpr
+def _add_norm_forward(  # type: ignore[no-untyped-def]
+    x, delta, weight, total, result, inverse, rows, width, eps, offset, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    at = row[:, None] * width + column[None, :]
+    added = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    added += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = added.to(total.dtype.element_ty)
+    tl.store(total + at, rounded, mask=inside)
+    numbers = rounded.to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(numbers * numbers, 1) / width + eps)
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    normed = numbers * factor[:, None] * scale[None, :]
+    tl.store(result + at, normed.to(result.dtype.element_ty), mask=inside)
+    tl.store(inverse + row, factor, mask=row < rows)
+
+
+@triton.jit
+def _norm_backward(  # type: ignore[no-untyped-def]
+    upstream, beside, x, weight, inverse, result, partial, rows, width, offset,
+    IS_BESIDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
@@ -122,6 +156,8 @@ def _norm_backward(  # type: ignore[no-untyped-def]
         scaled = given * scale[None, :]
         along = tl.sum(scaled * shares, 1) / width
         gradient = (scaled - shares * along[:, None]) * factor[:, None]
+        if IS_BESIDE:
+            gradient += tl.load(beside + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(result + at, gradient.to(result.dtype.element_ty), mask=inside)
     tl.store(partial + chunk * width + column, total, mask=column < width)
 

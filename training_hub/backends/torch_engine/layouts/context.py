@@ -25,7 +25,7 @@ from training_hub.backends.torch_engine.attention import documents_attention, la
 from training_hub.backends.torch_engine.fused.swap import OURS
 from training_hub.backends.torch_engine.layouts.exchanges import gather_single, scatter_single
 from training_hub.backends.torch_engine.preflight import ROUGH, evaluating, relative_difference
-from training_hub.backends.torch_engine.tensors import PackTensors, to_device
+from training_hub.backends.torch_engine.tensors import PackTensors, put, to_device
 from training_hub.data.packing import pack
 from training_hub.errors import RecipeError
 from training_hub.types import Origin, Pack, Sample
@@ -115,15 +115,15 @@ def share_of(one: Pack, mesh: DeviceMesh, device: torch.device | str) -> PartTen
     following = np.append(whole.weights[1:], np.float32(0))[mine]
     rows = np.flatnonzero(following)
     trained = mine[rows]
-    order = torch.from_numpy(np.argsort(places, kind="stable")).to(device)
-    here, after = torch.from_numpy(mine).to(device), torch.from_numpy(trained + 1).to(device)
+    order = put(np.argsort(places, kind="stable"), device)
+    here, after = put(mine, device), put(trained + 1, device)
     return PartTensors(
         ids=tensors.ids[:, here],
         positions=tensors.positions[:, here],
         weights=tensors.weights[:, here],
         lengths=tensors.lengths,
         cu_seqlens=tensors.cu_seqlens,
-        rows=torch.from_numpy(rows).to(device),
+        rows=put(rows, device),
         on_host=one,
         share=Share(mesh, pieces, tensors.lengths, order),
         next_ids=tensors.ids[0, after],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.as_forward import as_forward, device_of
-from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows, is_ours, no_mask
+from training_hub.backends.torch_engine.fused.swap import WANTED_ROWS, gives_wanted_rows, no_mask, takes_no_mask
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
@@ -72,9 +72,9 @@ def decoder_states(model: PreTrainedModel, pack: PackTensors) -> Tensor:
     """[N, D]: what the decoder says at the trained positions."""
     decoder = _decoder(model)
     arguments = pack.arguments(decoder.forward)
+    if takes_no_mask(decoder):
+        arguments["attention_mask"] = no_mask(pack.ids.device)
     if gives_wanted_rows(decoder):
-        if is_ours(decoder):
-            arguments["attention_mask"] = no_mask(pack.ids.device)
         return decoder(**arguments, **{WANTED_ROWS: pack.rows})[0][0]
     return decoder(**arguments)[0][0].index_select(0, pack.rows)
 

@@ -19,7 +19,7 @@ from training_hub.backends.torch_engine.processor import give_back_memory
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts
 from training_hub.backends.torch_engine.teacher.form import Form
 from training_hub.backends.torch_engine.teacher.online import Online
-from training_hub.backends.torch_engine.tensors import PackTensors, to_device
+from training_hub.backends.torch_engine.tensors import PackTensors, put, to_device
 from training_hub.data.cache import Cache, cache_folder, kept_in_parts, key_of
 from training_hub.data.packing import pack_all
 from training_hub.data.store import TokenStore
@@ -68,8 +68,7 @@ class Kept:
         assert len(rows.ids) == len(pack.rows)
 
         def moved(array: np.ndarray) -> Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+            return put(np.ascontiguousarray(array), device)
 
         return self.form.targets(moved(rows.ids), None if rows.logs is None else moved(rows.logs), moved(rows.last))
 
