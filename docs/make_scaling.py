@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from training_hub.frontends.commands.on_paper import HEAD, Comparison, comparison, rows
+from training_hub.recipe.parallelism import Degrees
 from training_hub.scaling.choose import (
     DEVICES,
     EFFICIENCY,
@@ -15,11 +16,11 @@ from training_hub.scaling.choose import (
     ROOM,
     Cluster,
     candidate,
-    degrees,
     family,
     reasons,
+    told,
 )
-from training_hub.scaling.formulas import Layout, Work, memory
+from training_hub.scaling.formulas import Work, memory
 from training_hub.scaling.models import KEPT
 
 PAGE = Path(__file__).parent / "scaling.md"
@@ -36,19 +37,19 @@ DEVICE = DEVICES["h100"]
 SOURCE = "https://github.com/pytorch/torchtitan/blob/31a17bfd/benchmarks/llama3_h100_202412_torchtitan.md"
 
 # What, model, layout, step, GiB that were published; torchtitan's page, its tables 1 to 4.
-_EIGHT, _MANY = Layout(shard=8, checkpointing="selective"), Layout(shard=128, checkpointing="selective")
-_TITAN = {"has_whole_logits": True, "products_kept": 0.5}
+_EIGHT, _MANY = Degrees(dp_shard=8), Degrees(dp_shard=128)
+_TITAN = {"has_whole_logits": True, "products_kept": 0.5, "shards_context": True}
 PUBLISHED = (
-    ("8B, 8 GPUs, FSDP", "llama3_8b", _EIGHT, Work(16, 8192, 2, **_TITAN), 82.4),
-    ("the same, compiled", "llama3_8b", _EIGHT, Work(16, 8192, 2, **_TITAN), 77.0),
-    ("8B, 128 GPUs, FSDP", "llama3_8b", _MANY, Work(256, 8192, 2, **_TITAN), 67.0),
-    ("the same, compiled", "llama3_8b", _MANY, Work(256, 8192, 2, **_TITAN), 62.0),
+    ("8B, 8 GPUs, FSDP", "llama3_8b", _EIGHT, Work(16, 8192, 2, "selective", **_TITAN), 82.4),
+    ("the same, compiled", "llama3_8b", _EIGHT, Work(16, 8192, 2, "selective", **_TITAN), 77.0),
+    ("8B, 128 GPUs, FSDP", "llama3_8b", _MANY, Work(256, 8192, 2, "selective", **_TITAN), 67.0),
+    ("the same, compiled", "llama3_8b", _MANY, Work(256, 8192, 2, "selective", **_TITAN), 62.0),
     *(
         (
             f"8B, 8 GPUs, FSDP {8 // context} x CP {context}, {length:,} tokens, float8",
             "llama3_8b",
-            Layout(shard=8 // context, context=context, checkpointing="full"),
-            Work(8 // context, length, 1, **_TITAN),
+            Degrees(dp_shard=8 // context, cp=context),
+            Work(8 // context, length, 1, "full", **_TITAN),
             gib,
         )
         for context, length, gib in ((1, 32768, 83.9), (2, 65536, 84.2), (4, 131072, 84.0), (8, 262144, 84.5))
@@ -56,15 +57,15 @@ PUBLISHED = (
     (
         "70B, 256 GPUs, FSDP 32 x TP 8, float8",
         "llama3_70b",
-        Layout(shard=32, tensor=8, checkpointing="full"),
-        Work(512, 8192, 16, **_TITAN),
+        Degrees(dp_shard=32, tp=8),
+        Work(512, 8192, 16, "full", **_TITAN),
         71.9,
     ),
     (
         "the same, asynchronous TP",
         "llama3_70b",
-        Layout(shard=32, tensor=8, checkpointing="full"),
-        Work(512, 8192, 16, **_TITAN),
+        Degrees(dp_shard=32, tp=8),
+        Work(512, 8192, 16, "full", **_TITAN),
         67.6,
     ),
 )
@@ -98,9 +99,9 @@ or b200, `--gpu-memory` the GiB of a device where that is another.
 The formulas stand in `training_hub/scaling/formulas.py`, each with its source. In short:
 
 - **State.** 16 bytes for each weight on the device, sharded as FSDP2 does it (weight, gradient and two moments in
-  float32);
-  18 where it is whole (DDP), with the bfloat16 weight beside its master. FSDP also holds two layers and a table of
-  embeddings gathered, and one layer's gradient.
+  float32); 18 where it is whole (DDP), with the bfloat16 weight beside its master. FSDP also holds two layers and a
+  table of embeddings gathered, and one layer's gradient. CP divides no weights here; torchtitan's runs below share them out over
+  the devices of a context group, too, and are computed so.
 - **Activations.** What a layer keeps of each token for backward, operation by operation; TP and CP divide it, PP
   holds it
   for as many passes as there are stages. `none`, `selective` and `full` are what layers forget; the least that fits
@@ -165,7 +166,7 @@ def write(path: Path = PAGE) -> None:
     path.write_text(page(), encoding="utf-8")
 
 
-def deviation(row: tuple[str, str, Layout, Work, float]) -> float:
+def deviation(row: tuple[str, str, Degrees, Work, float]) -> float:
     """How far the formulas lie from a published number, as a share of it."""
     _, model, layout, work, gib = row
     return memory(KEPT[model], layout, work).total / GIB / gib - 1
@@ -182,8 +183,8 @@ def speeds_with_context() -> list[float]:
     shape, cluster = KEPT["llama3_8b"], Cluster(DEVICE, 8)
     found = []
     for context, length, _ in WITH_CONTEXT:
-        layout = Layout(shard=8 // context, context=context, checkpointing="full")
-        work = Work(8 // context, length, 1, **_TITAN)
+        layout = Degrees(dp_shard=8 // context, cp=context)
+        work = Work(8 // context, length, 1, "full", **_TITAN)
         found.append(length / context / candidate(shape, layout, cluster, work, DEVICE.memory_gib).seconds)
     return found
 
@@ -220,15 +221,17 @@ def _chosen(found: dict[int, Comparison]) -> Iterator[str]:
     for world, one in found.items():
         if one.chosen is None:
             least = min(one.families, key=lambda each: each.memory_gib)
-            yield f"| {world:,} | more GPUs | | | {least.memory_gib:,.0f} | | {family(least.layout)} takes least |"
+            yield f"| {world:,} | more GPUs | | | {least.memory_gib:,.0f} | | {family(least.degrees)} takes least |"
             continue
         took = one.chosen
         plain = [
-            each for each in one.families if each.is_plain and family(each.layout) in ("FSDP", "FSDP + TP", "FSDP + EP")
+            each
+            for each in one.families
+            if each.is_plain and family(each.degrees) in ("FSDP", "FSDP + TP", "FSDP + EP")
         ]
         why = "; ".join(reasons(took, plain)) or "fastest of all"
         yield (
-            f"| {world:,} | {family(took.layout)} | {degrees(took.layout)} | {took.layout.checkpointing} | "
+            f"| {world:,} | {family(took.degrees)} | {told(took.degrees)} | {took.work.checkpointing} | "
             f"{took.memory_gib:.1f} | {took.seconds:.3g} | {why} |"
         )
 

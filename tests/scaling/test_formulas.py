@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from training_hub.recipe.parallelism import Degrees
 from training_hub.scaling.choose import (
     DEVICES,
     GIB,
@@ -20,7 +21,7 @@ from training_hub.scaling.choose import (
     family,
     layouts,
 )
-from training_hub.scaling.formulas import Layout, Work, bubble, kept_numbers, memory, operations, traffic
+from training_hub.scaling.formulas import Work, bubble, kept_numbers, memory, operations, traffic
 from training_hub.scaling.models import KEPT
 
 EIGHT, SEVENTY, MIXTURE = (KEPT[name] for name in ("llama3_8b", "llama3_70b", "qwen3_235b_a22b"))
@@ -32,70 +33,77 @@ def test_every_layout_has_all_devices_and_divides_evenly():
     for shape in (EIGHT, MIXTURE):
         for layout in layouts(shape, Cluster(H100, 64), WORK):
             assert layout.world_size == 64
-            assert shape.key_heads % layout.tensor == 0
-            assert (layout.tensor * layout.shards) % layout.expert == 0
-            assert layout.expert == 1 or shape.experts % layout.expert == 0
+            assert shape.key_heads % layout.tp == 0
+            assert (layout.tp * layout.cp * layout.dp_shard) % layout.ep == 0
+            assert layout.ep == 1 or shape.experts % layout.ep == 0
             assert WORK.samples >= layout.data
 
 
 def test_shards_divide_the_state_and_copies_do_not():
-    whole, halved = (memory(EIGHT, Layout(shard=n), WORK).state for n in (2, 4))
+    whole, halved = (memory(EIGHT, Degrees(dp_shard=n), WORK).state for n in (2, 4))
     assert whole == 2 * halved
-    assert memory(EIGHT, Layout(replicate=8, shard=2), WORK).state == whole
+    assert memory(EIGHT, Degrees(dp_replicate=8, dp_shard=2), WORK).state == whole
     # 16 bytes for each weight over 2 shards: bfloat16 products of float32 weights that Adam moves.
     assert whole == 16 * EIGHT.parameters / 2
-    assert memory(EIGHT, Layout(replicate=8), WORK).state == 18 * EIGHT.parameters
+    assert memory(EIGHT, Degrees(dp_replicate=8), WORK).state == 18 * EIGHT.parameters
+
+
+def test_context_divides_weights_only_where_that_is_said():
+    degrees = Degrees(dp_shard=4, cp=2)
+    assert memory(EIGHT, degrees, WORK).state == memory(EIGHT, Degrees(dp_shard=4), WORK).state
+    assert memory(EIGHT, degrees, replace(WORK, shards_context=True)).state == 16 * EIGHT.parameters / 8
 
 
 def test_experts_lie_once_on_the_devices_of_a_copy():
-    state = [memory(MIXTURE, Layout(shard=64, expert=e), WORK).state for e in (1, 8, 64)]
+    state = [memory(MIXTURE, Degrees(dp_shard=64, ep=e), WORK).state for e in (1, 8, 64)]
     assert state[0] == pytest.approx(state[1]) == pytest.approx(state[2])
-    gathered = [memory(MIXTURE, Layout(shard=64, expert=e), WORK).gathered for e in (1, 8, 64)]
+    gathered = [memory(MIXTURE, Degrees(dp_shard=64, ep=e), WORK).gathered for e in (1, 8, 64)]
     assert gathered[0] > gathered[1] > gathered[2], "fewer experts of a layer are gathered"
 
 
 def test_tensor_and_context_divide_activations_and_stages_hold_as_many_passes():
-    alone = memory(EIGHT, Layout(shard=8), WORK).activations
-    for layout in (Layout(shard=4, tensor=2), Layout(shard=4, context=2)):
+    alone = memory(EIGHT, Degrees(dp_shard=8), WORK).activations
+    for layout in (Degrees(dp_shard=4, tp=2), Degrees(dp_shard=4, cp=2)):
         assert memory(EIGHT, layout, WORK).activations == pytest.approx(alone / 2)
-    assert memory(EIGHT, Layout(shard=4, pipeline=2), WORK).activations == pytest.approx(alone), (
-        "half the layers, twice"
-    )
+    assert memory(EIGHT, Degrees(dp_shard=4, pp=2), WORK).activations == pytest.approx(alone), "half the layers, twice"
 
 
 def test_forgetting_more_keeps_less_and_computes_more():
     kept = [kept_numbers(EIGHT, how) for how in ("none", "selective", "full")]
     assert kept[0] > kept[1] > kept[2] == EIGHT.width
-    work = [operations(EIGHT, Layout(shard=8, checkpointing=how), WORK) for how in ("none", "selective", "full")]
+    work = [
+        operations(EIGHT, Degrees(dp_shard=8), replace(WORK, checkpointing=how))
+        for how in ("none", "selective", "full")
+    ]
     assert work[0] == work[1] < work[2] == pytest.approx(work[0] * 4 / 3)
 
 
 def test_messages_are_those_of_rings():
     weights = EIGHT.parameters
-    copies = traffic(EIGHT, Layout(replicate=4), WORK)
+    copies = traffic(EIGHT, Degrees(dp_replicate=4), WORK)
     assert copies.total == copies.copies == pytest.approx(2 * 3 / 4 * 4 * weights), "float32 gradients, once a step"
     one_pass = replace(WORK, samples=4)
-    shards = traffic(EIGHT, Layout(shard=4), one_pass)
+    shards = traffic(EIGHT, Degrees(dp_shard=4), one_pass)
     # bfloat16 weights before forward and before backward, float32 gradients after: 2 + 2 + 4 bytes.
     assert shards.total == shards.shards == pytest.approx(3 / 4 * 8 * weights)
-    assert traffic(EIGHT, Layout(shard=4), replace(WORK, samples=8)).shards == 2 * shards.shards, "in every pass"
-    assert traffic(EIGHT, Layout(), WORK).total == 0
+    assert traffic(EIGHT, Degrees(dp_shard=4), replace(WORK, samples=8)).shards == 2 * shards.shards, "in every pass"
+    assert traffic(EIGHT, Degrees(), WORK).total == 0
 
 
 def test_stages_wait_less_with_more_passes():
-    assert bubble(Layout(), WORK) == 0
-    assert bubble(Layout(pipeline=4), replace(WORK, samples=4)) == pytest.approx(3 / 7)
-    assert bubble(Layout(pipeline=4), replace(WORK, samples=64)) == pytest.approx(3 / 67)
+    assert bubble(Degrees(), WORK) == 0
+    assert bubble(Degrees(pp=4), replace(WORK, samples=4)) == pytest.approx(3 / 7)
+    assert bubble(Degrees(pp=4), replace(WORK, samples=64)) == pytest.approx(3 / 67)
 
 
 # torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1, 3 and 4: model, layout, step, GiB.
-TITAN = {"has_whole_logits": True, "products_kept": 0.5}
+TITAN = {"has_whole_logits": True, "products_kept": 0.5, "shards_context": True}
 PUBLISHED = (
-    (EIGHT, Layout(shard=8, checkpointing="selective"), Work(16, 8192, 2, **TITAN), 82.4),
-    (EIGHT, Layout(shard=8, checkpointing="selective"), Work(16, 8192, 2, **TITAN), 77.0),
-    (EIGHT, Layout(shard=128, checkpointing="selective"), Work(256, 8192, 2, **TITAN), 62.0),
-    (EIGHT, Layout(shard=1, context=8, checkpointing="full"), Work(1, 262144, 1, **TITAN), 84.5),
-    (SEVENTY, Layout(shard=32, tensor=8, checkpointing="full"), Work(512, 8192, 16, **TITAN), 71.9),
+    (EIGHT, Degrees(dp_shard=8), Work(16, 8192, 2, "selective", **TITAN), 82.4),
+    (EIGHT, Degrees(dp_shard=8), Work(16, 8192, 2, "selective", **TITAN), 77.0),
+    (EIGHT, Degrees(dp_shard=128), Work(256, 8192, 2, "selective", **TITAN), 62.0),
+    (EIGHT, Degrees(dp_shard=1, cp=8), Work(1, 262144, 1, "full", **TITAN), 84.5),
+    (SEVENTY, Degrees(dp_shard=32, tp=8), Work(512, 8192, 16, "full", **TITAN), 71.9),
 )
 
 
@@ -120,7 +128,7 @@ def test_the_choice_fits_and_is_the_fastest_but_for_simplicity():
 def test_small_models_are_sharded_large_ones_divided_and_mixtures_by_experts():
     def chosen(shape, world):
         found = best(candidates(shape, Cluster(H100, world), WORK, H100.memory_gib))
-        return family(found.layout) if found else None
+        return family(found.degrees) if found else None
 
     assert chosen(EIGHT, 8) == "FSDP"
     assert chosen(SEVENTY, 8) is None, "16 bytes x 70 B over 8 are 131 GiB"
@@ -130,23 +138,23 @@ def test_small_models_are_sharded_large_ones_divided_and_mixtures_by_experts():
 
 def test_short_samples_are_divided_only_where_nothing_else_fits():
     found = candidates(SEVENTY, Cluster(H100, 256), WORK, H100.memory_gib)
-    assert best(found).layout.context == 1
+    assert best(found).degrees.cp == 1
     long = Work(samples=256, length=16 * LONG)
-    assert best(candidates(SEVENTY, Cluster(H100, 256), long, H100.memory_gib)).layout.context > 1
+    assert best(candidates(EIGHT, Cluster(H100, 256), long, H100.memory_gib)).degrees.cp > 1
 
 
 def test_messages_within_a_host_are_faster():
-    inside = candidate(SEVENTY, Layout(shard=8, tensor=8), Cluster(H100, 64), WORK, 60)
-    across = candidate(SEVENTY, Layout(shard=8, tensor=8), Cluster(H100, 64, per_host=4), WORK, 60)
+    inside = candidate(SEVENTY, Degrees(dp_shard=8, tp=8), Cluster(H100, 64), WORK, 60)
+    across = candidate(SEVENTY, Degrees(dp_shard=8, tp=8), Cluster(H100, 64, per_host=4), WORK, 60)
     assert across.sending_seconds > inside.sending_seconds
 
 
 def test_each_family_is_shown_by_its_best():
     found = candidates(EIGHT, Cluster(H100, 16), WORK, H100.memory_gib)
     shown = by_family(found)
-    names = [family(one.layout) for one in shown]
+    names = [family(one.degrees) for one in shown]
     assert len(names) == len(set(names))
     assert {"DDP", "FSDP", "HSDP", "FSDP + TP", "FSDP + CP", "FSDP + PP"} <= set(names)
     for one in shown:
-        same = [each for each in found if family(each.layout) == family(one.layout)]
+        same = [each for each in found if family(each.degrees) == family(one.degrees)]
         assert one.fits == any(each.fits for each in same)

@@ -108,6 +108,11 @@ class Degrees:
         return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
 
     @property
+    def data(self) -> int:
+        """Processes, or groups of them, that have samples of their own."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
     def efsdp(self) -> int:
         """Groups of `ep` processes in one copy of the model, each of which has all experts."""
         return self.dp_shard * self.cp * self.tp // self.ep
@@ -131,6 +136,9 @@ FIELDS = {
     "pp": "pipeline_parallel_degree",
 }
 """Dimensions that multiply to the number of processes, and the field of the section that gives each."""
+
+EXPERTS = "expert_parallel_degree"
+"""The field that gives `ep`."""
 
 DATA = ("dp_replicate", "dp_shard")
 """Dimensions along which processes have samples of their own; along the others they share them."""
@@ -160,7 +168,7 @@ def degrees_of(asked: Parallelism, world_size: int) -> Degrees:
 
 def _with_experts(dense: Degrees, asked: Parallelism) -> Degrees:
     """The degrees with that of experts. Raises RecipeError where experts cannot be dealt out so."""
-    name, degree = "parallelism.expert_parallel_degree", asked.expert_parallel_degree
+    name, degree = f"parallelism.{EXPERTS}", asked.expert_parallel_degree
     there = dense.dp_shard * dense.cp * dense.tp
     if there % degree:
         told = " x ".join(f"{FIELDS[one]} {getattr(dense, one)}" for one in ("dp_shard", "cp", "tp"))

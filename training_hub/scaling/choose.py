@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from training_hub.scaling.formulas import Layout, Memory, Traffic, Work, bubble, memory, operations, traffic
+from training_hub.recipe.parallelism import Degrees
+from training_hub.scaling.formulas import Memory, Traffic, Work, bubble, memory, operations, traffic
 from training_hub.scaling.models import Shape
 
 GIB = 2**30
@@ -55,10 +56,11 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with what it takes. seconds: of a step, by part; only good for comparing. is_doubtful: it divides
-    samples shorter than LONG."""
+    """A layout, and a step in it, with what they take. seconds: of a step, by part; only good for comparing.
+    is_doubtful: it divides samples shorter than LONG."""
 
-    layout: Layout
+    degrees: Degrees
+    work: Work
     memory: Memory
     traffic: Traffic
     compute_seconds: float
@@ -81,33 +83,37 @@ class Candidate:
     @property
     def is_plain(self) -> bool:
         """Whether it divides the data in one way and the model in at most one other."""
-        return family(self.layout).count("+") <= 1
+        return family(self.degrees).count("+") <= 1
 
 
-def family(layout: Layout) -> str:
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "dp_replicate": "replicate",
+        "dp_shard": "shard",
+        "tp": "tensor",
+        "cp": "context",
+        "pp": "pipeline",
+        "ep": "expert",
+    }
+)
+"""What degrees are called in tables."""
+
+
+def family(degrees: Degrees) -> str:
     """What a layout is called: DDP, FSDP, HSDP, and what it divides beside the data: FSDP + TP."""
-    data = (
-        "HSDP"
-        if layout.replicate > 1 and layout.shards > 1
-        else "DDP"
-        if layout.replicate > 1
-        else "FSDP"
-        if layout.shards > 1
-        else ""
-    )
-    others = {"TP": layout.tensor, "CP": layout.context, "PP": layout.pipeline, "EP": layout.expert}
-    parts = [data, *(name for name, degree in others.items() if degree > 1)]
+    copies = degrees.dp_replicate > 1
+    data = ("HSDP" if copies else "FSDP") if degrees.dp_shard > 1 else "DDP" if copies else ""
+    parts = [data, *(name.upper() for name in ("tp", "cp", "pp", "ep") if getattr(degrees, name) > 1)]
     return " + ".join(part for part in parts if part) or "one device"
 
 
-def degrees(layout: Layout) -> str:
+def told(degrees: Degrees) -> str:
     """The degrees that are not 1: "shard 32, tensor 8"."""
-    names = ("replicate", "shard", "tensor", "context", "pipeline", "expert")
-    found = [f"{name} {getattr(layout, name)}" for name in names if getattr(layout, name) > 1]
+    found = [f"{name} {getattr(degrees, key)}" for key, name in NAMES.items() if getattr(degrees, key) > 1]
     return ", ".join(found) or "1 device"
 
 
-def layouts(shape: Shape, cluster: Cluster, work: Work) -> Iterator[Layout]:
+def layouts(shape: Shape, cluster: Cluster, work: Work) -> Iterator[Degrees]:
     """Every layout that divides evenly: heads by t, layers by p, experts by e, the step's samples by the data ranks.
 
     Tensor groups stay within a host, where every layer's messages are fast; powers of two, as hosts are built.
@@ -122,62 +128,64 @@ def layouts(shape: Shape, cluster: Cluster, work: Work) -> Iterator[Layout]:
                 rest, left = divmod(cluster.world_size, tensor * pipeline * context)
                 if left or (context > 1 and work.length < 1024 * context):
                     continue
-                yield from _of_data(
-                    shape, cluster, work, Layout(tensor=tensor, pipeline=pipeline, context=context), rest
-                )
+                yield from _of_data(shape, work, Degrees(tp=tensor, pp=pipeline, cp=context), rest)
 
 
-def _of_data(shape: Shape, cluster: Cluster, work: Work, layout: Layout, rest: int) -> Iterator[Layout]:
+def _of_data(shape: Shape, work: Work, degrees: Degrees, rest: int) -> Iterator[Degrees]:
     """The ways to share out the rest of the devices among shards and copies, and experts among all."""
     if work.samples < rest:
         return  # ranks would have nothing to do
     for replicate in _powers(rest):
         if rest % replicate:
             continue
-        chosen = replace(layout, replicate=replicate, shard=rest // replicate)
-        if chosen.pipeline > 1 and work.passes(chosen) < chosen.pipeline:
+        chosen = replace(degrees, dp_replicate=replicate, dp_shard=rest // replicate)
+        if chosen.pp > 1 and work.passes(chosen) < chosen.pp:
             continue  # stages would wait for most of a step
         yield chosen
-        for expert in _powers(chosen.tensor * chosen.shards):
+        for expert in _powers(chosen.efsdp):
             if expert > 1 and shape.experts and not shape.experts % expert:
-                yield replace(chosen, expert=expert)
+                yield replace(chosen, ep=expert)
 
 
 def _powers(most: int) -> list[int]:
     return [2**power for power in range(most.bit_length()) if 2**power <= most]
 
 
-def candidate(shape: Shape, layout: Layout, cluster: Cluster, work: Work, room_gib: float) -> Candidate:
+def candidate(shape: Shape, degrees: Degrees, cluster: Cluster, work: Work, room_gib: float) -> Candidate:
     """What a layout takes on a cluster."""
-    sent = traffic(shape, layout, work)
-    compute = operations(shape, layout, work) / (EFFICIENCY * cluster.device.peak) / (1 - bubble(layout, work))
-    seconds = _seconds(sent, layout, cluster)
+    sent = traffic(shape, degrees, work)
+    compute = operations(shape, degrees, work) / (EFFICIENCY * cluster.device.peak) / (1 - bubble(degrees, work))
+    seconds = _seconds(sent, degrees, work, cluster)
     ahead = max(0.0, seconds["shards"] + seconds["copies"] - compute)  # travels while it computes
     waiting = sum(seconds[name] for name in ("tensor", "context", "pipeline", "expert"))
-    is_doubtful = layout.context > 1 and work.length < LONG
-    return Candidate(layout, memory(shape, layout, work), sent, compute, ahead + waiting, room_gib, is_doubtful)
+    is_doubtful = degrees.cp > 1 and work.length < LONG
+    return Candidate(degrees, work, memory(shape, degrees, work), sent, compute, ahead + waiting, room_gib, is_doubtful)
 
 
-def _seconds(sent: Traffic, layout: Layout, cluster: Cluster) -> dict[str, float]:
+def _seconds(sent: Traffic, degrees: Degrees, work: Work, cluster: Cluster) -> dict[str, float]:
     """How long each kind of message takes. From inside out the order of devices is tensor, context, shards, copies,
     stages, as in torchtitan's mesh.
 
     A ring that leaves a host does so through the cards of all its members there, as NCCL's rings do; what goes from one
     device to another (stages, experts) has the card of its own.
     """
-    device, inner = cluster.device, 1
-    found: dict[str, float] = {}
-    degrees = {"tensor": layout.tensor, "context": layout.context, "shards": layout.shard, "copies": layout.replicate}
-    for name, size in degrees.items():
-        # Shards are those of data and context together.
-        start, reach = (layout.tensor, layout.shards) if name == "shards" else (inner, size)
+    device, found = cluster.device, {}
+    shards = work.shards(degrees)
+    same = degrees.data * degrees.cp // shards  # devices with other tokens and the same weights
+    inner = degrees.tp * degrees.cp
+    rings = {
+        "tensor": (1, degrees.tp),
+        "context": (degrees.tp, degrees.cp),
+        "shards": (degrees.tp if work.shards_context else inner, shards),
+        "copies": (degrees.tp * shards if work.shards_context or degrees.cp == 1 else degrees.tp, same),
+    }
+    for name, (start, reach) in rings.items():
         members = max(1, min(reach, cluster.per_host // start))
         is_inside = start * reach <= cluster.per_host
         speed = device.inside if is_inside else min(device.inside, members * device.between)
         found[name] = getattr(sent, name) / speed
-        inner *= size
     found["pipeline"] = sent.pipeline / (device.inside if cluster.world_size <= cluster.per_host else device.between)
-    is_near = max(layout.expert, layout.tensor) <= cluster.per_host
+    is_near = max(degrees.ep, degrees.tp) <= cluster.per_host
     found["expert"] = sent.expert / (device.inside if is_near else device.between)
     return found
 
@@ -188,16 +196,16 @@ def candidates(shape: Shape, cluster: Cluster, work: Work, memory_gib: float, ho
     ways = ("none", "selective", "full") if how == "auto" else (how,)
     found = []
     for layout in layouts(shape, cluster, work):
-        tried = [candidate(shape, replace(layout, checkpointing=way), cluster, work, room) for way in ways]
+        tried = [candidate(shape, layout, cluster, replace(work, checkpointing=way), room) for way in ways]
         fitting = [one for one in tried if one.fits]
         found.append(fitting[0] if fitting else min(tried, key=lambda one: one.memory_gib))
     return sorted(
-        found, key=lambda one: (not one.fits, one.seconds if one.fits else one.memory_gib, _parts(one.layout))
+        found, key=lambda one: (not one.fits, one.seconds if one.fits else one.memory_gib, _parts(one.degrees))
     )
 
 
-def _parts(layout: Layout) -> int:
-    return sum(getattr(layout, name) > 1 for name in ("replicate", "shard", "tensor", "context", "pipeline", "expert"))
+def _parts(degrees: Degrees) -> int:
+    return sum(getattr(degrees, name) > 1 for name in NAMES)
 
 
 LONG = 16384
@@ -215,24 +223,24 @@ def best(found: list[Candidate]) -> Candidate | None:
     if not fitting:
         return None
     near = [one for one in fitting if one.seconds <= SIMPLER * fitting[0].seconds]
-    return min(near, key=lambda one: (_parts(one.layout), one.seconds))
+    return min(near, key=lambda one: (_parts(one.degrees), one.seconds))
 
 
 def by_family(found: list[Candidate]) -> list[Candidate]:
     """The best of each family, in the order of `found`."""
     chosen: dict[str, list[Candidate]] = {}
     for one in found:
-        chosen.setdefault(family(one.layout), []).append(one)
+        chosen.setdefault(family(one.degrees), []).append(one)
     return [best(same) or same[0] for same in chosen.values()]
 
 
 def reasons(chosen: Candidate, others: list[Candidate]) -> list[str]:
     """Why this layout, compared with each of the others: what does not fit, what is slower and by what."""
-    return [_reason(chosen, other) for other in others if family(other.layout) != family(chosen.layout)]
+    return [_reason(chosen, other) for other in others if family(other.degrees) != family(chosen.degrees)]
 
 
 def _reason(chosen: Candidate, other: Candidate) -> str:
-    name = family(other.layout)
+    name = family(other.degrees)
     if not other.fits:
         return f"{name} does not fit: {other.memory_gib:,.0f} GiB at least, {other.room_gib:,.0f} are planned"
     ratio = other.seconds / chosen.seconds
@@ -245,7 +253,7 @@ def _reason(chosen: Candidate, other: Candidate) -> str:
     more_compute = other.compute_seconds - chosen.compute_seconds
     if more_compute < other.sending_seconds - chosen.sending_seconds:
         cause = "waits for messages"
-    elif other.layout.pipeline > chosen.layout.pipeline and other.layout.checkpointing == chosen.layout.checkpointing:
+    elif other.degrees.pp > chosen.degrees.pp and other.work.checkpointing == chosen.work.checkpointing:
         cause = "stages wait for each other"
     else:
         cause = "activations are computed again"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from training_hub.recipe.parallelism import Degrees
 from training_hub.scaling.models import Shape
 
 LOW, EXACT = 2, 4
@@ -33,55 +34,33 @@ WHOLE_LOGITS = 3 * EXACT
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model and its data lie on devices; all degrees but `expert` multiply to their number.
+class Work:
+    """What a step learns from, and how. rows: samples of `length` tokens that go through a data rank at once.
 
     checkpointing: what layers forget: none, selective (all but the results of products and attention), full.
-    """
-
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    checkpointing: str = "none"
-
-    @property
-    def world_size(self) -> int:
-        return self.replicate * self.shard * self.tensor * self.context * self.pipeline
-
-    @property
-    def data(self) -> int:
-        """Ranks that see different samples."""
-        return self.replicate * self.shard
-
-    @property
-    def shards(self) -> int:
-        """Devices that share out dense weights: those of a context group hold the same ones, so they do too."""
-        return self.shard * self.context
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step learns from. rows: samples of `length` tokens that go through a data rank at once.
-
     products_kept: of selective checkpointing, the share of products' results that is kept (torchtitan: every second).
+    shards_context: whether devices of a context group share out weights, too (torchtitan's do).
     """
 
     samples: int
     length: int
     rows: int = 1
+    checkpointing: str = "none"
     has_whole_logits: bool = False
     products_kept: float = 1.0
+    shards_context: bool = False
 
-    def rows_of(self, layout: Layout) -> int:
+    def shards(self, degrees: Degrees) -> int:
+        """Devices that share out dense weights."""
+        return degrees.dp_shard * (degrees.cp if self.shards_context else 1)
+
+    def rows_of(self, degrees: Degrees) -> int:
         """Samples at once: `rows`, or all that a data rank has in a step where these are fewer."""
-        return max(1, min(self.rows, self.samples // layout.data))
+        return max(1, min(self.rows, self.samples // degrees.data))
 
-    def passes(self, layout: Layout) -> int:
+    def passes(self, degrees: Degrees) -> int:
         """Times that forward and backward run in a step: micro-batches."""
-        return math.ceil(self.samples / (layout.data * self.rows_of(layout)))
+        return math.ceil(self.samples / (degrees.data * self.rows_of(degrees)))
 
 
 @dataclass(frozen=True)
@@ -98,37 +77,42 @@ class Memory:
         return self.state + self.gathered + self.activations + self.logits
 
 
-def memory(shape: Shape, layout: Layout, work: Work) -> Memory:
+def memory(shape: Shape, degrees: Degrees, work: Work) -> Memory:
     """What the fullest device holds: of a pipeline the first or the last stage."""
-    layers = math.ceil(shape.layers / layout.pipeline)
-    dense = layers * (shape.layer_parameters - shape.expert_parameters) + _tables(shape, layout) + shape.width
+    layers = math.ceil(shape.layers / degrees.pp)
+    dense = layers * (shape.layer_parameters - shape.expert_parameters) + _tables(shape, degrees) + shape.width
     experts = layers * shape.expert_parameters
-    is_divided = layout.shards > 1
+    is_divided = work.shards(degrees) > 1
     each = DIVIDED_STATE if is_divided else WHOLE_STATE
-    # Experts lie on all devices that are no stages of a pipeline or copies: dense t x c x s = sparse e x (rest).
-    state = each * (
-        dense / (layout.tensor * layout.shards) + experts / max(layout.expert, layout.tensor * layout.shards)
-    )
+    state = each * (dense / (degrees.tp * work.shards(degrees)) + experts / _sharing_experts(degrees))
     return Memory(
         state=state,
-        gathered=_gathered(shape, layout) if is_divided else 0,
-        activations=_activations(shape, layout, work, layers),
-        logits=_logits(shape, layout, work),
+        gathered=_gathered(shape, degrees) if is_divided else 0,
+        activations=_activations(shape, degrees, work, layers),
+        logits=_logits(shape, degrees, work),
     )
 
 
-def _tables(shape: Shape, layout: Layout) -> int:
+def _sharing_experts(degrees: Degrees) -> int:
+    """Devices that share out the experts of a layer: all that are no stages of a pipeline or copies, where weights are
+    in shards; else those that they are dealt out to."""
+    if degrees.ep == 1:
+        return degrees.tp * degrees.dp_shard
+    return degrees.ep * (degrees.efsdp if degrees.dp_shard > 1 else 1)
+
+
+def _tables(shape: Shape, degrees: Degrees) -> int:
     """Weights of embeddings and head on one stage: a pipeline has the one on its first, the other on its last."""
-    is_apart = layout.pipeline > 1 and not shape.is_tied
+    is_apart = degrees.pp > 1 and not shape.is_tied
     return shape.table_parameters // 2 if is_apart else shape.table_parameters
 
 
-def _gathered(shape: Shape, layout: Layout) -> float:
+def _gathered(shape: Shape, degrees: Degrees) -> float:
     """What FSDP has whole at one moment: two layers in bfloat16 (one computes, the next arrives), one matrix of the
     tables, and one layer's gradient in float32 on its way to be summed (Zhao et al. 2023, arXiv:2304.11277, section
     3.3)."""
-    layer = (shape.layer_parameters - shape.expert_parameters) / layout.tensor + shape.expert_parameters / layout.expert
-    table = shape.vocabulary * shape.width / layout.tensor
+    layer = (shape.layer_parameters - shape.expert_parameters) / degrees.tp + shape.expert_parameters / degrees.ep
+    table = shape.vocabulary * shape.width / degrees.tp
     return LOW * (2 * layer + table) + EXACT * max(layer, table)
 
 
@@ -149,21 +133,21 @@ def kept_numbers(shape: Shape, checkpointing: str, products_kept: float = 1.0) -
     return 4 * width + 2 * queries + 2 * keys + 3 * times * inner + dispatched
 
 
-def _activations(shape: Shape, layout: Layout, work: Work, layers: int) -> float:
+def _activations(shape: Shape, degrees: Degrees, work: Work, layers: int) -> float:
     """Of all layers of the stage, and what is made again of one, with its gradients. Sequence parallelism divides every
     row by t (Korthikanti et al. 2022, section 4.2); the first stage of 1F1B holds p passes (Narayanan et al. 2021,
     arXiv:2104.04473, section 2.2)."""
-    tokens = work.rows_of(layout) * work.length / (layout.context * layout.tensor)
-    kept = kept_numbers(shape, layout.checkpointing, work.products_kept)
-    again = 0 if layout.checkpointing == "none" else 2 * (kept_numbers(shape, "none") - kept)
-    under_way = min(layout.pipeline, work.passes(layout))
+    tokens = work.rows_of(degrees) * work.length / (degrees.cp * degrees.tp)
+    kept = kept_numbers(shape, work.checkpointing, work.products_kept)
+    again = 0 if work.checkpointing == "none" else 2 * (kept_numbers(shape, "none") - kept)
+    under_way = min(degrees.pp, work.passes(degrees))
     return LOW * tokens * (layers * kept * under_way + again)
 
 
-def _logits(shape: Shape, layout: Layout, work: Work) -> float:
+def _logits(shape: Shape, degrees: Degrees, work: Work) -> float:
     if not work.has_whole_logits:
         return CHUNK_LOGITS
-    return WHOLE_LOGITS * work.rows_of(layout) * work.length / layout.context * shape.vocabulary / layout.tensor
+    return WHOLE_LOGITS * work.rows_of(degrees) * work.length / degrees.cp * shape.vocabulary / degrees.tp
 
 
 @dataclass(frozen=True)
@@ -182,38 +166,33 @@ class Traffic:
         return self.shards + self.copies + self.tensor + self.context + self.pipeline + self.expert
 
 
-def traffic(shape: Shape, layout: Layout, work: Work) -> Traffic:
+def traffic(shape: Shape, degrees: Degrees, work: Work) -> Traffic:
     """What a device sends in one step. A ring of n sends (n - 1) / n of what is gathered or scattered, and twice that
     for a sum that all get (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002)."""
-    passes, layers = work.passes(layout), shape.layers / layout.pipeline
-    tokens = work.rows_of(layout) * work.length / layout.context
+    passes, layers = work.passes(degrees), shape.layers / degrees.pp
+    tokens = work.rows_of(degrees) * work.length / degrees.cp
     row = LOW * shape.width * tokens
-    dense = (shape.parameters - shape.layers * shape.expert_parameters) / (layout.tensor * layout.pipeline)
-    experts = shape.layers * shape.expert_parameters / layout.pipeline
-    spread = max(1, layout.tensor * layout.shards // layout.expert)  # devices that share out the same experts
-    held = dense / layout.shards + experts / max(layout.expert, layout.tensor * layout.shards)
+    dense = (shape.parameters - shape.layers * shape.expert_parameters) / (degrees.tp * degrees.pp)
+    experts = shape.layers * shape.expert_parameters / degrees.pp
+    spread = max(1, _sharing_experts(degrees) // degrees.ep)  # devices that share out the same experts
+    held = dense / work.shards(degrees) + experts / _sharing_experts(degrees)
     return Traffic(
         # FSDP gathers before forward and before backward of each pass, and scatters float32 gradients (Rajbhandari et
         # al. 2020, section 7.2).
-        shards=(2 * LOW + EXACT) * passes * (dense * _ring(layout.shards) + experts / layout.expert * _ring(spread)),
+        shards=(2 * LOW + EXACT)
+        * passes
+        * (dense * _ring(work.shards(degrees)) + experts / degrees.ep * _ring(spread)),
         # Gradients of what is held, once a step.
-        copies=2 * EXACT * held * _ring(layout.replicate),
+        copies=2 * EXACT * held * _ring(degrees.dp_replicate * (1 if work.shards_context else degrees.cp)),
         # Two gathers and two scatters of a layer's rows forward, as many backward, and the gathered inputs once more
         # (Korthikanti et al. 2022, section 4.2.2).
-        tensor=10 * layers * row * _ring(layout.tensor) * passes,
+        tensor=10 * layers * row * _ring(degrees.tp) * passes,
         # Keys and values of the others forward and once more backward, and their gradients back in float32.
-        context=layers
-        * 2
-        * shape.key_width
-        / layout.tensor
-        * tokens
-        * (layout.context - 1)
-        * (2 * LOW + EXACT)
-        * passes,
+        context=layers * 2 * shape.key_width / degrees.tp * tokens * (degrees.cp - 1) * (2 * LOW + EXACT) * passes,
         # Rows to the next stage, their gradients to the one before.
-        pipeline=2 * row / layout.tensor * passes if layout.pipeline > 1 else 0,
+        pipeline=2 * row / degrees.tp * passes if degrees.pp > 1 else 0,
         # Each token's rows to its experts and back, forward and backward (Lepikhin et al. 2020, arXiv:2006.16668).
-        expert=4 * layers * shape.chosen * row / layout.tensor * _ring(layout.expert) * passes,
+        expert=4 * layers * shape.chosen * row / degrees.tp * _ring(degrees.ep) * passes,
     )
 
 
@@ -221,16 +200,16 @@ def _ring(size: int) -> float:
     return (size - 1) / size
 
 
-def operations(shape: Shape, layout: Layout, work: Work) -> float:
+def operations(shape: Shape, degrees: Degrees, work: Work) -> float:
     """Floating-point operations of one device in a step: 6 for each weight and token, of which full checkpointing
     repeats a third (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), and causal attention."""
-    tokens = work.samples * work.length / layout.world_size
-    again = {"none": 0.0, "selective": (1 - work.products_kept) / 3, "full": 1 / 3}[layout.checkpointing]
+    tokens = work.samples * work.length / degrees.world_size
+    again = {"none": 0.0, "selective": (1 - work.products_kept) / 3, "full": 1 / 3}[work.checkpointing]
     attention = 6 * shape.layers * shape.query_width * work.length  # 12 L A S, halved by the mask
     return tokens * (6 * shape.active_parameters + attention) * (1 + again)
 
 
-def bubble(layout: Layout, work: Work) -> float:
+def bubble(degrees: Degrees, work: Work) -> float:
     """The share of a pipeline's time in which a device waits: (p - 1) / (m + p - 1) with m passes (Narayanan et al.
     2021, section 2.2.1, as a share of the whole)."""
-    return (layout.pipeline - 1) / (work.passes(layout) + layout.pipeline - 1)
+    return (degrees.pp - 1) / (work.passes(degrees) + degrees.pp - 1)

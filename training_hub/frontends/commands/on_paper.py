@@ -11,34 +11,26 @@ from typing import Any
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
 from training_hub.recipe.names import all_settings, nearest
+from training_hub.recipe.parallelism import EXPERTS, FIELDS, Degrees
 from training_hub.scaling.choose import (
     DEVICES,
     GIB,
+    NAMES,
     ROOM,
     Candidate,
     Cluster,
     best,
     by_family,
     candidates,
-    degrees,
     family,
     reasons,
+    told,
 )
-from training_hub.scaling.formulas import Layout, Work
+from training_hub.scaling.formulas import Work
 from training_hub.scaling.models import Shape, shape_of
 
 TOKENS_AT_ONCE = 8192
 """Tokens of a data rank at once, where training.max_tokens_per_gpu does not say."""
-
-FIELDS = {
-    "replicate": "data_parallel_replicate_degree",
-    "shard": "data_parallel_shard_degree",
-    "tensor": "tensor_parallel_degree",
-    "context": "context_parallel_degree",
-    "pipeline": "pipeline_parallel_degree",
-    "expert": "expert_parallel_degree",
-}
-"""Degrees of a layout, by the names of the recipe's section `parallelism`."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +119,11 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 def _as_json(one: Candidate) -> dict[str, Any]:
     return {
-        "family": family(one.layout),
-        "layout": asdict(one.layout),
+        "family": family(one.degrees),
+        "layout": {
+            **{name: getattr(one.degrees, key) for key, name in NAMES.items()},
+            "checkpointing": one.work.checkpointing,
+        },
         "fits": one.fits,
         "memory_gib": {**{name: size / GIB for name, size in asdict(one.memory).items()}, "total": one.memory_gib},
         "sent_gib": {
@@ -156,14 +151,14 @@ def lines(found: Comparison) -> Iterator[str]:
     yield f"step      {work.samples:,} samples of {work.length:,} tokens, {work.rows} of them at once on a data rank"
     if chosen is None:
         least = min(found.families, key=lambda one: one.memory_gib)
-        yield f"take      more devices: the least is {least.memory_gib:,.0f} GiB on each ({family(least.layout)})"
+        yield f"take      more devices: the least is {least.memory_gib:,.0f} GiB on each ({family(least.degrees)})"
     else:
         yield (
-            f"take      {family(chosen.layout)}: {degrees(chosen.layout)}; activation checkpointing "
-            f"{chosen.layout.checkpointing}; {chosen.memory_gib:,.1f} GiB, about {chosen.seconds:,.3g} s a step"
+            f"take      {family(chosen.degrees)}: {told(chosen.degrees)}; activation checkpointing "
+            f"{chosen.work.checkpointing}; {chosen.memory_gib:,.1f} GiB, about {chosen.seconds:,.3g} s a step"
         )
-        yield f"          {settings(chosen.layout)}"
-        missing = [path for path in paths(chosen.layout) if path not in all_settings()]
+        yield f"          {settings(chosen)}"
+        missing = [path for path in paths(chosen.degrees) if path not in all_settings()]
         if missing:
             yield f"          (this version cannot train so yet: it has no {', '.join(missing)})"
         for number, why in enumerate(reasons(chosen, plain(found))):
@@ -172,15 +167,16 @@ def lines(found: Comparison) -> Iterator[str]:
     yield from table(found)
 
 
-def paths(layout: Layout) -> dict[str, int]:
-    """The degrees of a layout that are not 1, by the paths of the recipe's settings."""
-    return {f"parallelism.{FIELDS[name]}": getattr(layout, name) for name in FIELDS if getattr(layout, name) > 1}
+def paths(degrees: Degrees) -> dict[str, int]:
+    """The degrees that are not 1, by the paths of the recipe's settings."""
+    fields = {**FIELDS, "ep": EXPERTS}
+    return {f"parallelism.{fields[key]}": getattr(degrees, key) for key in NAMES if getattr(degrees, key) > 1}
 
 
-def settings(layout: Layout) -> str:
-    """The layout as settings of a recipe, behind any command."""
-    given = [f"{path}={degree}" for path, degree in paths(layout).items()]
-    return " ".join([*given, f"training.activation_checkpointing={layout.checkpointing}"])
+def settings(one: Candidate) -> str:
+    """A layout as settings of a recipe, behind any command."""
+    given = [f"{path}={degree}" for path, degree in paths(one.degrees).items()]
+    return " ".join([*given, f"training.activation_checkpointing={one.work.checkpointing}"])
 
 
 HEAD = ("layout", "degrees", "forgets", "GiB", "state", "activations", "sent GiB", "s/step")
@@ -189,15 +185,15 @@ HEAD = ("layout", "degrees", "forgets", "GiB", "state", "activations", "sent GiB
 def rows(found: Comparison) -> Iterator[tuple[str, ...]]:
     """The plain families and the chosen layout, as cells below HEAD."""
     shown = [*plain(found)]
-    if found.chosen is not None and not any(one.layout == found.chosen.layout for one in shown):
-        shown = [one if family(one.layout) != family(found.chosen.layout) else found.chosen for one in shown]
+    if found.chosen is not None and not any(one.degrees == found.chosen.degrees for one in shown):
+        shown = [one if family(one.degrees) != family(found.chosen.degrees) else found.chosen for one in shown]
         shown = shown if found.chosen in shown else [found.chosen, *shown]
     for one in shown:
-        mark = "* " if found.chosen is not None and one.layout == found.chosen.layout else ""
+        mark = "* " if found.chosen is not None and one.degrees == found.chosen.degrees else ""
         yield (
-            mark + family(one.layout),
-            degrees(one.layout),
-            one.layout.checkpointing,
+            mark + family(one.degrees),
+            told(one.degrees),
+            one.work.checkpointing,
             f"{one.memory_gib:,.1f}" + ("" if one.fits else " (too much)"),
             f"{(one.memory.state + one.memory.gathered) / GIB:,.1f}",
             f"{(one.memory.activations + one.memory.logits) / GIB:,.1f}",
