@@ -100,8 +100,8 @@ The formulas stand in `training_hub/scaling/formulas.py`, each with its source. 
 
 - **State.** 16 bytes for each weight on the device, sharded as FSDP2 does it (weight, gradient and two moments in
   float32); 18 where it is whole (DDP), with the bfloat16 weight beside its master. FSDP also holds two layers and a
-  table of embeddings gathered, and one layer's gradient. CP divides no weights here; torchtitan's runs below share them out over
-  the devices of a context group, too, and are computed so.
+  table of embeddings gathered, and one layer's gradient. CP divides no weights here; torchtitan's runs below share them
+  out over the devices of a context group, too, and are computed so.
 - **Activations.** What a layer keeps of each token for backward, operation by operation; TP and CP divide it, PP
   holds it
   for as many passes as there are stages. `none`, `selective` and `full` are what layers forget; the least that fits
