@@ -2,7 +2,8 @@
 
 Needs torch with CUDA, transformers and this repository (8b-lora: peft too); no network, no data: weights are random
 in the shape of a known model, rows are random tokens of full length, all of them trained. What runs out of memory is a
-line too, and the next workload is tried. `--tiny` does the same with a tiny model on whatever device there is.
+line too, the next workload is tried, and the command fails at its end. `--tiny` does the same with a tiny model on
+whatever device there is.
 8b-lora trains rank 16 in all linear layers of a frozen bfloat16 model; `--set model.quantization=...` needs a folder,
 and is not for random weights.
 
@@ -87,11 +88,14 @@ def main() -> None:
     names = options.workloads or (["1b-full"] if options.tiny else WORKLOADS)
     if options.tiny:
         names = [f"tiny-{name.rpartition('-')[2]}" for name in names]
+    has_failed = False
     for name in names:
         made = in_a_process(name)
+        has_failed = has_failed or "error" in made
         with Path(options.output).open("a", encoding="utf-8") as file:
             file.write(json.dumps(made) + "\n")
         print(line(made))
+    sys.exit(has_failed)
 
 
 def in_a_process(name: str) -> dict[str, Any]:
@@ -106,6 +110,7 @@ def in_a_process(name: str) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--one", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
+        sys.stderr.write(done.stderr)
         return {"workload": name, "error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "died"}
     return json.loads(done.stdout.strip().splitlines()[-1])
 

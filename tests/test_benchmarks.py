@@ -6,20 +6,22 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
+import time
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(script: str, *words: str) -> str:
+def run(script: str, *words: str, fails: bool = False) -> str:
     # The package may lie beside the benchmarks without being installed.
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
     program = [sys.executable, str(BENCHMARKS / script), *words]
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert bool(done.returncode) == fails, done.stderr[-3000:]
     return done.stdout
 
 
@@ -63,9 +65,80 @@ def test_adapters_learn_the_same_here_and_in_trl(tmp_path: Path):
 
 @pytest.mark.slow
 def test_what_cannot_be_trained_is_a_line_too(tmp_path: Path):
-    run("gpu.py", "--tiny", "--set", "optimizer.beta9=1", "--output", str(tmp_path / "gpu.jsonl"))
+    words = ("--tiny", "--set", "optimizer.beta9=1", "--output", str(tmp_path / "gpu.jsonl"))
+    run("gpu.py", *words, fails=True)
     (made,) = lines(tmp_path / "gpu.jsonl")
     assert "optimizer.beta9" in made["error"]
+
+
+CHECKS = ["tests", "1.7b-full", "8b-full", "8b-lora", "8b-full in 8 bits", "parts", "1b-full taken apart"]
+
+
+@pytest.mark.slow
+def test_all_that_waits_for_a_gpu_is_tried_in_one_command(tmp_path: Path):
+    run("gpu_checks.py", "--tiny", "--output", str(tmp_path))
+    assert [(one["name"], one["ended"]) for one in lines(tmp_path / "checks.jsonl")] == [(n, "done") for n in CHECKS]
+    assert [one["workload"] for one in lines(tmp_path / "gpu.jsonl")] == [
+        "tiny-full", "tiny-full", "tiny-lora", "tiny-full", "tiny-full",
+    ]  # fmt: skip
+    parts = {one["part"]: one for one in lines(tmp_path / "parts.jsonl")}
+    assert {"sum and norm, one pass, backward", "small model, eager", "small model, recorded"} <= parts.keys()
+    failed = [name for name, one in parts.items() if "error" in one]
+    assert failed == [] if torch_has_gpu() else failed == ["small model, recorded"]
+
+
+def torch_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def test_checks_for_which_there_is_no_time_are_named(tmp_path: Path):
+    out = run("gpu_checks.py", "--tiny", "--seconds", "5", "--output", str(tmp_path), fails=True)
+    assert {one["ended"] for one in lines(tmp_path / "checks.jsonl")} == {"not begun"}
+    assert all(line.startswith(name) for line, name in zip(out.splitlines(), CHECKS, strict=True))
+
+
+def test_a_check_that_hangs_or_fails_says_so(tmp_path: Path):
+    checks, log = script("gpu_checks.py"), tmp_path / "log.txt"
+    hangs = checks.run(checks.Check("hangs", ("-c", "import time; time.sleep(3600)"), 60), 0.1, log)
+    assert hangs.ended == "took too long"
+    fails = checks.run(checks.Check("fails", ("-c", "raise SystemExit('no such card')"), 60), 60, log)
+    assert (fails.ended, fails.said) == ("failed", "no such card")
+    assert "== hangs" in log.read_text() and "no such card" in log.read_text()
+
+
+def test_a_check_is_ended_with_all_that_it_started(tmp_path: Path):
+    ready = tmp_path / "ready"
+    child = (
+        f"import os, time; open({str(ready)!r} + '.new', 'w').write(str(os.getpid())); "
+        f"os.replace({str(ready)!r} + '.new', {str(ready)!r}); time.sleep(3600)"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+    while not ready.exists():
+        time.sleep(0.01)
+    script("gpu_checks.py").end(process)
+    while is_running(int(ready.read_text())):
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """False for one that has ended, though nobody has asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def script(name: str) -> Any:
+    """One of the scripts as a module."""
+    found = spec_from_file_location(name.removesuffix(".py"), BENCHMARKS / name)
+    assert found is not None and found.loader is not None
+    module = module_from_spec(found)
+    sys.modules[found.name] = module  # where dataclasses look for it
+    found.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
