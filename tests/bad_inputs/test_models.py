@@ -54,11 +54,11 @@ CASES = tuple(case for case, _ in TEMPLATES)
 @pytest.mark.parametrize(("case", "source"), TEMPLATES, ids=[case.id for case in CASES])
 def test_template(case: Case, source: str, desk: Desk) -> None:
     template = desk.file(source, "template.jinja")
-    began = time.perf_counter()
+    began = time.process_time()
     outcome = desk.train(case.content, "--data.chat_template", str(template))
     if case.code:
         outcome.refused(case.code, *case.words)
-        assert time.perf_counter() - began < 10  # 2 seconds of the template, on a machine that has other work
+        assert time.process_time() - began < 20  # 2 seconds of the template; without its limit it has no end
     else:
         outcome.trained(*case.words)
 

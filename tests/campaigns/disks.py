@@ -7,8 +7,8 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from tests.campaigns.case import Case
 from tests.campaigns.damage import cut, unbroken
 from tests.campaigns.workshop import STEPS, At, Ended, Workshop, die, goes_on, leftovers, nothing
+from tests.moments import act_in, hold
 from training_hub.folders import damage
 
 DISK_EXIT = 75
@@ -177,28 +178,22 @@ def two_at_once(shop: Workshop, count: int, random: Random) -> Iterator[Case]:
     reference = unbroken(shop)
     for number in range(count):
         output = shop.place("twice")
-        first = shop.start(shop.recipe(output), [lambda report: time.sleep(0.1)])
-        _wait_for(output / "checkpoints" / "step-1")
+        moment = output.parent / f"{output.name}-moment"
+        first = shop.start(shop.recipe(output), [At(2, partial(hold, moment))])
         problem, silent = "", False
         if number % 2:
             asked = {"checkpoint": {"resume": "restart"}} if number % 4 == 1 else {}
-            second = shop.train(shop.recipe(output, **asked))
+            second = act_in(moment, partial(shop.train, shop.recipe(output, **asked)))
             if second.code != 2 or f"process {first.pid} on" not in second.said:
                 problem = f"second run: {second.brief}"
             problem = problem or ("" if first.wait().code == 0 else "the first run did not finish")
         else:
-            first.signal(signal.SIGKILL)
+            act_in(moment, partial(first.signal, signal.SIGKILL))
             first.wait()
         if not problem and number % 2 == 0:
             problem, silent = goes_on(shop, shop.recipe(output), reference)
         fault = "at once" if number % 2 else "stale lock"
         yield Case("two runs in one folder", f"{number}: {fault}", wanted, problem, silent)
-
-
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 def bad_outputs(shop: Workshop, count: int, random: Random) -> Iterator[Case]:

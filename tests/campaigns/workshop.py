@@ -30,7 +30,7 @@ from training_hub.monitoring.jsonl import read_metrics
 from training_hub.recipe import Recipe
 
 RAW_ERROR = 99  # exit code of a run that ended with an error that is not one of ours
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 STEPS = 8
 EVERY_STEP = {"interval": 1, "keep_last": 3, "minutes": None}
 
@@ -66,6 +66,9 @@ class Child:
         os.read(self.ready, 1)
         os.close(self.ready)
         self.ready = -1
+
+    def is_over(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def signal(self, number: int) -> None:
         """Send a signal, if the process still lives."""

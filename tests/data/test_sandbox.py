@@ -155,8 +155,8 @@ def test_a_template_without_end_is_stopped(source):
         match=r"chat template bomb(, line \d)?: (stopped: .* limit|RecursionError|DataError)",
     ):
         ChatTemplate("bomb", source).render(MESSAGES)
-    # Processor time: other programs on the machine must not make this fail.
-    assert time.thread_time() - start < 2
+    # Processor time: other programs on the machine must not make this fail. Without its limit it has no end.
+    assert time.thread_time() - start < 6
     assert peak_mib() - memory < 256
 
 

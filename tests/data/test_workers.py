@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.moments import PATIENCE_SECONDS, until
 from training_hub.data.workers import Workers, can_fork
 from training_hub.errors import DataError
 
@@ -88,7 +89,7 @@ def nap(number):
     return number
 with Workers(nap, 2) as workers:
     print(*(process.pid for process in workers._processes), flush=True)
-    for result in workers.map(range(1000)):
+    for result in workers.map(range(10_000)):  # longer than a test waits
         pass
 """
 
@@ -103,12 +104,8 @@ def test_no_worker_outlives_a_caller_that_is_interrupted_or_killed(sent: signal.
     caller.stdout.close()
     assert len(workers) == 2
     caller.send_signal(sent)
-    caller.wait(timeout=10)
-    assert caller.returncode != 0
-    patience = time.monotonic() + 10
-    while any(is_running(pid) for pid in workers) and time.monotonic() < patience:
-        time.sleep(0.05)
-    assert not any(is_running(pid) for pid in workers)
+    assert caller.wait(timeout=PATIENCE_SECONDS) != 0
+    until(lambda: not any(is_running(pid) for pid in workers))
 
 
 def is_running(pid: int) -> bool:

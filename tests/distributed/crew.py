@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tests.invariants.run import recipe
+from tests.ports import free_port
 
 
 class Crew:
     """`world_size` processes that wait for runs."""
 
     def __init__(self, world_size: int, log: Path):
+        self._numbers = count()
         orders = [os.pipe() for _ in range(world_size)]
         answers = [os.pipe() for _ in range(world_size)]
         theirs = [(order[0], answer[1]) for order, answer in zip(orders, answers, strict=True)]
@@ -36,13 +38,18 @@ class Crew:
     def close(self) -> None:
         for end in (*self._orders, *self._answers):
             end.close()
-        self._parent.wait(timeout=30)
+        self._parent.wait(timeout=120)
 
     def train(self, model: Path, data: Path | list[Path], output: Path, /, order: Any = None, **sections: Any) -> Any:
-        """What each rank's run came to; `data` may be another for each rank."""
+        """What each rank's run came to; `data` may be another for each rank.
+
+        order: {"signalled": 1, "step": 2} is a SIGTERM for rank 1 after step 2; "signalled_in_save" and "limited" (a
+        full disk) come to a rank where the checkpoint of `step` is about to get its name.
+        """
         each = data if isinstance(data, list) else [data] * len(self._orders)
         recipes = [recipe(model, one, output, **sections).model_dump(mode="json") for one in each]
-        return self._ask({"recipes": recipes, **(order or {})})
+        moment = output.parent / f"{output.name}-moment-{next(self._numbers)}"
+        return self._ask({"recipes": recipes, "moment": str(moment), **(order or {})})
 
     def call(self, function: str, *arguments: Any) -> list[Any]:
         """What `module:function`, called with the group of the processes and `arguments`, finds in each of them."""
@@ -56,9 +63,3 @@ class Crew:
             member.write(line + "\n")
             member.flush()
         return [json.loads(member.readline()) for member in self._answers]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,17 +12,20 @@ import resource
 import signal
 import sys
 import threading
-import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests.moments import act_in, hold, when_named
 from training_hub.backends import Given
 from training_hub.errors import HubError
 from training_hub.launch import as_json, run
 from training_hub.recipe import Recipe
 from training_hub.recipe.comm import Comm
+from training_hub.types import StepReport
 
 
 def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
@@ -38,14 +41,8 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     if "call" in order:
         return answer(order)
     recipe = Recipe.model_validate(order["recipes"][rank])
-    if rank == order.get("signalled"):
-        threading.Thread(target=signal_at, args=(Path(recipe.output), order["step"]), daemon=True).start()
-    if rank == order.get("signalled_in_save"):
-        threading.Thread(target=signal_in_save, args=(Path(recipe.output),), daemon=True).start()
-    if rank == order.get("limited"):
-        threading.Thread(target=limit_at, args=(Path(recipe.output), order["step"]), daemon=True).start()
     try:
-        result = run(recipe, Given())
+        result = run(recipe, Given(watchers=troubled(order, rank, Path(recipe.output))))
     except HubError as error:
         return {"error": type(error).__name__, "problems": error.problems}
     except Exception as error:  # the crew goes on; the test sees which error it was, and the log where
@@ -69,26 +66,45 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def signal_at(output: Path, step: int) -> None:
-    """Send this process a SIGTERM when the metrics tell of `step`."""
-    file = output / "metrics.jsonl"
-    while not file.exists() or file.read_text().count("\n") < step:
-        time.sleep(0.002)
+def signal_here() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def limit_at(output: Path, step: int) -> None:
+def limit_here() -> None:
     """Let no file of this process grow beyond 20 kB any more, as if its disk were full."""
-    while not (output / "checkpoints" / f"step-{step - 1}").exists():
-        time.sleep(0.0005)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
-def signal_in_save(output: Path) -> None:
-    """Send this process a SIGTERM while a checkpoint is half written."""
-    while not list(output.glob("checkpoints/.tmp-step-*")):
-        time.sleep(0.0005)
-    os.kill(os.getpid(), signal.SIGTERM)
+# What happens to the rank that an order names, and whether it does after a step or before its checkpoint has a name.
+TROUBLES: dict[str, tuple[Callable[[], None], bool]] = {
+    "signalled": (signal_here, False),
+    "signalled_in_save": (signal_here, True),
+    "limited": (limit_here, True),
+}
+
+
+def troubled(order: dict[str, Any], rank: int, output: Path) -> tuple[Callable[[StepReport], None], ...]:
+    """Get ready for the trouble that an order asks for: in rank 0, which knows the moment and holds there meanwhile,
+    and in the rank that has it; gives the watchers that the run needs for it. Where no step is named it is there from
+    the start."""
+    name = next((name for name in TROUBLES if name in order), None)
+    if name is None:
+        return ()
+    act, is_in_save = TROUBLES[name]
+    if "step" not in order:
+        if rank == order[name]:
+            act()
+        return ()
+    moment, step = Path(order["moment"]), order["step"]
+    here = act if order[name] == 0 else partial(hold, moment)
+    if rank > 0 and rank == order[name]:
+        threading.Thread(target=act_in, args=(moment, act), daemon=True).start()
+    if rank > 0:
+        return ()
+    if is_in_save:
+        when_named(output / "checkpoints" / f"step-{step}", here)
+        return ()
+    return (lambda report: here() if report.step == step else None,)
 
 
 def main() -> None:

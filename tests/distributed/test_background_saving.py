@@ -53,7 +53,7 @@ def test_each_step_is_saved_with_the_bits_that_it_had(layout, two, tiny_model_fo
 
 def test_a_signal_in_a_save_waits_for_it_and_any_layout_goes_on(two, tiny_model_folder, chat_file, tmp_path):
     settings = {"checkpoint": saving("async"), "parallelism": LAYOUTS["slices"]}
-    ended = train(two, tiny_model_folder, chat_file, tmp_path, {"signalled_in_save": 1}, **settings)
+    ended = train(two, tiny_model_folder, chat_file, tmp_path, {"signalled_in_save": 1, "step": 1}, **settings)
     assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
     assert whole(tmp_path)
     ended = train(two, tiny_model_folder, chat_file, tmp_path, checkpoint=saving("async"))
@@ -66,7 +66,7 @@ def test_pieces_that_a_rank_cannot_write_end_the_run_and_leave_the_step_before(
     rank, two, tiny_model_folder, chat_file, tmp_path
 ):
     settings = {"checkpoint": saving("async"), "parallelism": LAYOUTS["slices"]}
-    ended = train(two, tiny_model_folder, chat_file, tmp_path, {"limited": rank, "step": 2}, **settings)
+    ended = train(two, tiny_model_folder, chat_file, tmp_path, {"limited": rank, "step": 1}, **settings)
     assert ended[0]["error"] == "DiskError", ended
     assert f"rank {rank}" in (said := " ".join(ended[0]["problems"])) and "could not be written" in said
     assert ended[1]["error"] == "LaunchError" and "rank 0 failed at" in " ".join(ended[1]["problems"])

@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_named(two, tiny_
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_during_a_save_leaves_a_whole_one(rank, two, tiny_model_folder, chat_file, tmp_path):
     settings = {"checkpoint": {"interval": 2}, "training": {"global_batch_size": 2, "epochs": 1, "preflight": False}}
-    order = {"signalled_in_save": rank}
+    order = {"signalled_in_save": rank, "step": 2}
     ended = two.train(tiny_model_folder, chat_file, tmp_path / "run", order, **settings)
     assert [each["error"] for each in ended] == ["Interrupted"] * 2
     folders = list((tmp_path / "run" / "checkpoints").iterdir())
@@ -167,6 +167,6 @@ def test_a_signal_during_a_save_leaves_a_whole_one(rank, two, tiny_model_folder,
 
 
 def test_ranks_that_read_other_data_do_not_train_together(two, tiny_model_folder, uneven_file, chat_file, tmp_path):
-    ended = two.train(tiny_model_folder, [uneven_file, chat_file], tmp_path / "run", comm={"timeout_seconds": 20})
+    ended = two.train(tiny_model_folder, [uneven_file, chat_file], tmp_path / "run", comm={"timeout_seconds": 60})
     assert [each["error"] for each in ended] == ["DataError"] * 2
     assert "rank 1 has read other data" in ended[0]["problems"][0]

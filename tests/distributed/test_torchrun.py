@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.crew import free_port
 from tests.invariants.run import recipe, train
+from tests.ports import free_port
 from training_hub.recipe.load import dump
 
 pytestmark = pytest.mark.slow

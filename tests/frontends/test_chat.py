@@ -106,7 +106,7 @@ class Terminal:
         os.close(other)
         self.seen = ""
 
-    def until(self, wanted: str, seconds: float = 90) -> str:
+    def until(self, wanted: str, seconds: float = 300) -> str:
         """What was shown up to `wanted`, which is passed over."""
         end = time.monotonic() + seconds
         while wanted not in self.seen:
@@ -141,7 +141,7 @@ def test_on_a_terminal_one_is_asked_and_answered(terminal: Terminal, taught: Pat
     terminal.type("/help\n")
     assert "/reset" in terminal.until("you: ")
     terminal.type("\x04")  # Ctrl-D
-    assert terminal.process.wait(timeout=60) == 0
+    assert terminal.process.wait(timeout=300) == 0
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal():

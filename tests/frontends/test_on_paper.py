@@ -55,7 +55,7 @@ def test_it_needs_no_data_no_output_and_no_torch(tmp_path: Path, monkeypatch: py
     import sys
 
     call = f"import sys; from training_hub.frontends.cli import main; main({plan()!r}); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.invariants.run import final_weights, recipe, train
+from tests.moments import PATIENCE_SECONDS, until
 from training_hub.errors import DiskError, Interrupted, TrainingError
 from training_hub.folders import damage, manifest
 from training_hub.launch import run
@@ -42,7 +43,7 @@ class Gate:
     def __call__(self, frame: Any, event: str, called: Any) -> None:
         if event == "c_call" and called is os.fsync and (self.holds is None or self.holds.exists()):
             self.reached.set()
-            assert self.opened.wait(self.opens_after or 60) or self.opens_after
+            assert self.opened.wait(self.opens_after or PATIENCE_SECONDS) or self.opens_after
 
     @contextmanager
     def standing(self) -> Iterator[None]:
@@ -99,7 +100,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_model_folder, chat_
 
     def look(report: Any) -> None:
         if report.step == 7:
-            assert gate.reached.wait(60)
+            assert gate.reached.wait(PATIENCE_SECONDS)
             seen.extend(sorted(path.name for path in (tmp_path / "checkpoints").iterdir()))
             gate.opened.set()
 
@@ -140,8 +141,7 @@ def test_a_disk_that_refuses_ends_the_run_in_words_and_leaves_the_last_whole_che
 
     def fill_at_4(report: Any) -> None:
         if report.step == 4:
-            while not (tmp_path / "checkpoints" / "step-2").exists():
-                time.sleep(0.01)
+            until((tmp_path / "checkpoints" / "step-2").exists)
             # No file may grow beyond this, as if the disk were full.
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
         if report.step == 5:
@@ -179,10 +179,8 @@ def test_kill_9_while_a_checkpoint_is_held_up_goes_on_from_the_one_before(
     asked = recipe(tiny_model_folder, chat_file, output, training=STEPS, checkpoint=saving("async", 3, keep_last=1))
     (tmp_path / "asked.yaml").write_text(dump(asked))
     process = subprocess.Popen([sys.executable, "-c", HELD_UP, str(tmp_path / "asked.yaml")])
-    deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").exists() or len(list(read_metrics(output / "metrics.jsonl"))) < 7:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    metrics = output / "metrics.jsonl"
+    until(lambda: metrics.exists() and len(read_metrics(metrics)) >= 7)
     process.kill()
     process.wait()
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [".tmp-step-6", "step-3"]

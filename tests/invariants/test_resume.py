@@ -8,17 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.invariants.run import final_weights, recipe, train
+from tests.moments import PATIENCE_SECONDS, act_in
 from training_hub.backends import Given
 from training_hub.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from training_hub.launch import run
 from training_hub.monitoring.jsonl import read_metrics
+from training_hub.recipe import Recipe
 from training_hub.recipe.load import dump
 
 EVERY_STEP = {"interval": 1, "keep_last": 2, "minutes": None}
@@ -71,40 +74,40 @@ def test_bfloat16_masters_and_dropout_resume_bit_for_bit_too(chat_file, tiny_mod
     assert same_weights(train(folder, chat_file, tmp_path / "run", model=low, checkpoint=EVERY_STEP), whole)
 
 
-def start(path, slow: bool = True) -> subprocess.Popen:
-    """The run of recipe file `path` in a process of its own, a tenth of a second slower per step."""
-    script = (
-        "import sys, time, yaml\n"
-        "from training_hub.backends import Given\n"
-        "from training_hub.errors import HubError\n"
-        "from training_hub.launch import run\n"
-        "from training_hub.recipe import Recipe\n"
-        "recipe = Recipe.model_validate(yaml.safe_load(open(sys.argv[1])))\n"
-        "try:\n"
-        f"    run(recipe, Given(watchers=[lambda report: time.sleep({0.15 if slow else 0})]))\n"
-        "except HubError as error:\n"
-        "    print(error, file=sys.stderr)\n"
-        "    sys.exit(error.exit_code)\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", script, str(path)], stderr=subprocess.PIPE, text=True)
+HELD = """
+import sys, yaml
+from pathlib import Path
+from tests.moments import hold
+from training_hub.backends import Given
+from training_hub.errors import HubError
+from training_hub.launch import run
+from training_hub.recipe import Recipe
+
+try:
+    recipe = Recipe.model_validate(yaml.safe_load(open(sys.argv[1])))
+    run(recipe, Given(watchers=[lambda report: hold(Path(sys.argv[2])) if report.step == 4 else None]))
+except HubError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
 
 
-def wait_for_step(output, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (output / "checkpoints" / f"step-{step}").exists():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no checkpoint of step {step} within two minutes")
+def held_in_step_4(asked: Recipe, act: Callable[[subprocess.Popen[str]], object]) -> tuple[int, str]:
+    """Exit code and errors of a run in a process of its own, to which `act` is done once its fourth step is reported
+    and not yet saved; before `act` is over the run goes no further."""
+    place = Path(asked.output).parent
+    (place / "asked.yaml").write_text(dump(asked))
+    words = [sys.executable, "-c", HELD, str(place / "asked.yaml"), str(place / "step-4")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    act_in(place / "step-4", lambda: act(process))
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    return process.returncode, said
 
 
 def test_kill_9_loses_nothing_that_was_saved(tiny_model_folder, chat_file, tmp_path, unbroken):
     asked = recipe(tiny_model_folder, chat_file, tmp_path / "run", checkpoint=EVERY_STEP)
-    (tmp_path / "asked.yaml").write_text(dump(asked))
-    process = start(tmp_path / "asked.yaml")
-    wait_for_step(tmp_path / "run", 3)
-    process.kill()
-    process.communicate()
+    held_in_step_4(asked, lambda process: process.kill())
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-2", "step-3"]
     assert not (tmp_path / "run" / "final").exists()
     assert same_weights(run(asked), unbroken)
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
@@ -115,17 +118,10 @@ def test_a_signal_saves_at_the_step_boundary_and_says_how_to_go_on(
     tiny_model_folder, chat_file, tmp_path, unbroken, number
 ):
     asked = recipe(tiny_model_folder, chat_file, tmp_path / "run")
-    (tmp_path / "asked.yaml").write_text(dump(asked))
-    process = start(tmp_path / "asked.yaml")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    code, said = held_in_step_4(asked, lambda process: process.send_signal(number))
+    assert code == 128 + number
     assert "Run the same command again to go on from there" in said
-    assert any((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
     assert same_weights(run(asked), unbroken)
 
 

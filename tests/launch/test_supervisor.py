@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.moments import PATIENCE_SECONDS, until
+from tests.ports import free_port
 from training_hub.backends import Given
 from training_hub.errors import DataError, Interrupted, LaunchError, RecipeError
 from training_hub.launch import run
@@ -34,6 +35,17 @@ from training_hub.types import TrainResult
 from training_hub.backends.shared.signals import StopRequest
 
 
+def until_other(output, state):
+    # Return once the other process of two is in one of these states (proc(5)), or gone.
+    while not (other := (output / f"pid{1 - int(os.environ['RANK'])}").read_text()):
+        time.sleep(0.01)
+    try:
+        while Path("/proc", other, "stat").read_text().rpartition(")")[2].split()[0] not in state:
+            time.sleep(0.01)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+
+
 class Several:
     name = "several"
 
@@ -51,13 +63,16 @@ class Several:
         while not all((output / f"pid{one}").exists() for one in range(int(os.environ["WORLD_SIZE"]))):
             time.sleep(0.01)
         with StopRequest() as stop:
+            (output / f"hears{rank}").touch()
             exec(recipe.model.path, {**globals(), **locals()})
         world_size = float(os.environ["WORLD_SIZE"])
         return TrainResult("finished", output, None, metrics={"world": world_size}, engine="several")
 """
 
-WAIT = "\nwhile stop.number is None: time.sleep(0.01)\nraise Interrupted('saved. Go on.', stop.number)"
+WAIT = "while stop.number is None: time.sleep(0.01)\nraise Interrupted('saved. Go on.', stop.number)"
 LOST = "raise LaunchError('lost the others: rank 1 was last at step 7')"
+LOST_AFTER = f"until_other(output, 'ZX'); {LOST}"
+"""What is said by a process once the other has ended."""
 
 
 @pytest.fixture
@@ -72,6 +87,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(folder)
     root = str(Path(__file__).parents[2])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), root]))
+    monkeypatch.setattr("training_hub.launch.supervisor.GRACE_SECONDS", PATIENCE_SECONDS)
     yield
     sys.modules.pop("hub_several", None)
 
@@ -109,9 +125,8 @@ def test_all_ranks_run_and_the_first_speaks(asked, tmp_path, capsys):
 
 
 def test_the_error_of_a_worker_is_the_error_of_the_call(asked, tmp_path):
-    script = f"if rank == 1: raise DataError(['row 3: no.', 'row 4: no.'])\ntime.sleep(0.2)\n{LOST}"
     with pytest.raises(DataError) as caught:
-        run(asked(script))
+        run(asked(f"if rank == 1: raise DataError(['row 3: no.', 'row 4: no.'])\n{LOST_AFTER}"))
     assert caught.value.problems[0] == "row 3: no."
     assert caught.value.problems[1] == f"row 4: no. (rank 1 of 2; its log: {tmp_path / 'run' / 'logs' / 'rank1.log'})"
     assert "Traceback" in log(tmp_path, 1)
@@ -121,13 +136,12 @@ def test_the_error_of_a_worker_is_the_error_of_the_call(asked, tmp_path):
 
 def test_an_error_of_pythons_own_keeps_its_type(asked):
     with pytest.raises(ZeroDivisionError, match=r"division by zero \(rank 0 of 2"):
-        run(asked("1 / 0 if rank == 0 else time.sleep(60)"))
+        run(asked("1 / 0 if rank == 0 else until_other(output, 'ZX')"))
 
 
 def test_a_rank_that_is_killed_is_named_with_what_the_others_know(asked, tmp_path):
-    script = f"if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.2)\n{LOST}"
     with pytest.raises(LaunchError) as caught:
-        run(asked(script))
+        run(asked(f"if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n{LOST_AFTER}"))
     first, second, third = caught.value.problems
     assert "rank 1 of 2" in first and "was killed by SIGKILL" in first and "rank1.log" in first
     assert second == "lost the others: rank 1 was last at step 7"
@@ -137,7 +151,7 @@ def test_a_rank_that_is_killed_is_named_with_what_the_others_know(asked, tmp_pat
 
 def test_a_rank_that_hangs_writes_its_stacks_and_is_ended(asked, tmp_path, monkeypatch):
     monkeypatch.setattr("training_hub.launch.supervisor.GRACE_SECONDS", 0.3)
-    script = f"if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(0.2)\n{LOST}"
+    script = f"if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\nuntil_other(output, 'T')\n{LOST}"
     with pytest.raises(LaunchError, match=r"rank 1 of 2 .* did not end when another had failed, and was killed"):
         run(asked(script))
     assert "hub_several.py" in log(tmp_path, 1) and "Current thread" in log(tmp_path, 1)
@@ -145,7 +159,7 @@ def test_a_rank_that_hangs_writes_its_stacks_and_is_ended(asked, tmp_path, monke
 
 
 def starter(asked: Callable[..., Recipe], script: str, tmp_path: Path) -> subprocess.Popen[str]:
-    """A process that runs the recipe in two others; returns once these are there."""
+    """A process that runs the recipe in two others; returns once these hear signals."""
     from training_hub.recipe.load import dump
 
     (tmp_path / "asked.yaml").write_text(dump(asked(script)))
@@ -161,30 +175,22 @@ def starter(asked: Callable[..., Recipe], script: str, tmp_path: Path) -> subpro
             raise SystemExit(error.exit_code)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
-    until(lambda: all((tmp_path / "run" / f"pid{rank}").exists() for rank in (0, 1)))
-    time.sleep(0.1)
+    until(lambda: all((tmp_path / "run" / f"hears{rank}").exists() for rank in (0, 1)))
     return process
-
-
-def until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_waited_for(number: int, asked, tmp_path):
     process = starter(asked, WAIT, tmp_path)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 128 + number
     assert "saved. Go on." in said
     assert not is_alive(tmp_path, 0) and not is_alive(tmp_path, 1)
 
 
 def test_nothing_outlives_a_caller_that_is_killed(asked, tmp_path):
-    process = starter(asked, "time.sleep(60)", tmp_path)
+    process = starter(asked, "time.sleep(600)", tmp_path)
     process.kill()
     process.wait()
     until(lambda: not is_alive(tmp_path, 0) and not is_alive(tmp_path, 1))
@@ -194,17 +200,15 @@ def test_nothing_outlives_a_caller_that_is_killed(asked, tmp_path):
 
 def test_one_rank_that_is_signalled_ends_the_run_as_interrupted(asked, tmp_path):
     with pytest.raises(Interrupted, match=r"saved\. Go on\."):
-        run(asked(f"if rank == 1: os.kill(os.getpid(), signal.SIGTERM)\nelse:\n  time.sleep(0.3)\n  {LOST}{WAIT}"))
+        run(asked(f"if rank == 0: {LOST_AFTER}\nos.kill(os.getpid(), signal.SIGTERM)\n{WAIT}"))
 
 
 def test_two_nodes_meet_where_they_were_told(asked, tmp_path):
     """Each node is a call; here both on this machine, the second in a process of its own."""
-    with meeting_place(Layout()) as (port, _):
-        pass
-    place = {"procs": 1, "nodes": 2, "rdzv_endpoint": f"127.0.0.1:{port}"}
+    place = {"procs": 1, "nodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port()}"}
     second = starter_of_node(asked("pass", **place, node_rank=1), tmp_path)
     result = run(asked("pass", **place, node_rank=0))
-    said, _ = second.communicate(timeout=20)
+    said, _ = second.communicate(timeout=PATIENCE_SECONDS)
     assert (result.metrics["world"], said.strip()) == (2.0, "finished 2.0")
 
 

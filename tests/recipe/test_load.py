@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training_hub.errors import RecipeError
@@ -146,7 +146,7 @@ FREE = [
 ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_recipe_survives_its_yaml_exactly(data: st.DataObject):
     chosen = data.draw(st.lists(st.sampled_from(FREE), max_size=8, unique_by=lambda setting: setting.path))
@@ -157,7 +157,7 @@ def test_a_recipe_survives_its_yaml_exactly(data: st.DataObject):
     assert load(dump(recipe)) == recipe
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(json_values())
 def test_any_plain_value_survives_yaml(value: Any):
     found = read_yaml(write_yaml({"key": value}))["key"]

@@ -57,7 +57,7 @@ def test_what_is_no_plain_recipe_is_refused_at_once(name: str, tmp_path: Path, w
     began = time.process_time()
     said = call("sft", f"--config={file}")
     assert said.code == 2
-    assert time.process_time() - began < 1.5
+    assert time.process_time() - began < 4
     assert not canary.exists()
     assert len(said.text) < 20_000
     assert "\x1b" not in said.text

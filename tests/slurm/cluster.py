@@ -21,6 +21,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from tests.ports import free_port
+
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "munged", "mungekey", "unshare")
 NODES = {"n1": "127.0.0.11", "n2": "127.0.0.12"}
 
@@ -110,7 +112,7 @@ class Cluster:
         environment = {**os.environ, **self.environment}
         return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
-    def until(self, holds: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    def until(self, holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
         """Wait until it holds; the end of the logs where it does not come to that."""
         end = time.monotonic() + seconds
         while True:
@@ -169,12 +171,6 @@ MUNGE_FILES = {
     "log-file": "log",
     "seed-file": "seed",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

@@ -36,8 +36,10 @@ PARENT = "TRAINING_HUB_PARENT"
 
 GRACE_SECONDS = 5.0
 """How long the others may take to find out by themselves that one is gone."""
-STACKS_SECONDS = 1.0
-"""How long a process may take to write down where it hangs."""
+STACKS_SECONDS = 10.0
+"""How long processes may take to write down where they hang."""
+QUIET_SECONDS = 0.3
+"""How long a log must stand still to have all of that."""
 LOOK_SECONDS = 0.05
 PATIENCE = 2
 """Signals that are passed on; one more kills."""
@@ -49,6 +51,7 @@ class Worker:
 
     rank: int
     process: subprocess.Popen[bytes]
+    log: Path
     ended_at: float | None = None
     is_stuck: bool = False
 
@@ -178,7 +181,7 @@ def start(
         )
     if process.stdout is not None:
         threading.Thread(target=tell, args=(process.stdout, log_of(folder.path, rank)), daemon=True).start()
-    return Worker(rank, process)
+    return Worker(rank, process, log_of(folder.path, rank))
 
 
 def environment_of(layout: Layout, rank: int, port: int, own: Mapping[str, str]) -> dict[str, str]:
@@ -235,12 +238,30 @@ def watch(crew: Crew) -> None:
             for one in alive:
                 one.is_stuck = True
             if hasattr(signal, "SIGUSR1"):
-                crew.send(signal.SIGUSR1)
-                crew.send(signal.SIGCONT)  # one that was stopped can write only then
-                time.sleep(STACKS_SECONDS)
+                let_write_stacks(crew)
             crew.send(signal.SIGKILL)
             return
         time.sleep(LOOK_SECONDS)
+
+
+def let_write_stacks(crew: Crew) -> None:
+    """Ask those that hang for their stacks, and wait until their logs have grown by these."""
+    before = found = _log_sizes(crew)
+    began = since = time.monotonic()
+    crew.send(signal.SIGUSR1)
+    crew.send(signal.SIGCONT)  # one that was stopped can write only then
+    while (now := time.monotonic()) - began < STACKS_SECONDS:
+        sizes = _log_sizes(crew)
+        if sizes != found:
+            found, since = sizes, now
+        elif now - since > QUIET_SECONDS and all(size > before[rank] for rank, size in sizes.items()):
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def _log_sizes(crew: Crew) -> dict[int, int]:
+    """Rank -> bytes in the log, of those that live."""
+    return {one.rank: one.log.stat().st_size for one in crew.alive()}
 
 
 def cause(workers: Sequence[Worker], layout: Layout, folder: Path) -> Exception:

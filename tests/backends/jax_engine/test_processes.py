@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from transformers import AutoTokenizer
 
 from tests.backends.jax_engine.tiny import losses, saved
 from tests.invariants.run import recipe, train
-from tests.workers import workers
+from tests.workers import acting_at, workers
 from training_hub.backends.jax_engine.processes import _meeting_place
 from training_hub.errors import DataError, Interrupted, LaunchError, TrainingError
 from training_hub.folders import damage
@@ -33,18 +30,6 @@ ASKED: dict[str, Any] = {
     "checkpoint": {"interval": 3, "final": False},
     "parallelism": DIVIDED,
 }
-
-
-def at_step(output: Path, step: int, act: Callable[[], None]) -> None:
-    """Act when the metrics tell of `step`."""
-
-    def wait() -> None:
-        file = output / "metrics.jsonl"
-        while not file.exists() or file.read_text().count("\n") < step:
-            time.sleep(0.005)
-        act()
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +48,10 @@ def unbroken(one_layer, chat_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(one_layer, chat_file, tmp_path_factory):
-    """A run in two processes, one of which got a SIGTERM after the third step: its folder, and the error."""
+    """A run in two processes, one of which got a SIGTERM as the third step was saved: its folder, and the error."""
     output = tmp_path_factory.mktemp("two") / "run"
-    at_step(output, 3, lambda: os.kill(workers()[1], signal.SIGTERM))
-    with pytest.raises(Interrupted) as caught:
+    third = output / "checkpoints" / "step-3"
+    with acting_at(third, lambda: os.kill(workers()[1], signal.SIGTERM)), pytest.raises(Interrupted) as caught:
         run(recipe(one_layer, chat_file, output, processes=TWO, **ASKED))
     return output, caught.value
 

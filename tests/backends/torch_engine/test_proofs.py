@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,11 @@ def test_the_command_prints_a_table_or_json_and_trains_nothing(
     assert "every proof holds" in shown
     assert shown.count("\nok ") >= 8
     capsys.readouterr()
+    began = time.perf_counter()
     assert main([*words, "--json", f"--output={tmp_path / 'run'}"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["holds"] is True
-    assert printed["seconds"] < 20
+    assert 0 < printed["seconds"] < time.perf_counter() - began
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["preflight.json"]
     kept = json.loads((tmp_path / "run" / "preflight.json").read_text())
     assert kept["proofs"] == printed["proofs"]

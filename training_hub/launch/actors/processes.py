@@ -68,7 +68,8 @@ class ProcessMesh:
                 environment = environment_of(self._layout, rank, port, os.environ)
                 if rank == 0 and listener is not None:
                     environment[LISTEN_FD] = str(listener.fileno())
-                with log_of(self._folder.path, rank).open("ab") as log:
+                file = log_of(self._folder.path, rank)
+                with file.open("ab") as log:
                     process = subprocess.Popen(
                         [sys.executable, "-m", HOST],
                         env=environment,
@@ -78,9 +79,8 @@ class ProcessMesh:
                         pass_fds=[listener.fileno()] if rank == 0 and listener is not None else [],
                         start_new_session=True,
                     )
-                self._crew.workers.append(Worker(rank, process))
+                self._crew.workers.append(Worker(rank, process, file))
                 if process.stderr is not None:
-                    file = log_of(self._folder.path, rank)
                     threading.Thread(target=tell, args=(process.stderr, file), daemon=True).start()
 
     def _ask(self, order: dict[str, Any]) -> list[Any]:

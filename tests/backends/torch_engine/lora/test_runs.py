@@ -13,17 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.invariants import test_resume as broken
 from tests.invariants.run import recipe
 from tests.invariants.run import train as run_of
-from tests.invariants.test_resume import EVERY_STEP, StopAt, wait_for_step
+from tests.invariants.test_resume import EVERY_STEP, StopAt, held_in_step_4
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.model import load_model
 from training_hub.backends.torch_engine.objectives.cross_entropy import check_head
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.errors import CheckpointError, RecipeError, TrainingError
 from training_hub.launch import run
-from training_hub.recipe.load import dump as as_yaml
 from training_hub.types import TrainResult
 
 peft = pytest.importorskip("peft")
@@ -179,11 +177,7 @@ def test_a_run_that_fails_goes_on_to_the_same_bits(name, tiny_model_folder, chat
 
 def test_kill_9_loses_nothing_that_was_saved(plain, tiny_model_folder, chat_file, tmp_path):
     wanted = recipe(tiny_model_folder, chat_file, tmp_path / "run", **asked(checkpoint=EVERY_STEP))
-    (tmp_path / "asked.yaml").write_text(as_yaml(wanted))
-    process = broken.start(tmp_path / "asked.yaml")
-    wait_for_step(tmp_path / "run", 3)
-    process.kill()
-    process.communicate()
+    held_in_step_4(wanted, lambda process: process.kill())
     assert same_adapters(run(wanted), plain)
 
 

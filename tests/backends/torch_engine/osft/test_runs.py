@@ -12,16 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.backends.torch_engine.osft import dump
-from tests.invariants import test_resume as broken
 from tests.invariants.run import final_weights, recipe
 from tests.invariants.run import train as run_of
-from tests.invariants.test_resume import EVERY_STEP, StopAt, same_weights, wait_for_step
+from tests.invariants.test_resume import EVERY_STEP, StopAt, held_in_step_4, same_weights
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.errors import CheckpointError, RecipeError, TrainingError
 from training_hub.frontends.cli import main
 from training_hub.launch import run
 from training_hub.monitoring.jsonl import read_metrics
-from training_hub.recipe.load import dump as as_yaml
 from training_hub.types import TrainResult
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -113,11 +111,7 @@ def test_a_run_that_fails_goes_on_to_the_same_bits(name, tiny_model_folder, chat
 
 def test_kill_9_loses_nothing_that_was_saved(plain, tiny_model_folder, chat_file, tmp_path):
     wanted = recipe(tiny_model_folder, chat_file, tmp_path / "run", **asked(checkpoint=EVERY_STEP))
-    (tmp_path / "asked.yaml").write_text(as_yaml(wanted))
-    process = broken.start(tmp_path / "asked.yaml")
-    wait_for_step(tmp_path / "run", 3)
-    process.kill()
-    process.communicate()
+    held_in_step_4(wanted, lambda process: process.kill())
     assert same_weights(run(wanted), plain)
 
 
