@@ -42,7 +42,9 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
         threading.Thread(target=signal_at, args=(Path(recipe.output), order["step"]), daemon=True).start()
     if rank == order.get("signalled_in_save"):
         threading.Thread(target=signal_in_save, args=(Path(recipe.output),), daemon=True).start()
-    if rank == order.get("limited"):
+    if rank == order.get("limited") and "bytes" in order:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["bytes"], resource.RLIM_INFINITY))
+    elif rank == order.get("limited"):
         threading.Thread(target=limit_at, args=(Path(recipe.output), order["step"]), daemon=True).start()
     try:
         result = run(recipe, Given())
