@@ -51,6 +51,11 @@ class Crew:
         moment = output.parent / f"{output.name}-moment-{next(self._numbers)}"
         return self._ask({"recipes": recipes, "moment": str(moment), **(order or {})})
 
+    def evaluate(self, model: Path | list[Path], data: Path, *metrics: str, **asked: Any) -> list[Any]:
+        """What `evaluate` finds in each of the processes: scores and predictions, or the error."""
+        models = [str(one) for one in model] if isinstance(model, list) else str(model)
+        return self._ask({"evaluate": {"model": models, "data": str(data), "metrics": metrics, **asked}})
+
     def call(self, function: str, *arguments: Any) -> list[Any]:
         """What `module:function`, called with the group of the processes and `arguments`, finds in each of them."""
         answers = self._ask({"call": function, "arguments": arguments})

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
+from training_hub.backends import Given
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
+from training_hub.backends.torch_engine.base_weights import Written
+from training_hub.backends.torch_engine.dividing import load_for
+from training_hub.backends.torch_engine.engine import assemble
+from training_hub.backends.torch_engine.export_together import export_together
+from training_hub.backends.torch_engine.final import numbers_of
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
 from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.share import Share
+from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.memory import GIB, estimate, id_of
+from training_hub.backends.torch_engine.model import choose_dtype
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.backends.torch_engine.parallel import Group
+from training_hub.monitoring.console import open_console
+from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import Parallelism
 from training_hub.recipe.sections import Optimizer
 
@@ -70,3 +81,19 @@ def held(group: Group, family: str, dtype: str, parallelism: dict[str, Any]) -> 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def written(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What this process makes of the final model, in one file, of a run that has not learned yet."""
+    asked, console = Recipe.model_validate(recipe), open_console("off")
+    materials = load_materials(asked, Given(), console)
+    layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
+    loaded = load_for(layout, asked, CPU, dtype, None, [], console)
+    run = assemble(asked, loaded, materials, CPU, dtype, console, layout=layout)
+    total, _ = numbers_of(run)
+    told = export_together(run, loaded.base, Written(torch.float32), Path(folder), _no_more, "50GB", total)
+    return told[group.rank]
+
+
+def _no_more(folder: Path) -> None:
+    """Nothing lies beside the weights."""

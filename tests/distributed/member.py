@@ -40,6 +40,8 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     }
     if "call" in order:
         return answer(order)
+    if "evaluate" in order:
+        return evaluated(order["evaluate"])
     recipe = Recipe.model_validate(order["recipes"][rank])
     try:
         result = run(recipe, Given(watchers=troubled(order, rank, Path(recipe.output))))
@@ -51,6 +53,20 @@ def do(order: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return {**as_json(result), "history": list(result.history)}
+
+
+def evaluated(asked: dict[str, Any]) -> dict[str, Any]:
+    """Scores and predictions of saved models."""
+    from training_hub import evaluate
+
+    try:
+        found = evaluate(**asked)
+    except HubError as error:
+        return {"error": type(error).__name__, "problems": error.problems}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": type(error).__name__, "problems": [str(error)]}
+    return {"scores": found.scores, "predictions": found.predictions}
 
 
 def answer(order: dict[str, Any]) -> dict[str, Any]:

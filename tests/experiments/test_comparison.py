@@ -104,6 +104,25 @@ def test_loss_and_perplexity_alone_generate_nothing(taught: Path, tmp_path: Path
         evaluate(taught, text, overrides=QUIET)
 
 
+def test_the_engine_is_the_one_that_is_named(taught: Path, rows: Path):
+    pytest.importorskip("jax")
+    with pytest.raises(RecipeError, match="2 processes, but backend jax lets saved models answer in one"):
+        evaluate(taught, rows, backend="jax", nproc_per_node=2, overrides=QUIET)
+    with pytest.raises(RecipeError, match=r"nproc_per_node.*Write 1"):
+        evaluate(taught, rows, nproc_per_node=0, overrides=QUIET)
+    with pytest.raises(RecipeError, match="jax"):
+        evaluate(taught, rows, backend="jaxx", overrides=QUIET)
+
+
+@pytest.mark.slow
+def test_either_engine_finds_the_same(taught: Path, rows: Path):
+    """Answers of the same tokens; the loss to 1e-5, in float32."""
+    pytest.importorskip("jax")
+    ours, theirs = (evaluate(taught, rows, "f1", rows=6, backend=one, overrides=QUIET) for one in ("torch", "jax"))
+    assert ours.predictions == theirs.predictions
+    assert ours.scores["final"] == pytest.approx(theirs.scores["final"], rel=1e-5)
+
+
 def test_functions_and_rows_in_memory_are_taken_as_they_are(taught: Path):
     asked: list[str] = []
 

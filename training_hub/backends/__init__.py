@@ -20,6 +20,9 @@ from training_hub.types import Console, Message, StepReport, TrainResult
 
 Watcher = Callable[[StepReport], None]
 
+OwnMetrics = Sequence[Callable[..., Any]]
+"""Metrics of the user's, as functions."""
+
 LISTEN_FD = "TRAINING_HUB_LISTEN_FD"
 """Environment of rank 0: number of a socket that listens already, at which it is to answer the others."""
 
@@ -106,13 +109,25 @@ class Examiner(Protocol):
         """Why this recipe's model cannot be loaded here, each with its remedy."""
         ...
 
-    def examine(
-        self, recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
-    ) -> Sitting:
+    def examine(self, recipe: Recipe, given: Given, console: Console, own: OwnMetrics = ()) -> Sitting:
         """Answers and scores of the model of model.path on the rows of data.path or `given`, as recipe.evaluation asks.
 
         own: metrics of the user's, as functions.
         """
+        ...
+
+
+@runtime_checkable
+class JointExaminer(Protocol):
+    """What an engine may be able to do beside: let saved models answer rows in several processes, each of which is told
+    by torchrun's environment which one it is."""
+
+    name: str
+
+    def examine_together(
+        self, recipes: Sequence[Recipe], given: Given, console: Console, own: OwnMetrics = ()
+    ) -> list[Sitting]:
+        """What `examine` gives for each recipe, which differ in the model alone, in each of the processes."""
         ...
 
 

@@ -35,6 +35,16 @@ class Sitting:
     scores: dict[str, float]
 
 
+def sitting_as_json(sitting: Sitting) -> dict[str, Any]:
+    """What `read_sitting` reads."""
+    return {"predictions": [asdict(one) for one in sitting.predictions], "scores": dict(sitting.scores)}
+
+
+def read_sitting(content: Mapping[str, Any]) -> Sitting:
+    """The sitting of `sitting_as_json`, which another process may have sent."""
+    return Sitting(tuple(Prediction(**one) for one in content["predictions"]), dict(content["scores"]))
+
+
 def side_by_side(sittings: Mapping[str, Sequence[Prediction]]) -> list[dict[str, Any]]:
     """One object for each row: what was asked and wanted, then by name of the model what it said.
 

@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from training_hub.algorithms import engine_of
-from training_hub.backends import Examiner, Given, find_backend
-from training_hub.errors import BackendError, RecipeError
+from training_hub.backends import Given
+from training_hub.errors import RecipeError
 from training_hub.evaluation.judging import metrics_of
 from training_hub.evaluation.predictions import FILE_NAME, Prediction, Sitting, side_by_side, write_rows
 from training_hub.folders import write_json
+from training_hub.launch.examining import examine_all, examiner_for, in_processes, processes_for
 from training_hub.recipe import Recipe
 from training_hub.recipe.evaluation import MEASURED_ANYWAY, expanded
 from training_hub.recipe.folder import RunFolder
@@ -55,16 +55,15 @@ def compare(
     console: Console,
     output: Path | None = None,
     own: Sequence[Callable[..., Any]] = (),
+    stream: TextIO | None = None,
 ) -> EvaluationResult:
     """Let each model answer the rows of the recipe, or `given`, and compare; files in `output`, where it is named.
 
-    Raises RecipeError listing what is wrong with any of the models before one is loaded.
+    In as many processes as the recipe or torchrun's environment says, of which the first writes. stream: where those
+    speak that are started. Raises RecipeError listing what is wrong with any of the models before one is loaded.
     """
-    engine = find_backend(engine_of(recipe))
-    if not isinstance(engine, Examiner):
-        raise BackendError(
-            f"backend {engine.name!r} evaluates no models: it has no method examine(recipe, given, console, own)."
-        )
+    engine, layout = examiner_for(recipe), processes_for(recipe)
+    recipe = in_processes(recipe, layout)
     asked = [_of(recipe, path) for path in models]
     problems = [line for one in asked for line in engine.objections(one)]
     problems += _output_problems(output)
@@ -72,9 +71,9 @@ def compare(
         raise RecipeError(list(dict.fromkeys(problems)))
     metrics_of(recipe.evaluation.metrics, own)
     named = dict(zip(names_of(models), models, strict=True))
-    sittings = {name: engine.examine(_of(recipe, path), given, console, own) for name, path in named.items()}
-    result = EvaluationResult(named, sittings, output)
-    if output is not None:
+    sittings = examine_all(layout, asked, given, console, own, output, stream)
+    result = EvaluationResult(named, dict(zip(named, sittings, strict=True)), output)
+    if output is not None and layout.is_first:
         write_files(result, recipe)
     return result
 

@@ -28,6 +28,8 @@ def evaluate(
     top_p: float | None = None,
     seed: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    nproc_per_node: int | str | None = None,
 ) -> EvaluationResult:
     """Let saved models answer rows, and compare what they say with what the rows say.
 
@@ -41,6 +43,9 @@ def evaluate(
     rows: answer so many, spread over the data; without it all.
     max_new_tokens, batch_tokens, temperature, top_p, seed: as in the recipe's section `evaluation`.
     overrides: any setting of the recipe by its path, {"data.chat_template": "chatml"}.
+    backend: the engine that loads and asks the models, as the recipe's `backend`.
+    nproc_per_node: so many processes share the rows out, or each model, as the section `parallelism` says; "auto" or
+        "gpu": one for each GPU. Under torchrun, those that it started do.
 
     Returns an EvaluationResult: `scores[model][metric]`, where a model is named by the end of its path, and
     `predictions`. Raises RecipeError or DataError listing what is wrong before a weight is loaded.
@@ -49,6 +54,7 @@ def evaluate(
 
     from training_hub.backends import Given
     from training_hub.experiments.comparison import compare, generates
+    from training_hub.launch import is_first
     from training_hub.monitoring.console import open_console
 
     models = [os.fspath(one) for one in ([model] if isinstance(model, str | os.PathLike) else model)]
@@ -73,12 +79,15 @@ def evaluate(
                 **({"evaluation.generate": answered, "evaluation.metrics": names} if generates(names, own) else {}),
                 **{f"evaluation.{name}": value for name, value in settings.items() if value is not None},
                 **({} if seed is None else {"seed": seed}),
-            }
+                **({} if backend is None else {"backend": backend}),
+                **({} if nproc_per_node is None else {"processes.procs": nproc_per_node}),
+            },
+            {"processes.procs": "nproc_per_node"},
         ),
     )
     recipe = recipe_from(
         layer, algorithm="sft", backend="torch", live=("data.validation", *(["data.path"] if live else []))
     )
-    console = open_console(recipe.monitoring.console)
+    console = open_console(recipe.monitoring.console if is_first(recipe) else "off")
     place = None if output is None else Path(output)
     return compare(recipe, models, Given(rows=data if live else None), console, place, own)

@@ -22,7 +22,7 @@ from training_hub.folders import damage, tidy, write_json, write_text
 from training_hub.launch import hub
 from training_hub.launch.layout import Layout, layout_of
 from training_hub.launch.stopping import Stop, interruption, stoppable
-from training_hub.launch.supervisor import supervise
+from training_hub.launch.supervisor import Task, supervise
 from training_hub.monitoring.console import open_console
 from training_hub.monitoring.report import write_report
 from training_hub.monitoring.settings import public_settings
@@ -122,7 +122,7 @@ def _in_processes(layout: Layout, recipe: Recipe, given: Given) -> TrainResult:
         path = folder.path / "logs" / f"node{layout.node_rank}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, dump(recipe))
-    content = supervise(layout, path, folder)
+    content = supervise(layout, Task(path), folder)
     return replace(from_json(content), status=content["status"])
 
 
@@ -130,6 +130,7 @@ def refuse_live(given: Given, layout: Layout) -> None:
     """Raise RecipeError for live objects, which cannot travel to processes that are started for the run."""
     live = [name for name in ("model", "tokenizer", "rows", "validation_rows") if getattr(given, name) is not None]
     live += ["callbacks"] if given.watchers else []
+    live += ["metrics"] if given.metrics else []
     if live:
         raise RecipeError(
             f"{', '.join(live)}: a live object stays in this process, and processes.procs, processes.nodes "

@@ -61,6 +61,14 @@ def stoppable(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def broken_off(number: int) -> Interrupted:
+    """The error of work that stopped at once, and leaves nothing to go on from."""
+    return Interrupted(
+        f"{signal.Signals(number).name} received: stopped at once; nothing was written. Run the same command again.",
+        signal_number=number,
+    )
+
+
 def interruption(number: int, newest: str | None) -> Interrupted:
     """The error of a run that stopped at once; `newest` names its newest checkpoint."""
     kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint had been written"

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from training_hub.backends import HEARS_TWICE, LISTEN_FD, RUN_ID
 from training_hub.data.workers import num_cores
@@ -43,6 +43,18 @@ QUIET_SECONDS = 0.3
 LOOK_SECONDS = 0.05
 PATIENCE = 2
 """Signals that are passed on; one more kills."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What processes are started for: the module that each runs, with a file that says the rest. remedy: what to do
+    where one is lost; without it, what there is to go on from. stream: where the first one speaks; None: standard
+    output."""
+
+    file: Path
+    module: str = WORKER
+    remedy: str = ""
+    stream: TextIO | None = None
 
 
 @dataclass
@@ -79,8 +91,8 @@ class Crew:
                 one.process.send_signal(number)
 
 
-def supervise(layout: Layout, recipe: Path, folder: RunFolder) -> dict[str, Any]:
-    """Run the recipe file in this node's processes of `layout`, and give the result of the first, as plain JSON.
+def supervise(layout: Layout, task: Task, folder: RunFolder) -> dict[str, Any]:
+    """Do the task in this node's processes of `layout`, and give the result of the first, as plain JSON.
 
     Raises the error of the process that failed first, of its own type, with its rank and log; LaunchError for one that
     was killed or hung. None of the processes outlives this call, or this process.
@@ -93,11 +105,11 @@ def supervise(layout: Layout, recipe: Path, folder: RunFolder) -> dict[str, Any]
     with forwarding(crew), ended_with(crew):
         with meeting_place(layout) as (port, listener):
             for rank in ranks:
-                crew.workers.append(start(layout, rank, port, listener if rank == 0 else None, recipe, folder))
+                crew.workers.append(start(layout, rank, port, listener if rank == 0 else None, task, folder))
         watch(crew)
     failed = [one for one in crew.workers if one.process.returncode]
     if failed:
-        raise cause(crew.workers, layout, folder.path)
+        raise cause(crew.workers, layout, folder.path, task.remedy)
     ending = read_ending(folder.path, ranks[0])
     if ending is None or ending.result is None:
         raise LaunchError(f"rank {ranks[0]} ended without a result; its log: {log_of(folder.path, ranks[0])}")
@@ -163,15 +175,15 @@ def meeting_place(layout: Layout) -> Iterator[tuple[int, socket.socket | None]]:
 
 
 def start(
-    layout: Layout, rank: int, port: int, listener: socket.socket | None, recipe: Path, folder: RunFolder
+    layout: Layout, rank: int, port: int, listener: socket.socket | None, task: Task, folder: RunFolder
 ) -> Worker:
-    """Start one process; what it writes goes to its log, and what rank 0 says to standard output as well."""
+    """Start one process; what it writes goes to its log, and what rank 0 says to the task's stream as well."""
     environment = environment_of(layout, rank, port, os.environ)
     if listener is not None:
         environment[LISTEN_FD] = str(listener.fileno())
     with log_of(folder.path, rank).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(recipe)],
+            [sys.executable, "-m", task.module, str(task.file)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if rank == 0 else log,
@@ -180,7 +192,8 @@ def start(
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
         )
     if process.stdout is not None:
-        threading.Thread(target=tell, args=(process.stdout, log_of(folder.path, rank)), daemon=True).start()
+        told = (process.stdout, log_of(folder.path, rank), task.stream)
+        threading.Thread(target=tell, args=told, daemon=True).start()
     return Worker(rank, process, log_of(folder.path, rank))
 
 
@@ -218,14 +231,15 @@ def python_path(own: str | None) -> str:
     return os.pathsep.join([*mine, *([own] if own else [])])
 
 
-def tell(output: IO[bytes], log: Path) -> None:
-    """Write what rank 0 says to its log and to standard output, until it ends."""
+def tell(output: IO[bytes], log: Path, stream: TextIO | None = None) -> None:
+    """Write what rank 0 says to its log and to the stream, standard output where there is none, until it ends."""
     with output, log.open("ab", buffering=0) as file:
         for line in output:
             file.write(line)
             with suppress(OSError, ValueError):  # nobody listens any more: the log has it
-                sys.stdout.write(line.decode("utf-8", "replace"))
-                sys.stdout.flush()
+                spoken = stream or sys.stdout
+                spoken.write(line.decode("utf-8", "replace"))
+                spoken.flush()
 
 
 def watch(crew: Crew) -> None:
@@ -264,7 +278,7 @@ def _log_sizes(crew: Crew) -> dict[int, int]:
     return {one.rank: one.log.stat().st_size for one in crew.alive()}
 
 
-def cause(workers: Sequence[Worker], layout: Layout, folder: Path) -> Exception:
+def cause(workers: Sequence[Worker], layout: Layout, folder: Path, remedy: str = "") -> Exception:
     """What ended the run: the first error that a worker raised of its own, else one that was killed, else a hang."""
     endings = [ending for one in workers if (ending := read_ending(folder, one.rank)) is not None and ending.type]
     own = sorted((one for one in endings if not one.is_echo), key=lambda one: one.time)
@@ -276,7 +290,7 @@ def cause(workers: Sequence[Worker], layout: Layout, folder: Path) -> Exception:
         for one in sorted(workers, key=lambda one: (one.is_stuck, one.ended_at or 0))
         if one.is_stuck or (one.rank not in said and one.process.returncode)
     ]
-    return LaunchError([*lines, *echoes(endings), _going_on(folder)])
+    return LaunchError([*lines, *echoes(endings), remedy or _going_on(folder)])
 
 
 def echoes(endings: Sequence[Ending]) -> list[str]:

@@ -105,6 +105,11 @@ class OpenBase:
             return whole.to("cpu", target, copy=True)
         return None
 
+    def may_stay(self, name: str, shape: tuple[int, ...], written: Written) -> bool:
+        """Whether the final model would have this weight in another format than that of most, if it has not moved."""
+        came = self._format(plain_name(name), shape)
+        return came not in (None, written.dtype) and not written.is_asked
+
     def has(self, name: str, parameter: Tensor) -> bool:
         """Whether there is a weight of this name and shape."""
         return self._format(plain_name(name), tuple(parameter.shape)) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,14 @@ def wanted_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def loading_report(model: nn.Module, files: ExpertFiles) -> dict[str, Any]:
-    """What transformers would say of these files: keys missing, unexpected and of another shape."""
+def loading_report(
+    model: nn.Module, files: ExpertFiles, whole: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """What transformers would say of these files: keys missing, unexpected and of another shape.
+
+    whole: what the model wanted before layers of other processes were taken from it."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    wanted = wanted_shapes(model)
+    wanted = wanted_shapes(model) if whole is None else whole
     found = files.shapes
     return {
         "missing_keys": sorted(wanted.keys() - found.keys() - tied),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from training_hub.algorithms import find_algorithm
-from training_hub.backends import Given, Watcher
+from training_hub.backends import Given, OwnMetrics, Watcher
 from training_hub.backends.shared.model_folder import hub_problem
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
 from training_hub.backends.shared.proofs import refuse
@@ -66,7 +66,7 @@ from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
 from training_hub.backends.torch_engine.rounding import round_no_more
 from training_hub.backends.torch_engine.saving import resume, settle, settled
-from training_hub.backends.torch_engine.scoring import examine, score
+from training_hub.backends.torch_engine.scoring import examine, examine_together, score
 from training_hub.backends.torch_engine.staging import staging_of
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
@@ -257,11 +257,15 @@ class TorchEngine:
         """How well the model of model.path does the rows of data.path."""
         return score(recipe, console, generates=generates)
 
-    def examine(
-        self, recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
-    ) -> Sitting:
+    def examine(self, recipe: Recipe, given: Given, console: Console, own: OwnMetrics = ()) -> Sitting:
         """What the model of model.path says to the rows, and its scores."""
         return examine(recipe, given, console, own)
+
+    def examine_together(
+        self, recipes: Sequence[Recipe], given: Given, console: Console, own: OwnMetrics = ()
+    ) -> list[Sitting]:
+        """The same of several models, by all processes that were started with this one, in each of them."""
+        return examine_together(recipes, given, console, own)
 
     def merge(self, recipe: Recipe, given: Given, adapter: Path, console: Console) -> dict[str, Any]:
         """The adapter in its base as one model in recipe.output, compared on the rows of data.path."""

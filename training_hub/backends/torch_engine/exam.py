@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from training_hub.backends.shared import exam as shared
 from training_hub.backends.shared.answers import Answer
 from training_hub.backends.shared.exam import Exam, Examiner, told
 from training_hub.backends.shared.materials import limits_of
-from training_hub.backends.torch_engine.generate import answers
+from training_hub.backends.torch_engine.generate import share_of_answers
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.materials import Materials, stop_ids
 from training_hub.data.store import TokenStore
@@ -26,15 +27,15 @@ def ask(
     examiner: Examiner, model: PreTrainedModel, console: Console, what: str = "answering", layout: Layout = WHOLE
 ) -> list[Answer]:
     """The answers to all questions. Of several processes each asks a part of them, and all must come here."""
-    prompts = examiner.prompts(limits_of(model.config))
-    order = sorted(range(len(prompts)), key=lambda number: (prompts[number].limit, len(prompts[number].ids)))
-    mine = order[layout.asking_rank :: layout.asking_size]
+    prompts, size = examiner.prompts(limits_of(model.config)), layout.asking_size
+    total = math.ceil(len(prompts) / size) if size == 1 or examiner.decoding.temperature == 0 else None
 
     def said() -> list[Any]:
-        with layout.in_step(model), console.progress(what, total=len(mine), unit="answers") as advance:
-            own = [prompts[number] for number in mine]
-            given = answers(model, own, examiner.decoding, examiner.batch_tokens, advance) if own else []
-        return [[number, one.ids, one.finish_reason] for number, one in zip(mine, given, strict=True)]
+        with layout.in_step(model), console.progress(what, total, "answers") as advance:
+            own = share_of_answers(
+                model, prompts, examiner.decoding, examiner.batch_tokens, advance, layout.asking_rank, size
+            )
+        return [[number, one.ids, one.finish_reason] for number, one in own.items()]
 
     heard = {number: Answer(tuple(ids), why) for some in layout.group.each(what, said) for number, ids, why in some}
     return [heard[number] for number in range(len(prompts))]

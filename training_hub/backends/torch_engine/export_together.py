@@ -1,7 +1,9 @@
-"""The final model of one that is divided over processes: each writes whole files, and none holds more than such a file.
+"""The final model of one that is divided over processes: each writes whole files, and none holds more than a weight.
 
-The weights are gathered one after the other, by all; those of a file stay in the process that writes it, which does so
-while the next ones are gathered. Then each process reads its own pieces again and compares them.
+The weights are gathered one after the other, by those that have pieces of them, and each is written at once by the
+process whose file it is in. A stage of layers writes the files that are mostly its own, and gets what else is in them
+from the others. What OSFT makes of factors, one process makes of each weight. Then each process reads its own pieces
+again and compares them.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from training_hub.backends.shared.disk import disk_errors_explained
-from training_hub.backends.torch_engine.base_weights import BaseWeights, Written
+from training_hub.backends.torch_engine.base_weights import BaseWeights, OpenBase, Written
 from training_hub.backends.torch_engine.blank import loading_report, wanted_shapes, weight_files
 from training_hub.backends.torch_engine.expert_files import ExpertFiles
-from training_hub.backends.torch_engine.export import WholeModel, is_rounding, refuse_nonfinite
+from training_hub.backends.torch_engine.export import WholeModel, is_rounding
+from training_hub.backends.torch_engine.file_plan import FilePlan, named_tensors, planned
+from training_hub.backends.torch_engine.final_file import FinalFile, bytes_of
+from training_hub.backends.torch_engine.growing_file import About
 from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of, whole_of
 from training_hub.backends.torch_engine.tensor_files import opened
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.writing import Writer
 from training_hub.errors import DiskError, TrainingError
 from training_hub.folders import FileFacts, facts_of_file, write_json, write_whole
@@ -33,18 +39,59 @@ if TYPE_CHECKING:
     from training_hub.backends.torch_engine.loop import Run
 
 INDEX = "model.safetensors.index.json"
-PATTERN = "model{suffix}.safetensors"
 ONE_FILE = "1000000TB"
+
+
+class Exact:
+    """The tensors that this process has pieces of, by the name that files have for them: their exact numbers, each made
+    when it is asked for. A copy of what an earlier stage has is left out.
+
+    begun: names of those that are more than what processes have pieces of, which the writer completes.
+    """
+
+    def __init__(self, run: Run):
+        self.model, self._adaptation, self._masters = run.model, run.adaptation, run.updater.masters
+        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+        found = named_tensors(run.model)
+        self._own_names = {name: names.get(id(tensor), name) for name, tensor in found.items()}
+        self.tensors = {n: one for n, one in found.items() if not run.layout.is_second(self._own_names[n])}
+        self.begun = frozenset(n for n in self.tensors if self._adaptation.begun(self._own_names[n]) is not None)
+
+    def present(self, name: str) -> Tensor:
+        """This process's piece of the tensor; of one that is begun, its rounding."""
+        own = self._own_names[name]
+        is_moved = own in self._masters.weights
+        return local_of((self._masters.exact(own) if is_moved else self.tensors[name]).detach())
+
+    def piece(self, name: str) -> Tensor:
+        """This process's piece of the tensor, or of what its writer completes."""
+        begun = self._adaptation.begun(self._own_names[name]) if name in self.begun else None
+        return self.present(name) if begun is None else begun
+
+    def whole(self, name: str) -> Tensor:
+        """All of what `piece` gives a piece of; all processes that have one must ask."""
+        return whole_of(self.piece(name), self.tensors[name])
+
+    def completed(self, name: str, whole: Tensor) -> Tensor:
+        """The tensor, from `whole`."""
+        return self._adaptation.completed(self._own_names[name], whole) if name in self.begun else whole
+
+    def about(self) -> dict[str, About]:
+        """Shape and format of each."""
+        return {name: (tuple(one.shape), self.piece(name).dtype) for name, one in self.tensors.items()}
 
 
 @dataclass
 class Made:
-    """What a process wrote: facts of its files, the file of each of its tensors, weights that nothing had moved."""
+    """What a process wrote: facts of its files, the file of each of its tensors, weights that nothing had moved, those
+    that came out otherwise; bytes: of all its tensors, and the most that it held of them at a time."""
 
     files: dict[str, FileFacts] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     unmoved: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
     bytes: int = 0
+    most_held: int = 0
 
 
 def export_together(
@@ -54,64 +101,45 @@ def export_together(
     folder: Path,
     beside: Callable[[Path], None],
     max_shard_size: str,
-) -> int:
-    """Write the model of `run` as `written` into `folder`, atomic, as `export` does; how many files of weights it has.
+    total: int,
+) -> list[dict[str, Any]]:
+    """Write the model of `run` as `written` into `folder`, atomic, as `export` does; what each process made of it.
 
     All processes must call it. base: what the weights are that nothing has moved. beside: writes what else lies in the
-    folder, in process 0. Raises TrainingError where numbers are not finite or the files do not hold the model.
+    folder, in process 0. total: how many numbers the model has. Raises TrainingError where numbers are not finite or
+    the files do not hold the model.
     """
-    group, moved, dtype = run.group, run.updater.masters.weights, written.dtype
-    exact = {parameter: moved.get(name, local_of(parameter)) for name, parameter in run.model.named_parameters()}
-    pieces = {name: exact[one].detach() for name, one in _sources(run.model).items() if one in exact}
-    _agree(run, lambda: refuse_nonfinite(pieces))
-    shards = planned(run.model, dtype, max_shard_size)
-    size = sum(parameter.numel() for parameter in run.model.parameters()) * dtype.itemsize
-    tensors = 2 * len(_sources(run.model))
+    group, exact = run.group, Exact(run)
+    _agree(run, lambda: _refuse_nonfinite(exact))
+    plan = planned(run, exact.about(), written.dtype, max_shard_size)
     with (
-        disk_errors_explained("the final model", folder, size),
-        _opened(run, folder, dtype) as (aside, known, give_name),
-        run.console.progress("the final model", total=tensors, unit="tensors") as advance,
+        disk_errors_explained("the final model", folder, total * written.dtype.itemsize),
+        _opened(run, folder, written.dtype) as (aside, known, give_name),
+        run.console.progress(
+            "the final model", total=len(plan.tensors) + len(exact.tensors), unit="tensors"
+        ) as advance,
     ):
-        told = group.gather(_made(run, pieces, shards, base, written, aside, advance))
+        told: list[dict[str, Any]] = group.gather(_made(run, exact, plan, base, written, aside, advance))
         if problems := [one["problem"] for one in told if one["problem"]]:
             raise OSError("; ".join(problems))
+        if wrong := [name for one in told for name in one["wrong"]]:
+            raise TrainingError(_unlike(wrong))
 
         def complete() -> None:
             places = {tensor: file for one in told for tensor, file in one["places"].items()}
             known.update({name: FileFacts(**facts) for one in told for name, facts in one["files"].items()})
-            if len(shards) > 1:
-                total = {"total_parameters": run.model.num_parameters(), "total_size": sum(o["bytes"] for o in told)}
-                write_json(aside / INDEX, {"metadata": total, "weight_map": dict(sorted(places.items()))})
+            if len(plan.files) > 1:
+                about = {"total_parameters": total, "total_size": sum(one["bytes"] for one in told)}
+                write_json(aside / INDEX, {"metadata": about, "weight_map": dict(sorted(places.items()))})
+            _write_beside(run.model, written.dtype, aside)
             beside(aside)
 
         group.on_main("the final model", complete)
         unmoved = frozenset(name for one in told for name in one["unmoved"])
-        _agree(run, lambda: _refuse_others(run.model, pieces, dtype, unmoved, aside, advance))
+        shapes = wanted_shapes(run.model) if run.layout.pipeline is None else dict(base.shapes)
+        _agree(run, lambda: _refuse_others(exact, shapes, written.dtype, unmoved, aside, advance))
         group.on_main("the final model", give_name)
-    return len(shards)
-
-
-def planned(model: Any, dtype: torch.dtype, max_shard_size: str) -> dict[str, list[str]]:
-    """The files, and the parameters and buffers that each holds: parted as transformers parts them."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    shapes = {
-        name: torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device="meta")
-        for name, tensor in _sources(model).items()
-    }
-    found = split_torch_state_dict_into_shards(shapes, filename_pattern=PATTERN, max_shard_size=max_shard_size)
-    return {file: list(names) for file, names in found.filename_to_tensors.items()}
-
-
-def _sources(model: Any) -> dict[str, Tensor]:
-    """Parameters, tied ones under the name that transformers saves, and the buffers that are saved."""
-    saved = model.state_dict().keys() - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    return {name: tensor for name, tensor in _named(model).items() if name in saved - tied}
-
-
-def _named(model: Any) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return told
 
 
 @contextmanager
@@ -132,66 +160,128 @@ def _opened(
 
 def _made(
     run: Run,
-    pieces: Mapping[str, Tensor],
-    shards: Mapping[str, list[str]],
+    exact: Exact,
+    plan: FilePlan,
     base: BaseWeights,
     written: Written,
     aside: Path,
     advance: Callable[[float], None],
 ) -> dict[str, Any]:
     """Gather all weights and write this process's files; what came of it, or the problem it met, as plain JSON."""
-    rank, size = run.group.rank, run.group.world_size
-    sources, writer, done, problem = _sources(run.model), Writer(), Made(), ""
+    rank, writer, done, problem = run.group.rank, Writer(), Made(), ""
     with base.opened() as came:
-        for number, (file, names) in enumerate(shards.items()):
-            is_mine = number % size == rank
-            if is_mine:
-                problem = problem or _problem_of(writer, rank)
-            held: dict[str, Tensor] = {}
+        kept = _kept_formats(run, exact, plan, came, written)
+        for file, names in plan.files.items():
+            made: FinalFile | None = None
+            if plan.writers[file] == rank:
+                about = {name: (plan.tensors[name].shape, kept.get(name, plan.formats[name])) for name in names}
+                with _noted(rank) as met:
+                    made = FinalFile(run.model, aside / file, about)
+                problem = problem or met.problem
             for name in names:
-                whole = whole_of(pieces[name], sources[name]) if name in pieces else sources[name]
-                if is_mine:
-                    same = came.unmoved([name], whole, written)
-                    cast = whole.to(written.dtype if whole.is_floating_point() else whole.dtype)
-                    held[name] = cast.cpu() if same is None else same
-                    done.unmoved += [] if same is None else [name]
+                whole = _brought(run, exact, plan, name, file)
+                if whole is not None and made is not None and not problem:
+                    with _noted(rank) as met:
+                        _put(made, name, whole, came, written, done)
+                    problem = met.problem
                 advance(1)
-            if is_mine and not problem:
-                work = partial(_write, run.model, file, held, written.dtype, aside, done, is_first=number == 0)
-                writer.start(work)
+            if made is not None:
+                problem = problem or _problem_of(writer, rank)
+                if not problem:
+                    writer.start(partial(_finish, made, done))
     problem = problem or _problem_of(writer, rank)
-    files = {name: asdict(facts) for name, facts in done.files.items()}
-    return {"problem": problem, "files": files, "places": done.places, "unmoved": done.unmoved, "bytes": done.bytes}
+    return {"problem": problem, **asdict(done)}
+
+
+def _kept_formats(run: Run, exact: Exact, plan: FilePlan, came: OpenBase, written: Written) -> dict[str, torch.dtype]:
+    """The format of each weight of this process's files that nothing has moved and that came in another than is
+    written: what a file begins with says the format of all that is in it."""
+    own = [
+        name
+        for file, names in plan.files.items()
+        for name in names
+        if plan.writers[file] == run.group.rank and came.may_stay(name, plan.tensors[name].shape, written)
+    ]
+    asked = {name for some in run.group.gather(own) for name in some}
+    found: dict[str, torch.dtype] = {}
+    for file, names in plan.files.items():
+        for name in (one for one in names if one in asked):
+            whole = _brought(run, exact, plan, name, file)
+            same = came.unmoved([name], whole, written) if whole is not None else None
+            if same is not None:
+                found[name] = same.dtype
+    return found
+
+
+def _put(made: FinalFile, name: str, whole: Tensor, came: OpenBase, written: Written, done: Made) -> None:
+    same = came.unmoved([name], whole, written)
+    tensor = whole.to(written.dtype if whole.is_floating_point() else whole.dtype) if same is None else same
+    done.unmoved += [] if same is None else [name]
+    done.bytes += bytes_of(tensor)
+    done.most_held = max(done.most_held, made.held + bytes_of(whole) + (0 if tensor is whole else bytes_of(tensor)))
+    made.put(name, tensor)
+
+
+@dataclass
+class _Noted:
+    """The problem that was met; "": none."""
+
+    problem: str = ""
+
+
+@contextmanager
+def _noted(rank: int) -> Iterator[_Noted]:
+    """Within, an error of the disk is noted, since other processes count on this one to go on gathering."""
+    found = _Noted()
+    try:
+        yield found
+    except (OSError, SafetensorError) as error:
+        found.problem = f"rank {rank}: {error}"
+
+
+def _brought(run: Run, exact: Exact, plan: FilePlan, name: str, file: str) -> Tensor | None:
+    """The tensor, in the process that writes `file`; None in the others, of which all come here."""
+    rank, kept, writer = run.group.rank, plan.tensors[name], plan.writers[file]
+    sender = plan.sender(name, file)
+    if plan.places[rank] == kept.place:
+        whole = exact.whole(name)
+        if rank != sender:
+            return None
+        whole = exact.completed(name, whole)
+        if rank == writer:
+            return whole
+        with run.group.explained("a tensor of another stage"):
+            dist.send(whole.cpu().contiguous(), writer)
+    if rank != writer:
+        return None
+    whole = torch.empty(kept.shape, dtype=kept.dtype)
+    with run.group.explained("a tensor of another stage"):
+        dist.recv(whole, sender)
+    return whole
 
 
 def _problem_of(writer: Writer, rank: int) -> str:
-    try:
+    with _noted(rank) as met:
         writer.wait()
-    except (OSError, SafetensorError) as error:
-        return f"rank {rank}: {error}"
-    return ""
+    return met.problem
 
 
-def _write(
-    model: Any, file: str, held: dict[str, Tensor], dtype: torch.dtype, aside: Path, done: Made, *, is_first: bool
-) -> None:
-    """Write one file of weights as transformers names and lays them out; beside the first of all what is no weight."""
-    if is_first:  # by process 0, in which alone transformers writes a folder; it clears that of others' files first
-        own = aside / "first"
-        WholeModel(max_shard_size=ONE_FILE).save(model, held, dtype, own)
-        (own / "model.safetensors").rename(own / file)
-        for path in own.iterdir():
-            path.rename(aside / path.name)
-        own.rmdir()
-    else:
-        from transformers.core_model_loading import revert_weight_conversion
+def _finish(made: FinalFile, done: Made) -> None:
+    """Look what the file holds, and what the manifest is to say of it."""
+    done.wrong += made.finish()
+    with safe_open(made.path, framework="pt") as file:
+        done.places |= dict.fromkeys(file.keys(), made.path.name)
+    done.files[made.path.name] = facts_of_file(made.path)
 
-        tensors = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, held).items()}
-        save_file(tensors, aside / file, {"format": "pt"})
-    with safe_open(aside / file, framework="pt") as made:
-        done.places |= dict.fromkeys(made.keys(), file)
-    done.files[file] = facts_of_file(aside / file)
-    done.bytes += sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+def _write_beside(model: Any, dtype: torch.dtype, aside: Path) -> None:
+    """What transformers writes of a model beside its weights."""
+    own = aside / "beside"
+    WholeModel(max_shard_size=ONE_FILE).save(model, {"nothing": torch.zeros(1)}, dtype, own)
+    (own / "model.safetensors").unlink()
+    for path in own.iterdir():
+        path.rename(aside / path.name)
+    own.rmdir()
 
 
 def _agree(run: Run, work: Callable[[], None]) -> None:
@@ -205,29 +295,48 @@ def _agree(run: Run, work: Callable[[], None]) -> None:
         raise TrainingError(list(dict.fromkeys(found)))
 
 
+def _refuse_nonfinite(exact: Exact) -> None:
+    """Raise TrainingError naming each tensor with NaN or infinite numbers, one of which is made at a time."""
+    problems = [line for name in exact.tensors for line in nonfinite_tensors({name: exact.present(name)})]
+    if problems:
+        raise TrainingError([*problems, "Such a model is not written."])
+
+
 def _refuse_others(
-    model: Any,
-    pieces: Mapping[str, Tensor],
+    exact: Exact,
+    shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     unmoved: Collection[str],
     folder: Path,
     advance: Callable[[float], None],
 ) -> None:
-    """Raise TrainingError where the files hold other names, shapes or numbers than this process has.
+    """Raise TrainingError where the files hold other names or shapes than the whole model, or other numbers than this
+    process has.
 
     unmoved: what is written as it came, which may be finer than what this process has of it.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wrong = []
     with opened(weight_files(folder)) as tensors:
-        files = ExpertFiles(tensors, wanted_shapes(model))
-        report = loading_report(model, files)
+        files = ExpertFiles(tensors, shapes)
+        report = loading_report(exact.model, files, shapes)
         problems = [f"{kind}: {', '.join(map(str, lines))}" for kind, lines in report.items() if lines]
-        for name, piece in pieces.items():
-            there = files.read(name, cut_of(parameters[name])) if name in files.shapes else None
-            is_same = is_rounding if name in unmoved else torch.equal
-            mine = piece if name in unmoved else piece.to(dtype).cpu()
-            if there is not None and not is_same(mine, there):
-                problems.append(f"{name} is not what was written")
+        for name, one in exact.tensors.items():
+            if name in files.shapes:
+                there = files.read(name, cut_of(one))
+                mine, is_rounded = exact.present(name), name in unmoved or name in exact.begun
+                is_same = is_rounding(mine, there) if is_rounded else _is_equal(mine, there, dtype)
+                wrong += [] if is_same else [name]
             advance(1)
-    if problems:
-        raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])
+    if problems or wrong:
+        raise TrainingError([*(f"{FAULTY}: {line}" for line in problems), *_unlike(wrong)])
+
+
+FAULTY = "the final model does not load as it was trained"
+
+
+def _unlike(names: Collection[str]) -> list[str]:
+    return [f"{FAULTY}: {name} is not what was written" for name in dict.fromkeys(names)]
+
+
+def _is_equal(mine: Tensor, there: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(mine.to(dtype if mine.is_floating_point() else mine.dtype).cpu(), there)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from training_hub.backends.shared.outcome import card_of, final_step
-from training_hub.backends.torch_engine.adaptations.full import Full
-from training_hub.backends.torch_engine.base_weights import BaseWeights, Settled, Written
+from training_hub.backends.torch_engine.base_weights import BaseWeights, Written
 from training_hub.backends.torch_engine.export import (
     WholeModel,
     export,
@@ -36,7 +35,8 @@ from training_hub.types import Console
 
 def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> str | None:
     """Write the final model, whose folder it gives: the best one where the recipe keeps it, the last within the limit
-    where the watch stopped the run; None where it stopped it before there was one. Process 0 writes it."""
+    where the watch stopped the run; None where it stopped it before there was one. Of a model that is divided all
+    processes write it, of any other, and of an adapter, process 0 does."""
 
     def write(held: Held | None = None) -> str:
         return _write(run, loaded, materials, folder, console, held)
@@ -46,9 +46,9 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         return run.group.on_main(what, lambda: write() if take_chosen_step(run, console) else None)
     if not take_chosen_step(run, console):
         return None
-    if isinstance(run.adaptation, Full) and run.layout.pipeline is None:
+    if run.adaptation.files is None:
         return _write_together(run, loaded, materials, folder, console)
-    held = gather_whole(run, _written(run, loaded), _readable(loaded.base, console))
+    held = gather_adapter(run)
     return run.group.on_main(what, lambda: write(held))
 
 
@@ -69,8 +69,7 @@ def take_chosen_step(run: Run, console: Console) -> bool:
 def _write(
     run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console, held: Held | None
 ) -> str:
-    if run.exam is not None:
-        run.exam.show(final_step(run))
+    _show_answers(run)
     dtype = saved_dtype(run, loaded)
     numbers = held.numbers if held is not None else numbers_of(run)
     difference = write_model(run, loaded, materials, folder.final, _card(run, folder, dtype, numbers), held)
@@ -83,11 +82,12 @@ def _write(
 
 
 def _write_together(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolder, console: Console) -> str:
-    """The same by all processes of a divided model, none of which ever holds more of it than a file."""
+    """The same by all processes of a divided model, none of which ever holds more of it than a weight."""
     dtype, numbers = saved_dtype(run, loaded), numbers_of(run)
     template = materials.template.source if materials.template else None
 
     def beside(aside: Path) -> None:
+        _show_answers(run)
         documents = _card(run, folder, dtype, numbers)
         put_beside(aside, materials.tokenizer.hf, template, stop_ids(materials), run.adaptation.beside(), documents)
 
@@ -95,12 +95,21 @@ def _write_together(run: Run, loaded: LoadedModel, materials: Materials, folder:
         refuse_nonfinite_logits(float(probed_logits(run.model, run.device).abs().max()))
         run.layout.let_go(run.model)
         base, written = _readable(loaded.base, console), _written(run, loaded)
-        count = export_together(run, base, written, folder.final, beside, run.recipe.checkpoint.max_shard_size)
+        size = run.recipe.checkpoint.max_shard_size
+        made = export_together(run, base, written, folder.final, beside, size, numbers[0])
+    count = sum(len(one["files"]) for one in made)
     files = "1 file" if count == 1 else f"{count} files"
+    most = max(one["most_held"] for one in made)
     console.say(
-        f"final: {folder.final} ({_named(dtype)}), in {files} of weights; each process read its own again: equal"
+        f"final: {folder.final} ({_named(dtype)}), in {files} of weights, of which no process held more than {most:,} "
+        "bytes at a time; each read its own again: equal"
     )
     return str(folder.final)
+
+
+def _show_answers(run: Run) -> None:
+    if run.exam is not None:
+        run.exam.show(final_step(run))
 
 
 def _card(run: Run, folder: RunFolder, dtype: torch.dtype, numbers: tuple[int, int]) -> dict[str, bytes]:
@@ -137,7 +146,7 @@ def write_model(
             with _readable(loaded.base, run.console).opened() as came:
                 tensors = run.adaptation.export(run.updater.masters.all_exact(), written, came)
         else:
-            tensors = run.adaptation.export(held.weights, written, Settled(held.unmoved))
+            tensors = run.adaptation.export(held.weights, written)
         return export(
             run.model,
             tensors,
@@ -180,11 +189,10 @@ def _files(run: Run) -> ModelFiles:
 
 @dataclass(frozen=True)
 class Held:
-    """What is gathered of a divided model to be written: weights by parameter name, those of them that nothing has
-    moved, logits of a few tokens, and how many numbers it has, in all and of what trains."""
+    """What is gathered of an adapter beside a divided model to be written: weights by parameter name, logits of a few
+    tokens, and how many numbers there are, in all and of what trains."""
 
     weights: dict[str, Tensor]
-    unmoved: frozenset[str]
     logits: Tensor
     numbers: tuple[int, int]
 
@@ -198,37 +206,20 @@ def numbers_of(run: Run) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def gather_whole(run: Run, written: Written, base: BaseWeights) -> Held:
-    """The model in the memory of process 0, weight by weight; the others keep none. All must call it.
-
-    written: the format of a whole final model, to which weights are rounded as they come. base: what those are that
-    nothing has moved.
-    """
-    masters, weights, unmoved = run.updater.masters, {}, set()
-    is_whole = run.adaptation.files is None
-    with run.updater.averaged(), base.opened() as came:
+def gather_adapter(run: Run) -> Held:
+    """What trains of a divided model, whole in the memory of process 0; the others keep none. All must call it."""
+    masters, weights = run.updater.masters, {}
+    with run.updater.averaged():
         for name, parameter in run.model.named_parameters():
-            if not (is_whole or parameter.requires_grad) or run.layout.is_second(name):
+            if not parameter.requires_grad or run.layout.is_second(name):
                 continue
-            found = masters.weights.get(name, run.adaptation.exact(name))
-            whole = whole_of(local_of(parameter if found is None else found), parameter)
+            piece = masters.exact(name) if name in masters.weights else parameter
+            whole = whole_of(local_of(piece), parameter)
             if run.layout.is_first:
-                same = came.unmoved([name], whole, written) if is_whole else None
-                cast = whole.to(written.dtype if is_whole and whole.is_floating_point() else whole.dtype).cpu()
-                weights[name] = cast if same is None else same
-                unmoved |= set() if same is None else {name}
-        if is_whole and run.layout.pipeline is not None and run.layout.is_first:
-            weights |= _other_tensors(run.model)
+                weights[name] = whole.cpu()
         logits = probed_logits(run.model, run.device)
         run.layout.let_go(run.model)
-    weights, names = run.layout.collected(weights, unmoved)
-    return Held(weights, names, logits, numbers_of(run))
-
-
-def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What the layers of a stage hold beside parameters and files have, on the CPU: others do not have these layers."""
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: tensor.cpu() for name, tensor in model.state_dict().items() if name not in own}
+    return Held(run.layout.collected(weights, set())[0], logits, numbers_of(run))
 
 
 def go_back(run: Run, step: int) -> None:

@@ -42,21 +42,47 @@ def answers(
     tokens_at_once: int = TOKENS_AT_ONCE,
     advance: Advance = lambda count: None,
 ) -> list[Answer]:
-    """One answer to each prompt, in their order; `advance` is told of each that is done.
+    """One answer to each prompt, in their order; `advance` is told of each that is done."""
+    found = share_of_answers(model, prompts, decoding, tokens_at_once, advance)
+    return [found[number] for number in range(len(prompts))]
+
+
+def share_of_answers(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    advance: Advance = lambda count: None,
+    rank: int = 0,
+    size: int = 1,
+) -> dict[int, Answer]:
+    """What process `rank` of `size` answers of these prompts, by their numbers; together they answer all, and say what
+    one process says.
 
     Batches are groups of like length, padded to at most `tokens_at_once` tokens or holding one row. Equal prompts are
     asked once where nothing is drawn. With the likeliest tokens a row's answer does not depend on the batch it is in,
-    but for rounding that decides between two tokens that are as likely as each other.
+    but for rounding that decides between two tokens that are as likely as each other; so prompts are dealt out, and all
+    processes are busy. What is drawn does depend on it, so then whole batches are.
     """
-    found: dict[int, Answer] = {}
+    is_drawn = decoding.temperature > 0
+    order = range(len(prompts)) if is_drawn else by_length(prompts)[rank::size]
+    if not order:
+        return {}
+    own, found = [prompts[number] for number in order], dict[int, Answer]()
     with serving(model):
-        is_padded = len(prompts) > 1 and can_pad(model)
-        for group in batches(prompts, tokens_at_once, is_padded, merges=decoding.temperature == 0):
-            numbers = [places[0] for places in group]
-            given = _answer_batch(model, [prompts[number] for number in numbers], decoding, _Counter(group, advance))
+        is_padded = len(own) > 1 and can_pad(model)
+        groups = list(batches(own, tokens_at_once, is_padded, merges=not is_drawn))
+        for group in groups[rank::size] if is_drawn else groups:
+            asked = [own[places[0]] for places in group]
+            given = _answer_batch(model, asked, decoding, _Counter(group, advance))
             for places, answer in zip(group, given, strict=True):
-                found.update(dict.fromkeys(places, answer))
-    return [found[number] for number in range(len(prompts))]
+                found.update((order[place], answer) for place in places)
+    return found
+
+
+def by_length(prompts: Sequence[Prompt]) -> list[int]:
+    """The numbers of the prompts, those with the shortest answers first, then the shortest."""
+    return sorted(range(len(prompts)), key=lambda number: (prompts[number].limit, len(prompts[number].ids)))
 
 
 @contextmanager

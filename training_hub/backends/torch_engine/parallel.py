@@ -373,5 +373,6 @@ def _meet(rank: int, world_size: int, limit: timedelta) -> Any:
             f"{limit.total_seconds():g} s: {str(error).splitlines()[0]}. Look whether process 0 runs, and whether "
             "processes.rdzv_endpoint (master_addr, master_port) names its node."
         ) from error
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"run/{restart}", store)
+    kept = dist.PrefixStore(f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    turn = kept.add(f"joined/{rank}", 1)  # one that torchrun keeps has the words of groups that came before
+    return dist.PrefixStore(str(turn), kept)

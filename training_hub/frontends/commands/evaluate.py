@@ -39,13 +39,16 @@ def run(recipe: Recipe, options: Namespace) -> int:
     """Print the scores of each model on the rows of data.path; files where `output` is given."""
     from training_hub.backends import Given
     from training_hub.experiments.comparison import compare, table
+    from training_hub.launch import is_first
     from training_hub.monitoring.console import open_console
 
     models = [text for path, _, text in options.assignments if path == "model.path"] or [recipe.model.path]
     recipe = recipe.model_copy(update={"evaluation": _asked(recipe.evaluation, options)})
     output = None if recipe.output == NO_OUTPUT else Path(recipe.output)
-    console = open_console(recipe.monitoring.console, sys.stderr)
-    result = compare(recipe, models, Given(), console, output)
+    console = open_console(recipe.monitoring.console if is_first(recipe) else "off", sys.stderr)
+    result = compare(recipe, models, Given(), console, output, stream=sys.stderr)
+    if not is_first(recipe):
+        return 0
     if options.json:
         print(json.dumps(json.loads(json.dumps(result.scores), parse_constant=lambda _: None), indent=2))
     else:

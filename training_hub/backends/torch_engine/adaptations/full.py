@@ -55,13 +55,12 @@ class Full(OfParameters):
         """The state dict to write, on the CPU: `weights` (by parameter name, as the optimizer moves them) as `written`.
 
         Tied weights stand under each of their names and share one tensor, which is how transformers recognises them;
-        what the optimizer does not move is as it is in the model. Weights of layers that another process has are among
-        `weights` alone. came: the weights as they came, which are what is written of all that nothing has moved.
+        what the optimizer does not move is as it is in the model. came: the weights as they came, which are what is
+        written of all that nothing has moved.
         """
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         moved = {id(p): weights[name] for name, p in self._model.named_parameters() if name in weights}
-        own = self._model.state_dict()
-        state = {**own, **{name: weights[name] for name in weights if name not in own}}
+        state = self._model.state_dict()
         names: dict[int, list[str]] = {}
         sources: dict[int, Tensor] = {}
         for name, tensor in state.items():

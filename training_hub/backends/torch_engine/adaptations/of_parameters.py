@@ -27,9 +27,13 @@ class OfParameters:
         """By such a weight, the parameter whose gradient its own is made from: there is none."""
         return {}
 
-    def exact(self, name: str) -> Tensor | None:
+    def begun(self, name: str) -> Tensor | None:
         """The optimizer knows parameters before they were rounded."""
         return None
+
+    def completed(self, name: str, whole: Tensor) -> Tensor:
+        """The parameter as it is."""
+        return whole
 
     def expect_steps(self, total: int) -> None:
         """Nothing depends on how many steps the run has."""

@@ -59,9 +59,13 @@ class Adaptation(Protocol):
         """By the name of each of `weights`, the parameter whose gradient its own is made from."""
         ...
 
-    def exact(self, name: str) -> Tensor | None:
-        """A parameter before it was rounded to the format of the model, cut as it is; None where that is known here of
-        no such parameter."""
+    def begun(self, name: str) -> Tensor | None:
+        """This process's piece of what a parameter, before it was rounded to the format of the model, is made of by
+        `completed`; None for those that the optimizer, or the model, has as they are."""
+        ...
+
+    def completed(self, name: str, whole: Tensor) -> Tensor:
+        """The exact parameter, from `whole`, which is put together of what `begun` gives and may be changed."""
         ...
 
     def expect_last_backward(self) -> None:

@@ -166,9 +166,13 @@ class Osft:
         """By the name of each of `weights`, the parameter whose gradient its own is made from."""
         return self._spaces.sources()
 
-    def exact(self, name: str) -> Tensor | None:
-        """A claimed parameter before it was rounded to the format of the model, cut as it is."""
-        return self._spaces.exact(name) if name in self.claimed else None
+    def begun(self, name: str) -> Tensor | None:
+        """This process's piece of what a claimed parameter in 16 bits began as, in float32; None for others."""
+        return self._spaces.begun(name) if name in self.claimed else None
+
+    def completed(self, name: str, whole: Tensor) -> Tensor:
+        """A claimed parameter before it was rounded: `whole` of what it began as, with what was learned."""
+        return self._spaces.completed(name, whole)
 
     def expect_last_backward(self) -> None:
         """Let the next backward turn each dense gradient into those of `weights` as soon as it is there."""

@@ -166,6 +166,18 @@ class LowSpaces:
         return self.parameters[name].detach() if start is None else self._sum(name, start)
 
     @torch.no_grad()
+    def begun(self, name: str) -> Tensor | None:
+        """This process's piece, in float32, of what the parameter `name` began as, where that is kept."""
+        start = self._starts.get(name)
+        return None if start is None else local_of(start).to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def completed(self, name: str, whole: Tensor) -> Tensor:
+        """The parameter `name` before it is rounded, from `whole` of what `begun` gives: the product of its factors is
+        made in one piece, as a process by itself makes it."""
+        return self._add_low(name, whole.to(self._of(name)[0].trained.split.right.device))
+
+    @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
         """`osft_leak`: the largest share of an update D that lies in the protected space, over all matrices; and
         `osft_drift`: the norm of all D over that of all targets as they came. Both of what trains, before rounding."""
