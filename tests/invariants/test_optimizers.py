@@ -131,6 +131,25 @@ def test_weights_unfreeze_from_the_top_down_and_a_run_goes_on_bit_for_bit(tiny_m
     assert runs[0].plan["frozen_at_first"] > 0
 
 
+def test_weights_that_unfreeze_under_sgd_begin_with_the_momentum_of_a_first_step(
+    tiny_model_folder, chat_file, tmp_path
+):
+    settings = {"freezing": {"unfreeze_interval": 1}, "lr_scheduler": CONSTANT, "checkpoint": EVERY_STEP}
+    moved = train(
+        tiny_model_folder, chat_file, tmp_path / "moved", training={"steps": 2},
+        optimizer={"name": "SGD", "lr": 0.01, "momentum": 0.9}, **settings,
+    )  # fmt: skip
+    plain = train(
+        tiny_model_folder, chat_file, tmp_path / "plain", training={"steps": 2},
+        optimizer={"name": "SGD", "lr": 0.01}, **settings,
+    )  # fmt: skip
+    found, wanted = (load_file(run.checkpoints[-1] / "model.safetensors") for run in (moved, plain))
+    # Block 0 moves in step 2 for the first time, block 1 for the second, with what is left of its first step.
+    same = {name for name in wanted if torch.equal(found[name], wanted[name])}
+    assert {name for name in wanted if ".layers.0." in name} <= same
+    assert not any(".layers.1." in name for name in same)
+
+
 @pytest.mark.parametrize(
     ("freezing", "said"),
     [
