@@ -13,7 +13,6 @@ from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
 from training_hub.backends.torch_engine.model_config import read_blank_model
-from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
 
@@ -81,15 +80,8 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     if degrees.pp == 1:
         return []
     asked = recipe.parallelism
-    others = [FIELDS[name] for name in ("cp", "tp") if getattr(degrees, name) > 1]
-    others += ["expert_parallel_degree"] if degrees.ep > 1 else []
     splits = ORDERS[asked.pipeline_parallel_schedule].splits
     refused = {
-        **{
-            f"{PIPELINE}: {degrees.pp} beside parallelism.{other}; stages go together with replicas and with slices of "
-            f"weights. Write {PIPELINE}: 1, or parallelism.{other}: 1.": True
-            for other in others
-        },
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, and those of slices are "
         f"added up in a whole backward pass. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or parallelism."
         f"{FIELDS['dp_shard']}: 1.": splits and degrees.dp_shard > 1,
@@ -108,9 +100,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{PIPELINE}: layers that round are made of a whole model. Write 1, or leave qat out.": (
             recipe.qat.weight_dtype is not None
         ),
-        f"{PIPELINE}: {recipe.optimizer.name} with state {recipe.optimizer.state} moves whole weights, whose owners "
-        f"would have to be in one stage. Write parallelism.{FIELDS['dp_shard']}: 1, or optimizer.name: AdamW and "
-        "state: full.": degrees.dp_shard > 1 and wants_whole(recipe.optimizer, A_MATRIX, True),
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} goes through a layer twice in backward, and what "
         "training.activation_checkpointing: selective keeps serves once. Write full or none, or "
         f"{SCHEDULE}: 1F1B.": splits and recipe.training.activation_checkpointing == "selective",
