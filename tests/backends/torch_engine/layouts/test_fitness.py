@@ -13,6 +13,7 @@ import transformers
 from tests.backends.torch_engine.tiny_models import tiny_config, tiny_model
 from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.engine import TorchEngine
+from training_hub.backends.torch_engine.layouts.cut import answer_problems
 from training_hub.backends.torch_engine.layouts.fitness import split_problems, way_problems
 from training_hub.recipe.parallelism import Degrees, Parallelism, degrees_of
 
@@ -88,6 +89,12 @@ def test_packs_of_a_model_with_a_state_stay_on_one_process():
     assert "layers that hand a state from token to token (linear_attention). Write 1." in problem
 
 
+def test_a_model_with_a_state_does_not_answer_in_stages():
+    assert answer_problems(blank("llama")) == answer_problems(blank("gemma3")) == []
+    (problem,) = answer_problems(with_a_state())
+    assert "(linear_attention), which it asks for in each stage as it answers. Write 1, or evaluation.gen" in problem
+
+
 def test_layers_of_which_a_part_is_not_split_see_all_tokens():
     model = blank("llama")
     for layer in model.model.layers:
@@ -135,14 +142,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "training": {"activation_checkpointing": "selective"},
         },
         "Write full or none, or parallelism.pipeline_parallel_schedule: 1F1B.",
-    ),
-    "answers in stages": (
-        {
-            "parallelism": {"pipeline_parallel_degree": 2},
-            "evaluation": {"generate": True},
-            "data": {"validation_fraction": 0.5},
-        },
-        "Write 1, or evaluation.generate: false",
     ),
     "layers that train in turn, in stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "freezing": {"unfreeze_interval": 1}},
@@ -194,5 +193,7 @@ def test_stages_go_together_with_all_other_ways(others, tmp_path: Path):
         tmp_path / "rows.jsonl",
         tmp_path / "out",
         parallelism=asked,
+        evaluation={"generate": True},
+        data={"validation_fraction": 0.5},
     )
     assert way_problems(chosen, degrees_of(chosen.parallelism, 16)) == []

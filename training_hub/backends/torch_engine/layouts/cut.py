@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.exchange import Forward, made
+from training_hub.backends.torch_engine.layouts.context import STATEFUL
+from training_hub.backends.torch_engine.layouts.exchanges import TOKENS
 from training_hub.backends.torch_engine.layouts.shared import exchange
 from training_hub.backends.torch_engine.layouts.stages import DEGREE, Stages, stages_of
-from training_hub.backends.torch_engine.layouts.tokens import Tokens
+from training_hub.backends.torch_engine.layouts.tokens import Tokens, num_tokens
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Parallelism
 
@@ -30,6 +32,9 @@ ROUTE = "training_hub_route"
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIMENSIONS = 6
+
+CACHE = "past_key_values"
+"""Keyword of transformers' layers."""
 
 ELSEWHERE = "training_hub_elsewhere"
 """Attribute of a table that another process answers for: the Elsewhere that asks it."""
@@ -96,6 +101,8 @@ class Route:
         if self.stage is None:
             if self.stages.owners[own] == self.place:
                 hidden = layer(hidden, *given, **options)
+            elif options.get(CACHE) is not None:
+                _count(options[CACHE], number, hidden, options)
             return self.sent(hidden, self.stages.owners[own]) if is_end else hidden
         if own < self.stage:
             assert self.received is not None
@@ -122,6 +129,14 @@ class Route:
         owner = self.stages.owners[-1]
         mine = work() if owner == self.place else (beside,) * number
         return tuple(self.sent(one, owner, is_told=True) for one in mine)
+
+
+def _count(cache: Any, number: int, hidden: Tensor, options: dict[str, Any]) -> None:
+    """Let a cache of keys and values know how many tokens a layer of another process has seen, in place of what is kept
+    of them there: decoders ask the first layer's how far an answer has come."""
+    length = num_tokens(options) or hidden.shape[TOKENS]
+    seen = hidden.new_zeros(len(hidden), 1, length, 1)
+    cache.update(seen, seen, number)
 
 
 class _Sent(torch.autograd.Function):
@@ -271,6 +286,18 @@ def pipeline_problems(model: Any, asked: Parallelism) -> list[str]:
     except RecipeError as error:
         return error.problems
     return []
+
+
+def answer_problems(model: Any) -> list[str]:
+    """Why this model, which may lie on the meta device, cannot answer in stages; [] where it can."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    stateful = next((kind for kind in kinds if any(word in kind for word in STATEFUL)), None)
+    if stateful is None:
+        return []
+    return [
+        f"{DEGREE}: {type(model).__name__} has layers that hand a state from token to token ({stateful}), which it "
+        "asks for in each stage as it answers. Write 1, or evaluation.generate: false, and evaluate the final model."
+    ]
 
 
 def cut(

@@ -6,7 +6,7 @@ from typing import Any
 
 from training_hub.backends.shared.model_folder import folder_problems, is_folder
 from training_hub.backends.torch_engine.layouts.context import context_problems
-from training_hub.backends.torch_engine.layouts.cut import pipeline_problems
+from training_hub.backends.torch_engine.layouts.cut import answer_problems, pipeline_problems
 from training_hub.backends.torch_engine.layouts.experts import expert_problems
 from training_hub.backends.torch_engine.layouts.sequence import slice_problems
 from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
@@ -48,7 +48,9 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     )
     if found or not is_readable or (degrees.sharers == 1 and degrees.ep == 1):
         return found
-    return split_problems(read_blank_model(chosen)[0], degrees, recipe.parallelism)
+    model = read_blank_model(chosen)[0]
+    answers = degrees.pp > 1 and recipe.evaluation.generate
+    return [*split_problems(model, degrees, recipe.parallelism), *(answer_problems(model) if answers else [])]
 
 
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
@@ -91,8 +93,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         "out.": recipe.distillation.teacher,
         f"{PIPELINE}: an adapter is put together and read again beside a whole model. Write 1, or algorithm: "
         "sft.": recipe.algorithm == "lora_sft",
-        f"{PIPELINE}: answers are made token by token, and wait in each stage. Write 1, or evaluation.generate: false, "
-        "and evaluate the final model.": recipe.evaluation.generate,
         f"{PIPELINE}: layers are numbered in one process as they train in turn. Write 1, or leave "
         "freezing.unfreeze_interval out.": recipe.freezing.unfreeze_interval is not None,
         f"{PIPELINE}: {recipe.model.quantization} weights are made while a whole model is read. Write 1, or "
