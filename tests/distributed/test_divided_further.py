@@ -21,6 +21,7 @@ CLOSE = 1e-5
 SLICES = {"data_parallel_shard_degree": -1}
 TOKENS = {"context_parallel_degree": 2}
 HEADS = {"tensor_parallel_degree": 2}
+STAGES = {"pipeline_parallel_degree": 2}
 PAIRS = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}
 
 
@@ -125,7 +126,7 @@ def said(folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "parallelism", [{}, SLICES, HEADS, pytest.param(TOKENS, marks=pytest.mark.slow)], ids=json.dumps
+    "parallelism", [{}, SLICES, HEADS, STAGES, pytest.param(TOKENS, marks=pytest.mark.slow)], ids=json.dumps
 )
 def test_questions_are_shared_out_and_answered_as_in_one_process(
     parallelism, two, tiny_model_folder, chat_file, tmp_path
@@ -140,13 +141,39 @@ def test_questions_are_shared_out_and_answered_as_in_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "parallelism", [PAIRS, {**HEADS, "data_parallel_shard_degree": 2}, {**TOKENS, **HEADS}], ids=json.dumps
+    "parallelism",
+    [
+        PAIRS,
+        {**HEADS, "data_parallel_shard_degree": 2},
+        {**TOKENS, **HEADS},
+        STAGES,
+        {**STAGES, **HEADS},
+        {**STAGES, **TOKENS},
+        {**STAGES, "data_parallel_shard_degree": 2},
+    ],
+    ids=json.dumps,
 )
 def test_four_processes_answer_so_too(parallelism, four, tiny_model_folder, chat_file, tmp_path):
     train(tiny_model_folder, chat_file, tmp_path / "alone", **ANSWERS)
     together = four.train(tiny_model_folder, chat_file, tmp_path / "together", parallelism=parallelism, **ANSWERS)
     assert [each.get("status") for each in together] == ["finished"] * 4, together
     assert said(tmp_path / "together") == said(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "qwen3-moe", "deepseek-v3", "gpt-oss"])
+def test_stages_answer_whatever_their_layers_keep(family, two, folders, chat_file, tmp_path):
+    """Of a window its tokens, of latent attention what keys and values are made of."""
+    asked = {**ANSWERS, "evaluation": {**ANSWERS["evaluation"], "max_new_tokens": 12}}
+    train(folders(family), chat_file, tmp_path / "alone", **asked)
+    together = two.train(folders(family), chat_file, tmp_path / "together", parallelism=STAGES, **asked)
+    assert [each.get("status") for each in together] == ["finished"] * 2, together
+    assert said(tmp_path / "together") == said(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3-moe"])
+def test_stages_answer_prompts_of_several_lengths_at_once(family, two):
+    assert two.call("tests.distributed.answering:pads", family) == [True, True]
 
 
 KEPT_WHOLE = {

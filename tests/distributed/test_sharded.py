@@ -12,6 +12,8 @@ import torch
 
 from tests.distributed.crew import Crew
 from tests.distributed.test_equal_numbers import SGD, STEPS, apart, same_steps, weights
+from tests.distributed.test_split_models import EXPERTS
+from tests.distributed.test_split_models import same_steps as same_to_rounding
 from tests.invariants.run import train
 from tests.invariants.test_families import folder_of
 from training_hub.backends.torch_engine.tensor_files import opened
@@ -144,6 +146,22 @@ def test_four_processes_find_them_too(
     together = four.train(model, uneven_file, tmp_path / "together", **settings)
     alone = train(model, uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
     same_steps(alone, together)
+    assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
+
+
+STAGES = {"pipeline_parallel_degree": 2}
+
+
+@pytest.mark.parametrize(
+    "layout", [{**STAGES, "tensor_parallel_degree": 2}, {**STAGES, **EXPERTS}], ids=["split heads", "experts"]
+)
+def test_four_processes_find_them_in_stages_of_slices(layout, four, tiny_model_folder, uneven_file, tmp_path):
+    """Other cases: test_stages_beside_other_ways.py."""
+    model = folder_of("qwen3-moe", tiny_model_folder, tmp_path / "model")
+    settings = settings_of({"training": SMALL_PACKS, "parallelism": layout, "optimizer": {"name": "SGD", "lr": 0.01}})
+    together = four.train(model, uneven_file, tmp_path / "together", **settings)
+    alone = train(model, uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
+    same_to_rounding(alone, together)
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
 
 

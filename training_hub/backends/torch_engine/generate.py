@@ -136,7 +136,7 @@ def can_pad(model: PreTrainedModel) -> bool:
     Where it does not (state that runs through padding, positions that count it), only prompts of one length are asked
     together.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     random = np.random.default_rng(0)
     rows = [random.integers(0, vocabulary, length).tolist() for length in PROBE_LENGTHS]
     config = _config(Decoding(()), 2, output_logits=True, return_dict_in_generate=True)

@@ -221,7 +221,8 @@ class Updater:
             for name, weight in masters.divided.items()
             if wants_whole(settings, tuple(weight.shape), weight.dim() == 2 and name not in tables)
         }
-        self.owners = Owners(masters.divided, whole, masters.exact(min(whole)) if whole else torch.empty(0))
+        like = masters.exact(min(whole)) if whole else torch.empty(0)
+        self.owners = Owners(masters.divided, whole, like, layout.stage)
         self.moved = {**{n: w for n, w in masters.weights.items() if n not in whole}, **self.owners.whole}
         self.optimizer = self._build(settings, tables)
 

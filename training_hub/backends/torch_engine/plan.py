@@ -102,7 +102,7 @@ def describe(
     moving = replace(sizes, trained=trained) if is_whole else sizes  # between replicas only what moves passes
     packs_of_one = told["run"]["packs_per_step"] / share.of_data
     sent = exchanged_bytes(moving, share, dtype, packs_of_one)
-    sent += _passed_bytes(recipe, model, feed, dtype, packs_of_one)
+    sent += _passed_bytes(recipe, model, feed, dtype, packs_of_one) / (share.heads * share.tokens)
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
         "algorithm": recipe.algorithm,
@@ -127,7 +127,7 @@ def describe(
 
 
 def _passed_bytes(recipe: Recipe, model: PreTrainedModel, feed: Feed, dtype: torch.dtype, packs: float) -> float:
-    """What a process sends from stage to stage in a step, forward and back."""
+    """What is sent from stage to stage in a step, forward and back, by those with one place in a pipeline."""
     asked = recipe.parallelism
     if asked.pipeline_parallel_degree == 1:
         return 0.0

@@ -13,8 +13,9 @@ import transformers
 from tests.backends.torch_engine.tiny_models import tiny_config, tiny_model
 from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.engine import TorchEngine
-from training_hub.backends.torch_engine.layouts.fitness import split_problems
-from training_hub.recipe.parallelism import Degrees, Parallelism
+from training_hub.backends.torch_engine.layouts.cut import answer_problems
+from training_hub.backends.torch_engine.layouts.fitness import split_problems, way_problems
+from training_hub.recipe.parallelism import Degrees, Parallelism, degrees_of
 
 
 def blank(family: str, **changes: Any) -> Any:
@@ -72,7 +73,7 @@ def test_layers_that_no_plan_names_or_with_weights_beside_them_are_not_dealt_out
     assert "are 3 stages, but the model has 2 layers. Write at most 2." in problem
 
 
-def test_packs_of_a_model_with_a_state_stay_on_one_process():
+def with_a_state() -> Any:
     config = transformers.Qwen3NextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16,
@@ -80,9 +81,18 @@ def test_packs_of_a_model_with_a_state_stay_on_one_process():
         layer_types=["linear_attention", "full_attention"],
     )  # fmt: skip
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    (problem,) = split_problems(model, Degrees(cp=2), Parallelism())
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_packs_of_a_model_with_a_state_stay_on_one_process():
+    (problem,) = split_problems(with_a_state(), Degrees(cp=2), Parallelism())
     assert "layers that hand a state from token to token (linear_attention). Write 1." in problem
+
+
+def test_a_model_with_a_state_does_not_answer_in_stages():
+    assert answer_problems(blank("llama")) == answer_problems(blank("gemma3")) == []
+    (problem,) = answer_problems(with_a_state())
+    assert "(linear_attention), which it asks for in each stage as it answers. Write 1, or evaluation.gen" in problem
 
 
 def test_layers_of_which_a_part_is_not_split_see_all_tokens():
@@ -112,10 +122,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "disable_loss_parallel: true",
     ),
     "more stages than layers": ({"parallelism": {"pipeline_parallel_degree": 4}}, "but the model has 2 layers"),
-    "stages beside split heads": (
-        {"parallelism": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}},
-        "pipeline_parallel_degree: 1, or parallelism.tensor_parallel_degree: 1",
-    ),
     "gradients of slices made later": (
         {
             "parallelism": {
@@ -136,21 +142,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "training": {"activation_checkpointing": "selective"},
         },
         "Write full or none, or parallelism.pipeline_parallel_schedule: 1F1B.",
-    ),
-    "optimizers of whole weights in slices and stages": (
-        {
-            "parallelism": {"pipeline_parallel_degree": 2, "data_parallel_shard_degree": 2},
-            "optimizer": {"name": "Muon", "lr": 1e-3},
-        },
-        "Write parallelism.data_parallel_shard_degree: 1, or optimizer.name: AdamW",
-    ),
-    "answers in stages": (
-        {
-            "parallelism": {"pipeline_parallel_degree": 2},
-            "evaluation": {"generate": True},
-            "data": {"validation_fraction": 0.5},
-        },
-        "Write 1, or evaluation.generate: false",
     ),
     "layers that train in turn, in stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "freezing": {"unfreeze_interval": 1}},
@@ -188,3 +179,21 @@ def test_a_recipe_is_refused_before_its_processes_are_started(case, tmp_path: Pa
     tiny_model("llama").save_pretrained(tmp_path / "model")
     asked = recipe(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out", processes={"procs": 4}, **sections)
     assert any(wanted in problem for problem in TorchEngine().objections(asked))
+
+
+@pytest.mark.parametrize(
+    "others", [("tensor",), ("context",), ("data_shard", "expert"), ("tensor", "context", "data_shard", "expert")]
+)
+def test_stages_go_together_with_all_other_ways(others, tmp_path: Path):
+    names = {"data_shard": "data_parallel_shard_degree"}
+    asked = dict.fromkeys((names.get(name, f"{name}_parallel_degree") for name in ("pipeline", *others)), 2)
+    tiny_model("qwen3-moe").save_pretrained(tmp_path / "model")
+    chosen = recipe(
+        tmp_path / "model",
+        tmp_path / "rows.jsonl",
+        tmp_path / "out",
+        parallelism=asked,
+        evaluation={"generate": True},
+        data={"validation_fraction": 0.5},
+    )
+    assert way_problems(chosen, degrees_of(chosen.parallelism, 16)) == []

@@ -22,9 +22,16 @@ from torch.distributed.tensor import DTensor
 from training_hub.backends.torch_engine.layouts import fully_sharded
 from training_hub.backends.torch_engine.layouts.context import refuse_other_numbers, share_of, spread_tokens
 from training_hub.backends.torch_engine.layouts.cut import cut
-from training_hub.backends.torch_engine.layouts.experts import deal_out_all
+from training_hub.backends.torch_engine.layouts.experts import deal_out_all, experts_of
 from training_hub.backends.torch_engine.layouts.fitness import split_problems
-from training_hub.backends.torch_engine.layouts.mesh import EXPERT_TOKENS, dense_mesh, expert_mesh, place_in, size_of
+from training_hub.backends.torch_engine.layouts.mesh import (
+    EXPERT_TOKENS,
+    dense_mesh,
+    expert_mesh,
+    place_in,
+    size_of,
+    stage_group,
+)
 from training_hub.backends.torch_engine.layouts.pieces import is_copy, norm_of
 from training_hub.backends.torch_engine.layouts.pipeline import Pipeline, pipeline_of
 from training_hub.backends.torch_engine.layouts.sequence import refuse_other_loss, slice_tokens
@@ -69,6 +76,7 @@ class Layout:
     pipeline: Pipeline | None = None
     tokens: Tokens | None = None
     experts: DeviceMesh | None = None
+    stage: dist.ProcessGroup | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -319,19 +327,21 @@ class Layout:
         problems = split_problems(model, self.degrees, self.asked)
         if problems:
             raise RecipeError(problems)
-        pipeline = None
-        if self.degrees.pp > 1:
-            route = cut(model, self.asked, self.mesh.get_group("pp"), dtype, self.device)
-            pipeline = pipeline_of(route, self.asked)
         summed: frozenset[str] = frozenset()
         tokens = Tokens(self.mesh["tp"], are_sliced=self.asked.sequence_parallel) if self.degrees.tp > 1 else None
         if tokens is not None:
             summed = split_tensors(model, tokens, deals_experts=self.experts is None)
-        dealt = deal_out_all(model, self.experts["ep"]) if self.experts is not None else []
+        if self.experts is not None:
+            deal_out_all(model, self.experts["ep"])
         if tokens is not None and tokens.are_sliced:
             summed |= slice_tokens(model, tokens)
+        pipeline = None
+        if self.degrees.pp > 1:
+            route = cut(model, self.asked, self.mesh.get_group("pp"), dtype, self.device, tokens)
+            pipeline = pipeline_of(route, self.asked)
         if self.is_sharded:
             apart = frozenset(model.get_parameter(name) for name in undivided)
+            dealt = [module for _, module in experts_of(model)] if self.experts is not None else []
             fully_sharded.shard(model, self.mesh, self.asked, dtype, apart, dealt, self.experts)
         return replace(self, summed=summed, tokens=tokens, pipeline=pipeline)
 
@@ -393,4 +403,5 @@ def layout_of(asked: Parallelism, group: Group, device: torch.device) -> Layout:
     degrees = degrees_of(asked, group.world_size)
     mesh = dense_mesh(degrees, device, group.timeout_seconds) if degrees.is_divided else None
     experts = expert_mesh(degrees, device, group.timeout_seconds) if degrees.ep > 1 else None
-    return Layout(group, degrees, mesh, asked, device, experts=experts)
+    stage = stage_group(mesh, group.timeout_seconds) if mesh is not None else None
+    return Layout(group, degrees, mesh, asked, device, experts=experts, stage=stage)

@@ -18,8 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training_hub.backends.torch_engine.fused.exchange import made
+from training_hub.backends.torch_engine.fused.exchange import Forward, made
+from training_hub.backends.torch_engine.layouts.context import STATEFUL
+from training_hub.backends.torch_engine.layouts.exchanges import TOKENS
+from training_hub.backends.torch_engine.layouts.shared import exchange
 from training_hub.backends.torch_engine.layouts.stages import DEGREE, Stages, stages_of
+from training_hub.backends.torch_engine.layouts.tokens import Tokens, num_tokens
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Parallelism
 
@@ -29,19 +33,35 @@ ROUTE = "training_hub_route"
 FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIMENSIONS = 6
 
+CACHE = "past_key_values"
+"""Keyword of transformers' layers."""
+
+ELSEWHERE = "training_hub_elsewhere"
+"""Attribute of a table that another process answers for: the Elsewhere that asks it."""
+
 
 class Route:
     """Where a model in stages is run: in `stage`, from what it `received` to what it `left`; None: in a walk.
 
-    place: the number of this process in its pipeline. width and dtype: of what passes from stage to stage. twice: the
-    name of a table that is also the head, which the first and the last process both have.
+    place: the number of this process in its pipeline. width and dtype: of what passes from stage to stage. tokens: how
+    these lie on the processes that split the heads of a stage, each of which passes a slice of them on to the one that
+    has its place in the next stage; None where none do. twice: the name of a table that is also the head, which the
+    first and the last process both have.
     """
 
     twice: str | None = None
 
-    def __init__(self, stages: Stages, group: dist.ProcessGroup, width: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        stages: Stages,
+        group: dist.ProcessGroup,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokens: Tokens | None = None,
+    ):
         self.stages, self.group, self.place = stages, group, group.rank()
-        self.width, self.dtype, self.device = width, dtype, device
+        self.width, self.dtype, self.device, self.tokens = width, dtype, device, tokens
         self.stage: int | None = None
         self.received: Tensor | None = None
         self.left: Tensor | None = None
@@ -55,6 +75,23 @@ class Route:
         finally:
             self.stage = self.received = self.left = None
 
+    @property
+    def is_midway(self) -> bool:
+        """Whether the model now runs as a stage whose result goes on to another."""
+        return self.stage is not None and self.stage < len(self.stages.ends) - 1
+
+    def num_passed(self, length: int) -> int:
+        """How many of `length` tokens this process passes on."""
+        return length if self.tokens is None else self.tokens.of_rank(length)
+
+    def passed(self, hidden: Tensor) -> Tensor:
+        """What this process passes on of what its stage left."""
+        return hidden if self.tokens is None else self.tokens.passed(hidden)
+
+    def taken(self, hidden: Tensor, length: int) -> Tensor:
+        """What a stage begins with, from what this process was passed of `length` tokens."""
+        return hidden if self.tokens is None else self.tokens.taken(hidden, length)
+
     def through(
         self, number: int, layer: Callable[..., Tensor], hidden: Tensor, /, *given: Any, **options: Any
     ) -> Tensor:
@@ -64,6 +101,8 @@ class Route:
         if self.stage is None:
             if self.stages.owners[own] == self.place:
                 hidden = layer(hidden, *given, **options)
+            elif options.get(CACHE) is not None:
+                _count(options[CACHE], number, hidden, options)
             return self.sent(hidden, self.stages.owners[own]) if is_end else hidden
         if own < self.stage:
             assert self.received is not None
@@ -90,6 +129,14 @@ class Route:
         owner = self.stages.owners[-1]
         mine = work() if owner == self.place else (beside,) * number
         return tuple(self.sent(one, owner, is_told=True) for one in mine)
+
+
+def _count(cache: Any, number: int, hidden: Tensor, options: dict[str, Any]) -> None:
+    """Let a cache of keys and values know how many tokens a layer of another process has seen, in place of what is kept
+    of them there: decoders ask the first layer's how far an answer has come."""
+    length = num_tokens(options) or hidden.shape[TOKENS]
+    seen = hidden.new_zeros(len(hidden), 1, length, 1)
+    cache.update(seen, seen, number)
 
 
 class _Sent(torch.autograd.Function):
@@ -186,9 +233,12 @@ class Elsewhere(nn.Module):
 
     def forward(self, given: Tensor) -> Tensor:
         """In a walk what the part says there; in a stage, which does not ask for it, something of a fitting shape."""
-        if self.route.stage is None:
-            return self.route.sent(given, self.owner, is_told=self.is_told)
-        return given if given.is_floating_point() or self.route.received is None else self.route.received
+        route = self.route
+        if route.stage is None:
+            return route.sent(given, self.owner, is_told=self.is_told)
+        if given.is_floating_point():
+            return given
+        return torch.zeros((), dtype=route.dtype, device=route.device).expand(*given.shape, route.width)
 
 
 @dataclass(frozen=True)
@@ -238,9 +288,28 @@ def pipeline_problems(model: Any, asked: Parallelism) -> list[str]:
     return []
 
 
-def cut(model: Any, asked: Parallelism, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> Route:
+def answer_problems(model: Any) -> list[str]:
+    """Why this model, which may lie on the meta device, cannot answer in stages; [] where it can."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    stateful = next((kind for kind in kinds if any(word in kind for word in STATEFUL)), None)
+    if stateful is None:
+        return []
+    return [
+        f"{DEGREE}: {type(model).__name__} has layers that hand a state from token to token ({stateful}), which it "
+        "asks for in each stage as it answers. Write 1, or evaluation.generate: false, and evaluate the final model."
+    ]
+
+
+def cut(
+    model: Any,
+    asked: Parallelism,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: Tokens | None = None,
+) -> Route:
     """Take from the model, in place, what the stages of other processes have. What `pipeline_problems` refuses must
-    not come here.
+    not come here; what is split by heads, or dealt out as experts, must be so already. tokens: as in Route.
 
     Of a table that is also the head the first and the last process have a copy each, under the table's name.
     """
@@ -249,7 +318,7 @@ def cut(model: Any, asked: Parallelism, group: dist.ProcessGroup, dtype: torch.d
     layers, table, head = (model.get_submodule(name) for name in (ends.layers, ends.table, ends.head))
     stages = stages_of(asked, len(layers))
     width = model.config.get_text_config().hidden_size
-    route = Route(stages, group, width, dtype, device)
+    route = Route(stages, group, width, dtype, device, tokens)
     first, last = stages.owners[0], stages.owners[-1]
     is_tied = getattr(head, "weight", head) is getattr(table, "weight", table)
     route.twice = f"{ends.table}.weight" if is_tied and first != last else None
@@ -257,12 +326,26 @@ def cut(model: Any, asked: Parallelism, group: dist.ProcessGroup, dtype: torch.d
     model.set_submodule(ends.layers, own)
     for name, owner in ((ends.table, first), (ends.norm, last), (ends.head, last)):
         part, is_told = model.get_submodule(name), name == ends.head
-        if owner == route.place or (name == ends.table and is_tied and last == route.place):
+        elsewhere = Elsewhere(type(part), route, owner, is_told=is_told)
+        if owner == route.place:
             _send(part, route, owner, is_told=is_told)
+        elif name == ends.table and is_tied and last == route.place:
+            vars(part)[ELSEWHERE] = elsewhere  # not as a module of it, which would have a name
+            exchange(model, name, part, _answered_elsewhere)
         else:
-            model.set_submodule(name, Elsewhere(type(part), route, owner, is_told=is_told))
+            model.set_submodule(name, elsewhere)
     setattr(model, ROUTE, route)
     return route
+
+
+def _answered_elsewhere(own: Any) -> Forward:
+    """Of a table whose weight alone is wanted here."""
+
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        said: Tensor = vars(self)[ELSEWHERE](ids)
+        return said
+
+    return forward
 
 
 def planned_stages(model: Any, asked: Parallelism) -> Stages:
@@ -291,6 +374,12 @@ def _send(part: nn.Module, route: Route, owner: int, *, is_told: bool) -> None:
         return said if route.stage is not None else route.sent(said, owner, is_told=is_told)
 
     part.register_forward_hook(send)
+
+
+def is_midway(model: Any) -> bool:
+    """Whether the model now runs as a stage whose result goes on to another."""
+    route = route_of(model)
+    return route is not None and route.is_midway
 
 
 def route_of(model: Any) -> Route | None:

@@ -128,9 +128,7 @@ def expert_problems(model: Any, degree: int) -> list[str]:
     return [f"{DEGREE}: {degree} does not divide {most} experts of {kind}; allowed: {allowed}."]
 
 
-def deal_out_all(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
-    """Leave each rank of the mesh, which has tokens of its own, its experts of every layer, in place; the modules that
-    hold them."""
+def deal_out_all(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave each rank of the mesh, which has tokens of its own, its experts of every layer, in place."""
     for name, module in list(experts_of(model)):
         deal_out(model, name, module, mesh, are_tokens_shared=False)
-    return [module for _, module in experts_of(model)]

@@ -6,14 +6,13 @@ from typing import Any
 
 from training_hub.backends.shared.model_folder import folder_problems, is_folder
 from training_hub.backends.torch_engine.layouts.context import context_problems
-from training_hub.backends.torch_engine.layouts.cut import pipeline_problems
+from training_hub.backends.torch_engine.layouts.cut import answer_problems, pipeline_problems
 from training_hub.backends.torch_engine.layouts.experts import expert_problems
 from training_hub.backends.torch_engine.layouts.sequence import slice_problems
 from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
 from training_hub.backends.torch_engine.model_config import read_blank_model
-from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
 
@@ -49,7 +48,9 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     )
     if found or not is_readable or (degrees.sharers == 1 and degrees.ep == 1):
         return found
-    return split_problems(read_blank_model(chosen)[0], degrees, recipe.parallelism)
+    model = read_blank_model(chosen)[0]
+    answers = degrees.pp > 1 and recipe.evaluation.generate
+    return [*split_problems(model, degrees, recipe.parallelism), *(answer_problems(model) if answers else [])]
 
 
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
@@ -81,15 +82,8 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     if degrees.pp == 1:
         return []
     asked = recipe.parallelism
-    others = [FIELDS[name] for name in ("cp", "tp") if getattr(degrees, name) > 1]
-    others += ["expert_parallel_degree"] if degrees.ep > 1 else []
     splits = ORDERS[asked.pipeline_parallel_schedule].splits
     refused = {
-        **{
-            f"{PIPELINE}: {degrees.pp} beside parallelism.{other}; stages go together with replicas and with slices of "
-            f"weights. Write {PIPELINE}: 1, or parallelism.{other}: 1.": True
-            for other in others
-        },
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, and those of slices are "
         f"added up in a whole backward pass. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or parallelism."
         f"{FIELDS['dp_shard']}: 1.": splits and degrees.dp_shard > 1,
@@ -99,8 +93,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         "out.": recipe.distillation.teacher,
         f"{PIPELINE}: an adapter is put together and read again beside a whole model. Write 1, or algorithm: "
         "sft.": recipe.algorithm == "lora_sft",
-        f"{PIPELINE}: answers are made token by token, and wait in each stage. Write 1, or evaluation.generate: false, "
-        "and evaluate the final model.": recipe.evaluation.generate,
         f"{PIPELINE}: layers are numbered in one process as they train in turn. Write 1, or leave "
         "freezing.unfreeze_interval out.": recipe.freezing.unfreeze_interval is not None,
         f"{PIPELINE}: {recipe.model.quantization} weights are made while a whole model is read. Write 1, or "
@@ -108,9 +100,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{PIPELINE}: layers that round are made of a whole model. Write 1, or leave qat out.": (
             recipe.qat.weight_dtype is not None
         ),
-        f"{PIPELINE}: {recipe.optimizer.name} with state {recipe.optimizer.state} moves whole weights, whose owners "
-        f"would have to be in one stage. Write parallelism.{FIELDS['dp_shard']}: 1, or optimizer.name: AdamW and "
-        "state: full.": degrees.dp_shard > 1 and wants_whole(recipe.optimizer, A_MATRIX, True),
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} goes through a layer twice in backward, and what "
         "training.activation_checkpointing: selective keeps serves once. Write full or none, or "
         f"{SCHEDULE}: 1F1B.": splits and recipe.training.activation_checkpointing == "selective",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -46,6 +47,15 @@ def bound_waiting(mesh: DeviceMesh, timeout_seconds: float) -> None:
     """Let the groups of a mesh wait as long as the run's own group; torch gives new ones half an hour."""
     for group in mesh.get_all_groups():
         _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def stage_group(mesh: DeviceMesh, timeout_seconds: float) -> dist.ProcessGroup | None:
+    """The processes that have the same layers as this one; None where all have them, or it alone. All must ask."""
+    if size_of(mesh, "pp") in (1, mesh.size()):
+        return None
+    stages = mesh.mesh.flatten(1).tolist()  # "pp" is outermost
+    own: dist.ProcessGroup = dist.new_subgroups_by_enumeration(stages, timedelta(seconds=timeout_seconds))[0]
+    return own
 
 
 def size_of(mesh: DeviceMesh | None, *names: str) -> int:

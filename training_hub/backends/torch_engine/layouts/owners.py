@@ -41,12 +41,19 @@ class Owners:
     whole: those that this process owns, by name, with the shape of the whole; they have contents only in their turn.
     """
 
-    def __init__(self, divided: Mapping[str, DTensor], names: Iterable[str], like: Tensor):
-        """like: of the format, and on the device, of the numbers that `turns` reads."""
-        self.names = frozenset(names)
+    def __init__(
+        self,
+        divided: Mapping[str, DTensor],
+        names: Iterable[str],
+        like: Tensor,
+        group: dist.ProcessGroup | None = None,
+    ):
+        """like: of the format, and on the device, of the numbers that `turns` reads. group: the processes that have
+        pieces of these weights; None: all of the run."""
+        self.names, self._group = frozenset(names), group
         self._rank = dist.get_rank() if self.names else 0
         self._like = like
-        self._rounds = list(_rounds(_shared(divided, sorted(self.names))))
+        self._rounds = list(_rounds(_shared(divided, sorted(self.names), group)))
         mine = [one.name for some in self._rounds for one in some if one.owner == self._rank]
         self.whole = {name: self._like.new_empty(divided[name].shape) for name in mine}
         for whole in self.whole.values():
@@ -71,7 +78,7 @@ class Owners:
     def _bring(self, moved: Sequence[Owned], own: Owned | None, pieces: Mapping[str, tuple[Tensor, Any]]) -> None:
         sent = {one.owner: torch.cat([part.reshape(-1) for part in pieces[one.name]]) for one in moved}
         sizes = {rank: 2 * math.prod(cut.sizes) for rank, cut in own.cuts.items()} if own is not None else {}
-        parts = _exchanged(sent, sizes, self._like)
+        parts = _exchanged(sent, sizes, self._like, self._group)
         if own is None:
             return
         whole = self.whole[own.name]
@@ -95,7 +102,7 @@ class Owners:
             sent = {rank: whole[cut.slices].reshape(-1) for rank, cut in own.cuts.items()}
             whole.grad = None
         sizes = {one.owner: pieces[one.name][0].numel() for one in moved}
-        parts = _exchanged(sent, sizes, self._like)
+        parts = _exchanged(sent, sizes, self._like, self._group)
         if own is not None:
             _empty(self.whole[own.name])
         for one in moved:
@@ -106,30 +113,37 @@ def _empty(whole: Tensor) -> None:
     whole.untyped_storage().resize_(0)
 
 
-def _exchanged(sent: Mapping[int, Tensor], received: Mapping[int, int], like: Tensor) -> dict[int, Tensor]:
+def _exchanged(
+    sent: Mapping[int, Tensor], received: Mapping[int, int], like: Tensor, group: dist.ProcessGroup | None
+) -> dict[int, Tensor]:
     """Numbers from each process, by rank: so many as `received` says, for those sent to each."""
-    ranks = range(dist.get_world_size())
+    ranks = _ranks(group)
     counts = [received.get(rank, 0) for rank in ranks]
     outward = torch.cat([sent[rank] for rank in ranks if rank in sent]) if sent else like.new_empty(0)
     inward = like.new_empty(sum(counts))
-    dist.all_to_all_single(inward, outward, counts, [sent[rank].numel() if rank in sent else 0 for rank in ranks])
+    leaving = [sent[rank].numel() if rank in sent else 0 for rank in ranks]
+    dist.all_to_all_single(inward, outward, counts, leaving, group=group)
     return {rank: part for rank, part in zip(ranks, inward.split(counts), strict=True) if rank in received}
 
 
-def _shared(divided: Mapping[str, DTensor], names: Sequence[str]) -> list[list[Owned]]:
-    """The weights of each group of processes that share some, for every group that there is."""
+def _ranks(group: dist.ProcessGroup | None) -> list[int]:
+    return dist.get_process_group_ranks(group)
+
+
+def _shared(divided: Mapping[str, DTensor], names: Sequence[str], group: dist.ProcessGroup | None) -> list[list[Owned]]:
+    """The weights of each set of processes that share some, for every set that there is in the group."""
     if not names:
         return []
-    world, most = dist.get_world_size(), max(divided[name].dim() for name in names)
+    all_ranks, most = _ranks(group), max(divided[name].dim() for name in names)
     rows = [_row(divided[name], most) for name in names]
-    found = [torch.empty(len(names), 1 + 2 * most, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(found, torch.tensor(rows))
-    places = torch.stack(found).tolist()
+    found = [torch.empty(len(names), 1 + 2 * most, dtype=torch.int64) for _ in all_ranks]
+    dist.all_gather(found, torch.tensor(rows), group=group)
+    places = dict(zip(all_ranks, torch.stack(found).tolist(), strict=True))
     groups: dict[tuple[int, ...], dict[str, dict[int, Cut]]] = {}
     for number, name in enumerate(names):
         shape = tuple(divided[name].shape)
-        for first in sorted({places[rank][number][0] for rank in range(world)}):
-            ranks = [rank for rank in range(world) if places[rank][number][0] == first]
+        for first in sorted({places[rank][number][0] for rank in all_ranks}):
+            ranks = [rank for rank in all_ranks if places[rank][number][0] == first]
             cuts = {rank: _cut(shape, places[rank][number][1:], most) for rank in ranks}
             groups.setdefault(tuple(ranks), {})[name] = cuts
     return [[*_dealt(ranks, weights)] for ranks, weights in groups.items()]

@@ -3,9 +3,11 @@
 A pack is a micro-batch. Each process of a pipeline makes the same packs from the data, so that only what layers say
 passes between them: as long as the longest pack of the step, of which each stage takes what its pack has. The last
 stage runs the objective, and has the terms.
+
+Where processes split the heads of a stage each passes a slice of the tokens on, so that nothing passes twice.
 """
 
-# T tokens of a pack, L of the longest one, D width of the model
+# L tokens that a process passes of the longest pack, D width of the model
 
 from __future__ import annotations
 
@@ -192,7 +194,13 @@ class _Work:
 
     @property
     def longest(self) -> int:
-        return max(pack.ids.shape[1] for pack in self.packs)
+        """L."""
+        return self.route.num_passed(max(pack.ids.shape[1] for pack in self.packs))
+
+    def received(self, number: int, given: Tensor) -> Tensor:
+        """What a stage begins with of a pack, from what the stage before passed, [1, L, D]."""
+        length = self.packs[number].ids.shape[1]
+        return self.route.taken(given[:, : self.route.num_passed(length)], length)
 
     def ends(self, number: int) -> tuple[Tensor, ...]:
         """What the last stage makes of a pack: what backward begins with."""
@@ -212,7 +220,8 @@ class _Work:
         decoder(**arguments)
         left, route.left = route.left, None
         assert left is not None
-        made = pad(left, (0, 0, 0, self.longest - left.shape[1])).contiguous()
+        passed = route.passed(left)
+        made = pad(passed, (0, 0, 0, self.longest - passed.shape[1])).contiguous()
         # Where nothing below trains, the stages above still send back a gradient.
         return (made if made.requires_grad or self.divisor is None else made.requires_grad_(),)
 
@@ -241,7 +250,7 @@ class _Part(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
         work, number = self.work, self.number
         self.number += 1
-        received = None if self.stage == 0 else given[:, : work.packs[number].ids.shape[1]]
+        received = None if self.stage == 0 else work.received(number, given)
         make = work.ends if self.stage == len(work.route.stages.ends) - 1 else work.passes
         with work.route.inside(self.stage, received):
             (made,) = as_forward(work.model, lambda: make(number))

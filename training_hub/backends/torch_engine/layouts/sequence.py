@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.fused.exchange import OnKernels, made
 from training_hub.backends.torch_engine.layouts.context import SAME_LOSS, STATEFUL, made_up_pack
+from training_hub.backends.torch_engine.layouts.cut import is_midway
 from training_hub.backends.torch_engine.layouts.fully_sharded import blocks_of
 from training_hub.backends.torch_engine.layouts.split_linear import STYLES
 from training_hub.backends.torch_engine.layouts.tensor import closed_regions, general, tensor_plan
@@ -42,7 +43,7 @@ def slice_tokens(model: Any, tokens: Tokens) -> frozenset[str]:
     for name in whole:
         on_entry(model.get_submodule(name), lambda hidden, keywords: tokens.join(hidden, num_tokens(keywords)))
         on_exit(model.get_submodule(name), tokens.part)
-    decoder.register_forward_hook(_joining(tokens), with_kwargs=True)
+    decoder.register_forward_hook(_joining(model, tokens), with_kwargs=True)
     inside = {id(weight) for name in whole for weight in model.get_submodule(name).parameters()}
     sliced = {id(weight) for module in (*layers, *_around(model)) for weight in module.parameters()}
     return frozenset(
@@ -60,8 +61,10 @@ def _restore(model: Any, layer: nn.Module) -> None:
         model.set_submodule(name, made(kind.__bases__[1], layer.__dict__))
 
 
-def _joining(tokens: Tokens) -> Any:
+def _joining(model: Any, tokens: Tokens) -> Any:
     def join(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        if is_midway(model):
+            return output
         given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *arguments)
         length = next(one for one in given if one is not None).shape[1]
         states: Tensor = tokens.join(output[0], length)

@@ -66,6 +66,18 @@ class Tokens:
         """What lies between products, from [B, T, D] that is the same on all ranks."""
         return exchanges.parted(hidden, self.mesh, TOKENS) if self.are_sliced else hidden
 
+    def passed(self, hidden: Tensor) -> Tensor:
+        """[B, L, D]: this rank's slice of what lies between products, since others need not pass the same on."""
+        return hidden if self.are_sliced else exchanges.parted(hidden, self.mesh, TOKENS)
+
+    def taken(self, hidden: Tensor, length: int) -> Tensor:
+        """What lies between products, from the slice that each rank was passed of `length` tokens."""
+        return hidden if self.are_sliced else exchanges.joined(hidden, self.mesh, TOKENS, length)
+
+    def of_rank(self, length: int) -> int:
+        """How many of `length` tokens a slice has."""
+        return -(-length // self.mesh.size())
+
 
 class Entered:
     """Tokens that products have entered, which are gathered again from `kept`, this rank's slice, for the gradients of
