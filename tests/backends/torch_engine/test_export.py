@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tests.backends.torch_engine.tiny_models import tiny_model
 from training_hub.backends.torch_engine import export as export_module
 from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.base_weights import Written
@@ -47,6 +48,14 @@ def test_it_loads_strictly_with_transformers_and_gives_the_same_logits(tiny_mode
     ids = torch.tensor([[1, 5, 9, 200]])
     assert torch.equal(loaded(ids).logits, made(ids).logits)
     assert loaded.config.tie_word_embeddings is is_tied
+
+
+@pytest.mark.parametrize(("family", "wanted"), [("llama", "sdpa"), ("gemma2", "eager")])
+def test_it_is_asked_with_an_attention_that_leaves_nothing_out(family, wanted, tmp_path):
+    """By itself transformers 5.17 loads a Gemma 2 with an attention that does not cap its scores."""
+    tiny_model(family).save_pretrained(tmp_path)
+    loaded, _, problems = WholeModel().load(None, torch.float32, tmp_path)
+    assert (loaded.config._attn_implementation, problems) == (wanted, [])
 
 
 def test_a_model_larger_than_a_file_may_be_is_parted_as_transformers_does_it(tiny_model_folder, tmp_path):

@@ -36,6 +36,11 @@ VARLEN = "training_hub_varlen"
 CUDNN = "training_hub_documents_cudnn"
 
 
+LEFT_OUT_BY_SDPA = ("attn_logit_softcapping",)
+"""Settings of a config that transformers' fused attention leaves out without a word; its plain one does them. Where
+nobody chooses, transformers 5.17 takes the fused one all the same."""
+
+
 def register_attention() -> None:
     """Make all names known to transformers. Calling it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -43,6 +48,14 @@ def register_attention() -> None:
     for name, attend in FUNCTIONS.items():
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, training_mask)
+
+
+def attention_of_transformers(model: Any) -> str:
+    """The attention of transformers' own that does all that this architecture wants: fused, or plain where that leaves
+    some out."""
+    text = model.config.get_text_config()
+    is_whole = all(getattr(text, name, None) is None for name in LEFT_OUT_BY_SDPA)
+    return "sdpa" if model._supports_sdpa and is_whole else "eager"
 
 
 def training_mask(

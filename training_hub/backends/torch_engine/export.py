@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
+from training_hub.backends.torch_engine.attention import attention_of_transformers
 from training_hub.backends.torch_engine.blank import weight_files
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.quiet import library_bars
@@ -49,6 +50,7 @@ class WholeModel:
             output_loading_info=True,
             trust_remote_code=self.trust_remote_code,
         )
+        loaded.set_attn_implementation(attention_of_transformers(loaded))
         problems = [f"{kind}: {', '.join(sorted(map(str, report[kind])))}" for kind in _CHECKED if report.get(kind)]
         return loaded, loaded.state_dict(), problems
 

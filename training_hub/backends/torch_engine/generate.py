@@ -23,6 +23,7 @@ from torch import Tensor
 
 from training_hub.backends.shared.answers import TOKENS_AT_ONCE, Advance, Answer, Decoding, Prompt, batches, cut
 from training_hub.backends.torch_engine.as_forward import device_of, dtype_of
+from training_hub.backends.torch_engine.attention import attention_of_transformers
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, relative_difference
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 PROBE_LENGTHS = (5, 12)
 """Tokens of the two prompts on which padding is tried."""
-
-LEFT_OUT_BY_SDPA = ("attn_logit_softcapping",)
-"""Settings of a config that transformers' fused attention leaves out without a word; its plain one does them."""
 
 
 def answers(
@@ -106,7 +104,8 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
         try:
             model.eval()
             model.generation_config = GenerationConfig()
-            model.set_attn_implementation(attention_with_cache(model))
+            # Ours keeps the documents of a pack apart and keeps nothing of what it has read.
+            model.set_attn_implementation(attention_of_transformers(model))
             yield
         finally:
             model.set_attn_implementation(attention)
@@ -118,16 +117,6 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
                 module.max_seq_len_cached = longest
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the cache of keys and values is gone; its blocks fit no step of training
-
-
-def attention_with_cache(model: PreTrainedModel) -> str:
-    """transformers' attention that does all that this architecture wants: fused, or plain where that leaves some out.
-
-    Ours keeps the documents of a pack apart and keeps nothing of what it has read.
-    """
-    text = model.config.get_text_config()
-    is_whole = all(getattr(text, name, None) is None for name in LEFT_OUT_BY_SDPA)
-    return "sdpa" if model._supports_sdpa and is_whole else "eager"
 
 
 def can_pad(model: PreTrainedModel) -> bool:

@@ -20,6 +20,7 @@ from training_hub.backends import Given
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.model_folder import is_folder, stored_dtype
 from training_hub.backends.torch_engine.adaptations.lora import library
+from training_hub.backends.torch_engine.attention import attention_of_transformers
 from training_hub.backends.torch_engine.base_weights import OpenBase, Written, base_of
 from training_hub.backends.torch_engine.export import WholeModel
 from training_hub.backends.torch_engine.materials import load_materials
@@ -200,6 +201,7 @@ class _Loader:
                 trust_remote_code=self.trust_remote_code,
                 **options,
             )
+        model.set_attn_implementation(attention_of_transformers(model))
         multiply_dense(model)
         return (model if options.get("quantization_config") else model.to(self.device)).eval()
 
