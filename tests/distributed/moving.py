@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from training_hub.backends.torch_engine.layouts import fully_sharded
 from training_hub.backends.torch_engine.layouts.pieces import whole_of
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.parallel import Group
@@ -28,6 +29,12 @@ SHAPES = {
 """Uneven ones, of one of which the last of four processes has nothing; 8-bit moments need 4,096 numbers."""
 
 STEPS = 3
+
+
+def slices_bytes(group: Group) -> bool:
+    """Whether this torch can divide quantised weights."""
+    mesh = init_device_mesh("cpu", (group.world_size,), mesh_dim_names=("dp_shard",))
+    return fully_sharded.slices_bytes(mesh)
 
 
 def weights_of(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.crew import Crew
+from tests.distributed.lacking import lacks_order
 from tests.distributed.test_equal_numbers import SGD, STEPS, apart
 from tests.invariants.run import recipe, train
 from tests.invariants.test_families import folder_of
@@ -126,6 +127,8 @@ def same_final(crew: Crew, model: Path, rows: Path, output: Path, layout: str, s
         **settings,
     }
     ended = crew.train(model, rows, output, parallelism=LAYOUTS[layout], **settings)
+    if lacks_order(ended, LAYOUTS[layout]):
+        pytest.skip("this torch refuses the order of the stages")
     assert {each.get("status") for each in ended} == {"finished"}, ended
     final = (output / "final").rename(output / "together")
     (output / "result.json").unlink()

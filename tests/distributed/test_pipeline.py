@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from tests.backends.torch_engine.tiny_models import tiny_model
 from tests.distributed.crew import Crew
+from tests.distributed.lacking import lacks_order
 from tests.distributed.test_equal_numbers import STEPS, apart, weights
 from tests.distributed.test_split_models import same_steps
 from tests.invariants.run import recipe, train
@@ -151,6 +152,8 @@ def test_two_processes_with_half_the_layers_each_find_the_numbers_of_one(case, t
     together = two.train(
         folders(family), uneven_file, tmp_path / "together", parallelism={**TWO, **parallelism}, **settings
     )
+    if lacks_order(together, parallelism):
+        return
     alone = train(folders(family), uneven_file, tmp_path / "alone", **settings)
     same_steps(alone, together)
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE

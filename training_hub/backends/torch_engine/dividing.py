@@ -27,6 +27,7 @@ from training_hub.backends.torch_engine.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
 from training_hub.backends.torch_engine.fused.swap import stay_on_kernels, swap
 from training_hub.backends.torch_engine.layouts import Layout
+from training_hub.backends.torch_engine.layouts.fully_sharded import slices_bytes
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.model import (
     LoadedModel,
@@ -39,7 +40,7 @@ from training_hub.backends.torch_engine.model import (
     unexpected_notes,
 )
 from training_hub.backends.torch_engine.model_config import read_config
-from training_hub.backends.torch_engine.quantization import part
+from training_hub.backends.torch_engine.quantization import NONE, part
 from training_hub.backends.torch_engine.rounding import round_in_forward, unrounded
 from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
@@ -61,6 +62,7 @@ def load_for(
     can be read in pieces. Raises RecipeError where a live model was to be divided."""
     if not layout.is_divided:
         return load_model(recipe, device, dtype, model, lengths)
+    _refuse_slices_of_bytes(layout, recipe)
     if model is not None:
         raise RecipeError(
             "parallelism.data_parallel_shard_degree: a model that was handed over is whole in each process. Give its "
@@ -72,6 +74,16 @@ def load_for(
         return blank
     console.say(f"model: each process reads all of it before it is divided, since {blank}")
     return load_model(recipe, device, dtype, None, lengths)
+
+
+def _refuse_slices_of_bytes(layout: Layout, recipe: Recipe) -> None:
+    kept = recipe.model.quantization
+    if kept == NONE or not layout.is_sharded or layout.mesh is None or slices_bytes(layout.mesh):
+        return
+    raise RecipeError(
+        f"parallelism.data_parallel_shard_degree: torch {torch.__version__} makes no slices of {kept} weights, which "
+        "are bytes. Write 1, or model.quantization: none, or install a newer one: pip install -U torch."
+    )
 
 
 def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> LoadedModel | str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from training_hub.backends.shared.model_folder import folder_problems, is_folder
+from training_hub.backends.torch_engine.layouts.abilities import can_split_backward
 from training_hub.backends.torch_engine.layouts.context import context_problems
 from training_hub.backends.torch_engine.layouts.cut import answer_problems, pipeline_problems
 from training_hub.backends.torch_engine.layouts.experts import expert_problems
@@ -87,6 +90,9 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, and those of slices are "
         f"added up in a whole backward pass. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or parallelism."
         f"{FIELDS['dp_shard']}: 1.": splits and degrees.dp_shard > 1,
+        f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, which torch "
+        f"{torch.__version__} does wrongly. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or install a newer one: "
+        "pip install -U torch.": splits and not can_split_backward(),
         f"{PIPELINE}: noise is put on embeddings by the objective, which the last stage has. Write 1, or leave "
         "loss.neftune_noise_alpha out.": recipe.loss.neftune_noise_alpha,
         f"{PIPELINE}: a teacher is whole in each process. Write 1, or leave distillation.teacher "

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.as_forward import DEVICE, DTYPE, NAME
 from training_hub.backends.torch_engine.checkpointing import layers_of
+from training_hub.backends.torch_engine.layouts.abilities import can_slice_bytes
 from training_hub.backends.torch_engine.layouts.mesh import size_of
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Parallelism
@@ -81,6 +82,11 @@ def shard(
     setattr(model, DTYPE, dtype)
     is_gpu = mesh.device_type == "cuda"
     setattr(model, DEVICE, torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu"))
+
+
+def slices_bytes(mesh: DeviceMesh) -> bool:
+    """Whether this torch can divide weights over the mesh that are kept in fewer bits; all processes must ask."""
+    return can_slice_bytes(_along(mesh, DIMENSIONS))
 
 
 def _along(mesh: DeviceMesh, names: Sequence[str]) -> DeviceMesh:

@@ -50,11 +50,15 @@ Plan = dict[str, str]
 
 
 def tensor_plan(model: Any) -> Plan:
-    """Styles by the name of the module or weight, of a model that may lie on the meta device; {} where it has none."""
+    """Styles by the name of the module or weight, of a model that may lie on the meta device; {} where it has none.
+
+    The table of embeddings, which a plan may name or not, is split with the vocabulary all the same.
+    """
     inner = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
     patterns = {f"{model.base_model_prefix}.{name}": style for name, style in inner.items()}
     patterns |= getattr(type(model), "_tp_plan", None) or {}
-    names = [name for name, _ in model.named_modules()]
+    table = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is not table]
     return {name: patterns[general(name)] for name in names if general(name) in patterns}
 
 
