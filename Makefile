@@ -9,16 +9,18 @@ export TOKENIZERS_PARALLELISM ?= false
 # Processes that run tests side by side.
 WORKERS ?= 2
 
-PINS := -c constraints.txt
+# What is installed: the versions of this file. One environment has one such file.
+CONSTRAINTS ?= constraints.txt
+PINS := -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-base continual-base test test-all test-jax test-distributed test-slurm campaign bench check audit format package reference clean
+.PHONY: help demo demo-base continual-base test test-all test-oldest test-jax test-distributed test-slurm campaign bench check audit format package reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A stamp is written last, so an interrupted installation is simply done again.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Say which one to use: make PYTHON=python3.12")'
 	@$(RUN) -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	$(RUN) -m pip install $(PINS) -e '.[test]'
@@ -44,6 +46,11 @@ test: $(VENV)/.installed ## the tests
 
 test-all: $(VENV)/.installed ## the tests with the slow ones, and those for a GPU where there is one
 	$(RUN) -m pytest -q
+
+# The packages that pyproject.toml bounds are the oldest that it allows, and torch is PyPI's: for Linux that is the build
+# for CUDA, with which several GB of libraries come. It runs on a CPU as well.
+test-oldest: ## the tests with the oldest torch, transformers and others that are supported (several GB to install)
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # With those that the suite leaves out because compiling takes long.
 test-jax: $(VENV)/.installed ## the jax engine against the torch engine, all of it (minutes)
@@ -102,5 +109,5 @@ reference: $(VENV)/.installed ## write docs/reference/ from the recipe
 	$(RUN) docs/make_reference.py
 
 clean: ## remove what the other targets made, environments too
-	rm -rf $(VENV) .venv-ci build dist *.egg-info demo-run example-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-ci .venv-oldest build dist *.egg-info demo-run example-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find training_hub tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -113,6 +113,8 @@ def test_what_waits_in_the_hosts_memory_is_the_input_of_each_layer_and_nothing_e
     layers, width = num_layers(model), model.config.hidden_size
     checkpoint_layers(model, OFFLOAD, away=away)
     other, found = loss_and_gradients(model)
+    # torch 2.11 keeps an empty tensor beside each.
+    went, came = ([tensor for tensor in some if tensor.numel()] for some in (went, came))
     assert [tuple(tensor.shape) for tensor in went] == [(1, sum(LENGTHS), width)] * layers
     assert [id(tensor) for tensor in came] == [id(tensor) for tensor in reversed(went)]
     assert torch.equal(other, loss)

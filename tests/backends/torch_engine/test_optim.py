@@ -22,7 +22,7 @@ def learn(model: nn.Module, updater: Updater, steps: int, rate: float, micro_ste
     for step in range(steps):
         torch.manual_seed(step)
         dtype = next(model.parameters()).dtype
-        inputs = torch.randn(4 * micro_steps, 8, dtype=dtype)
+        inputs = torch.randn(4 * micro_steps, 8).to(dtype)  # drawn as bfloat16 they may be others
         for part in inputs.chunk(micro_steps):
             (model(part).square().sum() / len(inputs)).backward()
         updater.clip()
