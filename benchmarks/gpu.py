@@ -78,6 +78,8 @@ TARGETS = {"1b-full": 55_000, "1.7b-full": 42_000, "8b-full": 12_500, "8b-lora":
 """Tokens per second that one H200 is meant to reach."""
 OWN = {"8b-full": {"optimizer.state": "8bit"}}
 """Settings without which a workload would not fit: with gradients, full state is 18 bytes for each weight, 8bit 10."""
+AT_ONCE = {"8b-full": 2}
+"""Rows that go through an H200 together where 4 would leave no room for activations, so that layers had to forget."""
 
 
 def main() -> None:
@@ -179,7 +181,7 @@ def recipe(name: str, folder: str, rows: int, length: int, options: argparse.Nam
         "training.steps": options.steps,
         "training.global_batch_size": rows,
         "training.max_seq_len": length,
-        "training.max_tokens_per_gpu": options.rows_at_once * length,
+        "training.max_tokens_per_gpu": (options.rows_at_once or AT_ONCE.get(name, 4)) * length,
         "training.preflight": False,
         "optimizer.lr": 1e-5,
         "checkpoint.final": False,
@@ -229,7 +231,7 @@ def read_options() -> argparse.Namespace:
     reader.add_argument("--tiny", action="store_true", help="a tiny model on whatever device there is")
     reader.add_argument("--length", type=int, default=4096, help="tokens of each row")
     reader.add_argument("--rows", type=int, default=16, help="rows of one optimizer step")
-    reader.add_argument("--rows-at-once", type=int, default=4, help="rows that go through the GPU together")
+    reader.add_argument("--rows-at-once", type=int, help="rows that go through the GPU together; default: 4, 8b-full 2")
     reader.add_argument("--steps", type=int, default=13, help=f"the first {WARM_UP} are not counted")
     reader.add_argument("--profile", action="store_true", help="take three steps apart (monitoring.profile)")
     reader.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="other settings")

@@ -34,6 +34,7 @@ TESTS = (
     "tests/backends/torch_engine/test_cuda_step.py",
     "tests/backends/torch_engine/test_attention.py",
     "tests/backends/torch_engine/fused/test_products.py",
+    "tests/backends/torch_engine/fused/test_one_input.py",
     "tests/backends/torch_engine/fused/test_eight_bit.py",
     "tests/backends/torch_engine/optimizers/test_library.py",
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from training_hub.backends.torch_engine.attention import DOCUMENTS, FUNCTIONS, VARLEN, register_attention
 from training_hub.backends.torch_engine.attention_trial import Heads, try_each
-from training_hub.backends.torch_engine.fused import functions, products
+from training_hub.backends.torch_engine.fused import functions, one_input, products
 from training_hub.backends.torch_engine.fused.swap import run_on_kernels
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters
@@ -120,6 +120,14 @@ def multiplied(tokens: int, width: int) -> Iterator[Part]:
     yield Part("gradient of a weight, in 16 bits", lambda: upstream.T @ x, operations, "tflops")
     add = products.add_product_
     yield Part("gradient of a weight, to its float32 sum", lambda: add(total, upstream.T, x), operations, "tflops")
+    layers = [
+        torch.nn.Linear(width, side, bias=False, device=DEVICE, dtype=DTYPE) for side in (width, *[width // 4] * 2)
+    ]
+    given, operations = x.clone().requires_grad_(), 6.0 * tokens * width * width  # 2 products, of 1.5 such weights
+    alone, together = tuple(layer(given) for layer in layers), one_input.project(given, layers)
+    inputs = (given, *(layer.weight for layer in layers))
+    yield Part("query, key and value, backward, one by one", backward_of(alone, inputs), operations, "tflops")
+    yield Part("query, key and value, backward, together", backward_of(together, inputs), operations, "tflops")
 
 
 def normed(tokens: int, width: int) -> Iterator[Part]:

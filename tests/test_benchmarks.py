@@ -235,3 +235,12 @@ def test_both_engines_train_the_same_in_the_comparison_of_engines(tmp_path: Path
         assert made["jax"]["losses"] == pytest.approx(made["easydel"]["losses"], abs=5e-3)
     assert "| jax | float32 |" in out
     assert "jax is faster by" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_every_file_with_a_test_for_a_gpu_is_among_those_that_are_run_there():
+    wanted = {
+        str(file.relative_to(BENCHMARKS.parent))
+        for file in (BENCHMARKS.parent / "tests").rglob("test_*.py")
+        if "mark.gpu" in (text := file.read_text()) or "ON_GPU" in text
+    }
+    assert set(script("gpu_checks.py").TESTS) == wanted - {"tests/test_benchmarks.py"}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from training_hub.backends.torch_engine.fused import one_input
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
 from training_hub.backends.torch_engine.fused.products import add_product_, linear
 from training_hub.backends.torch_engine.quantization import dense
@@ -60,13 +61,14 @@ def run_adapters_fused(model: nn.Module) -> None:
 
 
 def project(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
-    """What each of the layers makes of x [..., M]; those with adapters together, where all have one."""
+    """What each of the layers makes of x [..., M]; those with adapters together, where all have one, and on a GPU those
+    without."""
     if all(_is_plain(layer, x) for layer in layers):
         factors = [part for layer in layers for part in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)]
         bases, scales = [layer.base_layer for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
         outputs: tuple[Tensor, ...] = _LowRank.apply(x, bases, scales, *factors)
         return outputs
-    return [layer(x) for layer in layers]
+    return one_input.project(x, layers) if one_input.pays(x, layers) else [layer(x) for layer in layers]
 
 
 def _forward(own: Any) -> Forward:
