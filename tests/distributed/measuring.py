@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.base_weights import Written
+from training_hub.backends.torch_engine.checkpointing import checkpoint_layers
 from training_hub.backends.torch_engine.dividing import load_for
 from training_hub.backends.torch_engine.engine import assemble
 from training_hub.backends.torch_engine.export_together import export_together
 from training_hub.backends.torch_engine.final import numbers_of
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
+from training_hub.backends.torch_engine.kept import id_of
 from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.share import Share
 from training_hub.backends.torch_engine.materials import load_materials
-from training_hub.backends.torch_engine.memory import GIB, estimate, id_of
+from training_hub.backends.torch_engine.memory import GIB, estimate
 from training_hub.backends.torch_engine.model import choose_dtype
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.backends.torch_engine.parallel import Group
+from training_hub.backends.torch_engine.plan import stages_of
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import Parallelism
@@ -97,3 +102,69 @@ def written(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, Any]
 
 def _no_more(folder: Path) -> None:
     """Nothing lies beside the weights."""
+
+
+LARGE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 1024}
+LONG = (96, 160, 96, 160)
+
+
+def peak(
+    group: Group, family: str, dtype: str, parallelism: dict[str, Any], packs: int, how: dict[str, Any]
+) -> dict[str, Any]:
+    """The most bytes that tensors take in a step, as planned and as torch's profiler found them in this process.
+
+    how: checkpointing, optimizer and state, as far as they are not the usual ones.
+    """
+    kind, asked = getattr(torch, dtype), Parallelism(**parallelism)
+    settings = Optimizer(lr=1e-3, name=how.get("optimizer", "AdamW"), state=how.get("state", "full"))
+    checkpointing, given = how.get("checkpointing", "none"), [random_pack(LONG)] * packs
+    share = Share.of(asked, group.world_size)
+    planned = [
+        estimate(
+            here, settings, kind, CPU, given[0],
+            accumulates=packs > 1, share=share, stage=stage, checkpointing=checkpointing,
+        )
+        for here, stage in stages_of(tiny_model(family, **LARGE), asked, packs)
+    ]  # fmt: skip
+    register_attention()
+    model = tiny_model(family, **LARGE).to(kind)
+    model.set_attn_implementation(DOCUMENTS)
+    if kernels() is not None:
+        swap(model)
+    layout = layout_of(asked, group, CPU).divide(model, kind)
+    layout.spread(model)
+    checkpoint_layers(model, checkpointing)
+    masters = Masters(model.named_parameters(), are_split=settings.state != "full", are_held=layout.is_backward_whole)
+    updater = Updater(masters, settings, 1.0, table_names(model), layout)
+
+    def step() -> None:
+        for _ in layout.learn(model, CrossEntropy(), given, 1.0, lambda: given[0], made=masters.collect):
+            pass
+        updater.clip()
+        updater.step(1e-3)
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    always = {id_of(local_of(one)): _bytes(local_of(one)) for one in _held_always(model, masters, updater)}
+    fullest = max(planned, key=lambda one: one["total"])
+    wanted = (fullest["total"] - fullest["libraries"] - fullest["gaps"]) * GIB
+    return {"planned": wanted, "found": sum(always.values()) + _rise(profiled), "parts": fullest}
+
+
+def _held_always(model: Any, masters: Masters, updater: Updater) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from masters.weights.values()
+    yield from masters.extras.values()
+    for state in updater.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _rise(profiled: Any) -> int:
+    """How far the bytes of all tensors rose above those at the beginning."""
+    events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
+    live = most = 0
+    for one in sorted(events, key=lambda one: one.start_ns()):
+        live += one.nbytes()
+        most = max(most, live)
+    return most

@@ -1,4 +1,5 @@
-"""The plan says what a process of a layout holds: weights, masters, gradients and moments to the byte."""
+"""The plan says what a process of a layout holds: weights, masters, gradients and moments to the byte, and the most
+that there is of all tensors at once to a tenth."""
 
 from __future__ import annotations
 
@@ -36,8 +37,6 @@ def compare(family: str, parallelism: dict[str, Any], planned: dict[str, Any], f
         assert planned[name] == pytest.approx(found[name]), name
     if planned["activations"] is None:
         assert "moe" in family and planned["note"]
-    elif parallelism == SEQUENCE:  # of which the plan does not know what slices of tokens spare
-        assert 0.7 * planned["activations"] < found["activations"] < planned["activations"]
     elif "data_parallel_shard_degree" not in parallelism:  # else what is gathered is kept for backward beside them
         # Fused attention also keeps a number per query and head, and pads widths as small as these.
         assert planned["activations"] == pytest.approx(found["activations"], rel=0.1)
@@ -58,3 +57,74 @@ def test_two_processes_hold_what_is_planned(family, dtype, parallelism, two):
 def test_four_processes_do_too(family, dtype, parallelism, four):
     first, *_ = four.call("tests.distributed.measuring:held", family, dtype, parallelism)
     compare(family, parallelism, first["planned"], first["found"])
+
+
+NEVER = {**SLICES, "fsdp_reshard_after_forward": "never"}
+STAGES = {"pipeline_parallel_degree": 2}
+GPIPE, INTERLEAVED, ZERO_BUBBLE, TURNING = (
+    {**STAGES, "pipeline_parallel_schedule": name}
+    for name in ("GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+)
+PEAKS = [
+    ("llama", "float32", SLICES, 1, {}),
+    ("llama", "bfloat16", NEVER, 2, {}),
+    ("llama-tied", "bfloat16", SLICES, 1, {"checkpointing": "full"}),
+    ("llama-tied", "bfloat16", SEQUENCE, 1, {}),
+    ("llama", "bfloat16", SEQUENCE, 1, {"checkpointing": "selective"}),
+    ("llama", "float32", TOKENS, 1, {}),
+    ("qwen3-moe", "bfloat16", EXPERTS, 1, {}),
+    ("llama", "bfloat16", STAGES, 4, {}),
+]
+MORE = [
+    ("llama", "bfloat16", SLICES, 2, {}),
+    ("llama", "float32", SLICES, 1, {"checkpointing": "selective"}),
+    ("llama", "float32", SLICES, 1, {"checkpointing": "full"}),
+    ("llama", "bfloat16", SLICES, 1, {"state": "8bit"}),
+    ("llama", "float32", SLICES, 1, {"optimizer": "Muon"}),
+    ("llama", "float32", SEQUENCE, 1, {}),
+    ("llama", "float32", SEQUENCE, 1, {"checkpointing": "full"}),
+    ("llama", "bfloat16", SEQUENCE, 1, {"checkpointing": "full"}),
+    ("llama", "float32", SEQUENCE, 1, {"optimizer": "Muon"}),
+    ("llama", "bfloat16", HEADS, 1, {}),
+    ("llama", "float32", HEADS, 1, {"checkpointing": "selective"}),
+    ("llama", "float32", HEADS, 1, {"checkpointing": "full"}),
+    ("llama", "bfloat16", TOKENS, 1, {}),
+    ("llama", "bfloat16", TOKENS, 1, {"checkpointing": "full"}),
+    ("qwen3-moe", "float32", SLICES, 1, {}),
+    ("qwen3-moe", "bfloat16", EXPERTS, 1, {"checkpointing": "full"}),
+    ("llama", "bfloat16", STAGES, 6, {"checkpointing": "full"}),
+    ("llama", "float32", GPIPE, 4, {}),
+    ("llama", "bfloat16", INTERLEAVED, 8, {}),
+    ("llama", "bfloat16", ZERO_BUBBLE, 4, {}),
+    ("llama", "bfloat16", TURNING, 4, {}),
+]
+FURTHER = [
+    ("llama", "bfloat16", {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}, 1, {}),
+    ("llama", "bfloat16", {**SEQUENCE, "data_parallel_shard_degree": 2}, 1, {}),
+    ("llama", "float32", {**TOKENS, "data_parallel_shard_degree": 2}, 1, {}),
+    ("qwen3-moe", "bfloat16", {"data_parallel_shard_degree": 4, "expert_parallel_degree": 2}, 1, {}),
+    ("llama", "bfloat16", {**STAGES, "data_parallel_shard_degree": 2}, 4, {}),
+]
+
+
+def compare_peaks(each: list[dict[str, Any]]) -> None:
+    """Planned is the process that takes most; counted by torch's profiler, which knows of no holes between tensors."""
+    fullest = max(each, key=lambda one: one["found"])
+    assert fullest["planned"] == pytest.approx(fullest["found"], rel=0.1), fullest["parts"]
+
+
+@pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), PEAKS, ids=json.dumps)
+def test_tensors_take_what_is_planned_at_their_peak(family, dtype, parallelism, packs, how, two):
+    compare_peaks(two.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), MORE, ids=json.dumps)
+def test_they_do_under_every_way_to_forget_and_in_every_order(family, dtype, parallelism, packs, how, two):
+    compare_peaks(two.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), FURTHER, ids=json.dumps)
+def test_they_do_in_products_of_layouts(family, dtype, parallelism, packs, how, four):
+    compare_peaks(four.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))

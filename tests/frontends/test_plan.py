@@ -191,10 +191,11 @@ def test_the_plan_says_what_a_process_holds_of_layers_in_stages(without_weights:
     }
     for name in ("weights", "optimizer", "gradients"):
         assert forth_and_back["memory_gib"][name] < whole["memory_gib"][name]
-    # Two packs are under way in one of two layers each, beside what the head keeps; forward with all it is all packs.
+    # Two packs are under way in one of two layers each, with what passes between stages; forward with all it is all.
     assert forth_and_back["memory_gib"]["activations"] >= whole["memory_gib"]["activations"]
+    # Those of the process that takes most, which under 1F1B may be the last one, with one pack and the loss.
     ratio = forth["memory_gib"]["activations"] / forth_and_back["memory_gib"]["activations"]
-    assert ratio == pytest.approx(packs / 2, rel=1e-6)
+    assert ratio >= packs / 2
     assert main(["plan", *words]) == 0
     said = capsys.readouterr().out
     assert "processes 4, each with its layers of the whole model and about 8.0 of the 16 samples" in said

@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backends.torch_engine.tiny_models import FAMILIES, random_pack, tiny_config, tiny_model
+from tests.backends.torch_engine.tiny_models import FAMILIES, VOCABULARY, random_pack, tiny_config, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
-from training_hub.backends.torch_engine.memory import (
-    GIB,
-    STATES,
-    blank_like,
-    estimate,
-    id_of,
-    optimizer_numbers,
-    saved_bytes,
-)
+from training_hub.backends.torch_engine.kept import Ways, id_of, kept_bytes
+from training_hub.backends.torch_engine.memory import GIB, STATES, blank_like, estimate, optimizer_numbers
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.optim import build_optimizer
@@ -55,9 +48,9 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: torch.dtype):
     on_kernels = kernels() is not None
     if on_kernels:
         swap(model)
-    predicted = saved_bytes(blank_like(tiny_model(family)).to(dtype), pack, is_copied=True, on_kernels=on_kernels)
+    predicted = kept_bytes(blank_like(tiny_model(family)).to(dtype), pack, Ways(is_copied=True, on_kernels=on_kernels))
     # Fused attention also keeps a number per query and head, and pads widths as small as these; found up to 7.6 %.
-    assert predicted == pytest.approx(really_saved(model, pack), rel=0.1)
+    assert predicted.forward == pytest.approx(really_saved(model, pack), rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,15 +58,22 @@ def test_every_family_has_an_estimate_or_a_reason(family: str):
     found = estimate(tiny_model(family), Optimizer(), torch.float32, CPU, random_pack(LENGTHS))
     assert (found["activations"] is None) == bool(found["note"])
     always = sum(found[name] for name in ("libraries", "weights", "masters", "optimizer", "gaps"))
-    assert found["total"] == pytest.approx(always + found["gradients"] + (found["activations"] or 0) + found["logits"])
+    least = always + found["gradients"] + (found["activations"] or 0)
+    assert least <= found["total"] <= least + most_beside(found)
+
+
+def most_beside(found) -> float:
+    """GiB that come to activations and gradients: a chunk of logits at the end of forward, or the head's gradient and
+    half of one of two layers in backward."""
+    return max(found["logits"], 4 * VOCABULARY * 32 / GIB + (found["activations"] or 0) / 4)
 
 
 def test_gradients_and_activations_of_a_single_pack_are_not_there_at_once():
     model, pack = tiny_model("llama"), random_pack(LENGTHS)
     found = estimate(model, Optimizer(), torch.float32, CPU, pack, accumulates=False)
     always = sum(found[name] for name in ("libraries", "weights", "masters", "optimizer", "gaps"))
-    forward = found["activations"] + found["logits"]
-    assert found["total"] == pytest.approx(always + max(forward, found["gradients"]))
+    fullest = max(found["activations"] + found["logits"], found["gradients"])
+    assert always + fullest <= found["total"] <= always + fullest + most_beside(found)
     assert found["total"] < estimate(model, Optimizer(), torch.float32, CPU, pack)["total"]
 
 

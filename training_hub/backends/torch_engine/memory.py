@@ -1,41 +1,48 @@
 """How much memory a run will take, from the shapes of its model: no weight is loaded and nothing is computed.
 
-What grows with the weights is counted. What forward keeps for backward is found by running the objective on torch's
-"meta" device, where tensors have shapes but no contents, and adding up what autograd saves. A step is fullest at the
-end of its forward pass, when all of that is there, or at the end of its backward pass, when all gradients are; the
-larger of the two is the total. `benchmarks/memory.py` holds it against what processes really take.
+What grows with the weights is counted; what forward keeps for backward is found by running the model on shapes
+(`kept.py`). What comes and goes is not all there at once: the total is what there is at the fullest of the moments of a
+step (`moments.py`). `benchmarks/memory.py` holds it against what processes really take.
 """
-
-# T tokens of the pack, Q query heads, D width of a query head, E width of a value head
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Collection, Iterable
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
-from training_hub.backends.torch_engine.checkpointing import MEMORY_BUDGET, NONE, checkpoint_layers, is_kept, num_layers
+from training_hub.backends.torch_engine.checkpointing import NONE
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
-from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
-from training_hub.backends.torch_engine.fused.swap import swap
-from training_hub.backends.torch_engine.layouts.share import Share, cut_down, divided_parts, held, owned_bytes, part_of
-from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
+from training_hub.backends.torch_engine.kept import Kept, Ways, kept_bytes
+from training_hub.backends.torch_engine.layouts.experts import experts_of
+from training_hub.backends.torch_engine.layouts.fully_sharded import blocks_of
+from training_hub.backends.torch_engine.layouts.share import (
+    EVERYTHING,
+    Share,
+    Sizes,
+    cut_down,
+    divided_parts,
+    held,
+    owned_bytes,
+    part_of,
+)
+from training_hub.backends.torch_engine.moments import Flow, Gathering
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
-from training_hub.backends.torch_engine.optimizers.library import KINDS, kept_bytes, table_names
+from training_hub.backends.torch_engine.optimizers.library import KINDS, table_names
+from training_hub.backends.torch_engine.optimizers.library import kept_bytes as library_bytes
 from training_hub.backends.torch_engine.optimizers.whole import wants_whole
+from training_hub.backends.torch_engine.parallel import BUCKET_BYTES
+from training_hub.backends.torch_engine.processor import LARGEST_KEPT_BLOCK
 from training_hub.backends.torch_engine.quantization import plain_like
 from training_hub.backends.torch_engine.teacher.load import TeacherLoad
-from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 from training_hub.types import Pack
 
@@ -43,25 +50,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2**30
-SHAPES_ONLY = "training_hub_shapes"
 
 # Numbers that the optimizer keeps for each weight; the first also without momentum.
 STATES = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "SGD": 0, "RMSprop": 1, "Adagrad": 1}
 WITH_MOMENTUM = ("SGD", "RMSprop")
 
-LIBRARIES = {"cpu": int(0.4 * 2**30)}
-"""Bytes that a process holds with Python, torch, transformers and a tokenizer loaded; a GPU has none of them."""
+LIBRARIES = {"cpu": int(0.45 * 2**30)}
+"""Bytes that a process holds with Python, torch, transformers and a tokenizer loaded, and of their files once they have
+computed; a GPU has none of them."""
+
+PRODUCTS_KEPT = {"cpu": int(0.4 * 2**30)}
+"""Bytes that oneDNN keeps for 16-bit products of up to 1,024 sizes: experts get another number of tokens each time."""
 
 GAPS = {"cpu": 0.155}
 """What an allocator loses between blocks, as a share of those that come and go in a step. Measured with glibc 2.36
 (benchmarks/memory.py); a GPU's allocator counts what tensors take."""
 
-EVERYTHING = Share()
+HOLES = {"cpu": (27, 5)}
+"""The same of weights that are gathered: how many times the largest block, and what stands around the blocks, as far as
+these are blocks of memory that glibc keeps. Before 2.38 it does not fill the hole of an aligned block with another of
+its size, so that whole weights leave holes wherever smaller blocks stay. Measured for 6 layers of 5 to 50 MB; what
+there is of holes differs by a tenth from run to run."""
 
-ALWAYS = ("libraries", "weights", "masters", "gathered", "optimizer", "gaps", "teacher")
+COPIES = {"cpu": 2}
+"""How often what processes send lies in memory: gloo gathers into a copy of its own, and adds up in one."""
+
+ALWAYS = ("libraries", "weights", "masters", "optimizer", "teacher")
 COMING_AND_GOING = ("gradients", "activations", "logits")
 
 Estimate = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a process of a pipeline does: how many stages it has, packs whose activations are there at once, packs that
+    it gets in a step, and whether its layers begin with tokens and end with the loss."""
+
+    count: int = 1
+    under_way: float = 1.0
+    packs: float = 1.0
+    is_first: bool = True
+    is_last: bool = True
+
+    @property
+    def rows(self) -> float:
+        """Packs' rows that lie between stages: torch's stages have a place for what each pack brings, forward and back,
+        and keep what they have handed on till its gradient comes."""
+        arriving = 2 * self.count - self.is_first - self.is_last
+        return self.packs * arriving + self.under_way * (self.count - self.is_last)
 
 
 def estimate(
@@ -76,22 +112,24 @@ def estimate(
     checkpointing: str = NONE,
     teacher: TeacherLoad | None = None,
     share: Share = EVERYTHING,
+    stage: Stage = Stage(),
     is_staged: bool = False,
-    under_way: float = 1.0,
     is_compiled: bool = False,
+    is_read_whole: bool = False,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
     holdings: what the adaptation holds beside the model; it is counted among weights, gradients and optimizer.
     accumulates: steps have several packs, so that the gradients of the first are there in the forward pass of the next.
     checkpointing: how layers forget what they made; one layer's activations are there again in its backward pass.
-    teacher: what a second model takes beside. share: what this process has of a model that is divided.
-    is_staged: checkpoints are copied into the host's memory first; `staged` is what that takes there, which beside a
-    GPU is not in `total`. is_compiled: blocks are compiled, and keep less than is counted.
-    under_way: packs whose activations are there at once, in a pipeline.
+    teacher: what a second model takes beside. share: what this process has of a model that is divided; stage: of one in
+    stages, of which `model` has this process's layers. is_staged: checkpoints are copied into the host's memory first;
+    `staged` is what that takes there, which beside a GPU is not in `total`. is_compiled: blocks are compiled, and keep
+    less than is counted. is_read_whole: the model is whole in each process before it is divided.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
+    read = sum(p.numel() for p in blank.parameters()) * dtype.itemsize - holdings.spared if is_read_whole else 0
     apart = cut_down(blank, share)
     part = part_of(largest, share)
     trained = [p for n, p in blank.named_parameters() if p.requires_grad and n not in holdings.claimed]
@@ -99,9 +137,11 @@ def estimate(
     is_low = dtype in LOW_PRECISION
     exact = 4 if is_low else dtype.itemsize
     is_swapped = not is_compiled and dtype in TYPES and problem_on(device) is None
-    on_kernels = is_swapped and device.type == "cpu"
+    ways = Ways(device.type != "cuda", is_swapped and device.type == "cpu", is_swapped, stage.is_first, stage.is_last)
+    counted = int((part.weights != 0).sum()) if stage.is_last else 0
     parts: Estimate = {
-        "libraries": LIBRARIES.get(device.type, 0),
+        "libraries": LIBRARIES.get(device.type, 0)
+        + (PRODUCTS_KEPT.get(device.type, 0) if is_low and any(experts_of(blank)) else 0),
         "weights": sum(p.numel() for p in blank.parameters()) * dtype.itemsize
         - holdings.spared
         + (holdings.trained + holdings.fixed) * exact
@@ -111,7 +151,15 @@ def estimate(
         * exact,
         "optimizer": optimizer_bytes([*trained, own], optimizer, exact, tables_in(blank)),
         "activations": None,
-        "logits": logit_bytes(blank, dtype, device, int((part.weights != 0).sum()), on_kernels=on_kernels),
+        # The kernel of the loss wants whole rows of logits.
+        "logits": logit_bytes(
+            blank,
+            dtype,
+            device,
+            counted,
+            on_kernels=ways.on_kernels and (share.heads == 1 or share.gathers_head),
+            among=share.heads if share.gathers_head else 1,
+        ),
     }
     if is_staged:
         parts["staged"] = _staged_bytes(parts, sum(p.numel() for p in trained), own.numel(), holdings, exact, share)
@@ -122,43 +170,105 @@ def estimate(
         parts["gathered"] = parts.get("gathered", 0) + head.weight.numel() * share.heads * dtype.itemsize
     if teacher is not None:
         parts["teacher"] = teacher.beside
-    note = ""
+    kept, note = _kept(blank.to(dtype), largest, ways, checkpointing, share)
+    flow = _flow(parts, kept, blank, part, dtype, device, share, stage, teacher, accumulates=accumulates)
+    parts["activations"] = None if note else flow.kept
+    parts["gaps"] = GAPS.get(device.type, 0.0) * sum(parts[name] or 0 for name in COMING_AND_GOING)
+    if share.slices == 1:
+        moments = {name: value + parts.get("gathered", 0) for name, value in flow.moments().items()}
+    else:
+        gathering, of_blocks = _gathering(blank, apart, dtype, device, share, holdings.spared)
+        moments = gathering.moments(flow, of_blocks)
+        parts["buffers"] = gathering.buffers
+        sizes = zip(HOLES.get(device.type, (0, 0)), (gathering.block, gathering.around), strict=True)
+        holes = sum(times * size for times, size in sizes if size <= LARGEST_KEPT_BLOCK)
+        parts["gaps"] += max(0, holes - parts.get("staged", 0))  # copies fill some
+    most = max(moments.values()) + parts["gaps"] + sum(parts.get(name, 0) for name in ALWAYS)
+    most += parts.get("staged", 0) if device.type == "cpu" else 0
+    before = max(read, teacher.before if teacher is not None else 0)
+    gib = {name: value / GIB if value is not None else None for name, value in parts.items()}
+    return {**gib, "total": max(most, parts["libraries"] + before) / GIB, "note": note}
+
+
+def _kept(blank: PreTrainedModel, largest: Pack, ways: Ways, checkpointing: str, share: Share) -> tuple[Kept, str]:
+    """What forward keeps; or nothing, and why that is not known."""
     try:
-        parts["activations"] = saved_bytes(
-            blank.to(dtype),
-            part,
-            among=share.tokens,
-            is_copied=device.type != "cuda",
-            on_kernels=on_kernels,
-            is_swapped=is_swapped,
-            checkpointing=checkpointing,
-        )
-        parts["activations"] = round(under_way * parts["activations"])
+        return kept_bytes(blank, largest, ways, checkpointing=checkpointing, share=share), ""
     except (RuntimeError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines()
-        note = f"activations are not estimated: {type(error).__name__}: {lines[0] if lines else ''}"
-    parts["gaps"] = GAPS.get(device.type, 0.0) * sum(parts[name] or 0 for name in COMING_AND_GOING)
-    sizes = {name: value / GIB if value is not None else None for name, value in parts.items()}
-    most = most_at_once(parts, accumulates=accumulates, passing=teacher.passing if teacher else 0)
-    most += parts.get("staged", 0) if device.type == "cpu" else 0
-    if teacher is not None and teacher.before:
-        most = max(most, parts["libraries"] + teacher.before)
-    return {**sizes, "total": most / GIB, "note": note}
+        return Kept(0), f"activations are not estimated: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _flow(
+    parts: Estimate,
+    kept: Kept,
+    blank: PreTrainedModel,
+    part: Pack,
+    dtype: torch.dtype,
+    device: torch.device,
+    share: Share,
+    stage: Stage,
+    teacher: TeacherLoad | None,
+    *,
+    accumulates: bool,
+) -> Flow:
+    """What comes and goes in a step."""
+    exact = torch.promote_types(dtype, torch.float32).itemsize
+    head, table = blank.get_output_embeddings(), blank.get_input_embeddings()
+    weight = getattr(head, "weight", None) if find_head(blank) is not None and stage.is_last else None
+    numbers = weight.numel() if weight is not None and weight.requires_grad else 0
+    numbers *= share.heads if share.gathers_head else 1
+    is_held = dtype in LOW_PRECISION and share.has_whole_weights  # then gradients are added up in float32, in one place
+    is_tied = numbers > 0 and stage.is_first and table is not None and table.weight is weight
+    text = blank.config.get_text_config()
+    row = len(part.ids) * text.hidden_size * dtype.itemsize
+    return Flow(
+        kept=stage.under_way * kept.forward + stage.rows * row,
+        again=kept.again,
+        passing=(COPIES.get(device.type, 1) + 1 + 4 * share.is_sliced) * row if share.heads > 1 else 0,
+        chunk=parts["logits"],
+        head=stage.under_way * numbers * exact if kept.forward else 0,
+        given=numbers * (exact * (not accumulates) if is_held else dtype.itemsize),
+        table=numbers * dtype.itemsize if is_tied else 0,
+        before=parts["gradients"] if accumulates else 0,
+        gradients=parts["gradients"],
+        summed=min(parts["gradients"], BUCKET_BYTES) if share.tokens > 1 else 0,
+        owned=parts.get("owned", 0),
+        teacher=teacher.passing if teacher is not None else 0,
+    )
+
+
+def _gathering(
+    blank: PreTrainedModel,
+    apart: Collection[nn.Parameter],
+    dtype: torch.dtype,
+    device: torch.device,
+    share: Share,
+    spared: int,
+) -> tuple[Gathering, float]:
+    """What is gathered of weights in slices, and bytes of this process's slices of the gradients of blocks."""
+    exact = 4 if dtype in LOW_PRECISION else dtype.itemsize
+    sizes, layers = Sizes.of(blank, apart), len(blocks_of(blank))
+    gathering = Gathering(
+        around=sizes.around * dtype.itemsize,
+        block=sizes.block * dtype.itemsize - spared / max(layers, 1),
+        blocks=(sizes.total - sizes.around) * dtype.itemsize - spared if share.stays_whole else 0,
+        around_made=sizes.around_trained * dtype.itemsize,
+        block_made=sizes.block_trained * dtype.itemsize,
+        around_summed=sizes.around_trained * exact,
+        block_summed=sizes.block_trained * exact,
+        among=share.slices,
+        layers=layers,
+        copies=COPIES.get(device.type, 1),
+    )
+    of_blocks = (sizes.trained - sizes.around_trained) * exact / share.slices
+    return gathering, of_blocks * (not share.is_offloaded)
 
 
 def _staged_bytes(parts: Estimate, trained: int, own: int, holdings: Holdings, exact: int, share: Share) -> float:
     """What a checkpoint holds of this process: weights as the optimizer moves them, and what it keeps of each."""
     numbers = trained * exact + parts["optimizer"]
     return numbers / share.slices + (own + holdings.saved) * exact
-
-
-def most_at_once(parts: Estimate, *, accumulates: bool, passing: int = 0) -> float:
-    """Bytes at the fullest moment of a step, from bytes by part; passing: of a teacher while it is asked, before the
-    forward pass."""
-    always = sum(parts.get(name, 0) for name in ALWAYS)
-    before = parts["gradients"] if accumulates else 0
-    after_forward = (parts["activations"] or 0) + parts["logits"] + before
-    return always + max(after_forward, parts["gradients"] + parts.get("owned", 0), before + passing)
 
 
 def _kept_in_slices(
@@ -227,7 +337,7 @@ def optimizer_bytes(weights: Iterable[Tensor], settings: Optimizer, width: int, 
     tables: `id` of those that are embeddings or the head.
     """
     if settings.name in KINDS:
-        return kept_bytes(weights, settings, width, tables)
+        return library_bytes(weights, settings, width, tables)
     if settings.state == "8bit":
         return sum(moment_bytes(weight.numel()) for weight in weights)
     return optimizer_numbers(weights, settings) * width
@@ -241,174 +351,21 @@ def _factored(shape: tuple[int, ...]) -> int:
 
 
 def logit_bytes(
-    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, trained: int, *, on_kernels: bool
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, trained: int, *, on_kernels: bool, among: int = 1
 ) -> int:
-    """What the head takes beside its gradient: first a chunk of logits with its part of that, or later copies of it.
+    """What the head takes beside its gradient in the forward pass: a chunk of logits, and that chunk's gradient.
 
-    Without kernels of our own a chunk is in float32, with its exponentials and its gradient in `dtype` beside it. The
-    gradient is copied once in the parameter's format, and where the table of embeddings is the same matrix, the table's
-    own dense gradient is there with it.
+    Without kernels of our own a chunk is in float32, with its exponentials and its gradient in `dtype` beside it.
+    among: of how many processes the head is gathered, of which the model has one's part.
     """
     exact = torch.promote_types(dtype, torch.float32).itemsize
     head = find_head(model)
     if head is None:  # the model's own head, whose logits stay for backward
         return trained * model.config.get_text_config().vocab_size * 3 * exact
-    vocabulary = head.weight.shape[0]
+    vocabulary, numbers = head.weight.shape[0] * among, head.weight.numel() * among
     is_low = dtype in LOW_PRECISION
     each = dtype.itemsize if on_kernels else 2 * exact + (dtype.itemsize if is_low else 0)
     # float32 is added in place; a product of 16-bit numbers is one of its own, on a CPU rounded before it is widened.
     product = (exact + (dtype.itemsize if device.type == "cpu" else 0)) if is_low and head.weight.requires_grad else 0
-    table = model.get_input_embeddings()
-    copies = (2 if table is not None and table.weight is head.weight else 1) * head.weight.requires_grad
     in_chunk = min(trained, chunk_rows(vocabulary, device.type)) * vocabulary * each
-    return max(in_chunk + head.weight.numel() * product, head.weight.numel() * copies * dtype.itemsize)
-
-
-def saved_bytes(
-    blank: PreTrainedModel,
-    largest: Pack,
-    *,
-    is_copied: bool,
-    on_kernels: bool = False,
-    is_swapped: bool = False,
-    checkpointing: str = NONE,
-    among: int = 1,
-) -> int:
-    """Bytes that forward keeps for backward, for this pack, and what a layer that forgot makes again.
-
-    among: how many processes have as much of the pack each, and the keys and values of all of it.
-
-    is_copied: attention gives out a copy of what it keeps. on_kernels: as our kernels keep it, which is less.
-    is_swapped: norms, rotary positions and gated units are our kernels', whatever attention is.
-    """
-    if on_kernels or is_swapped:
-        swap(blank)
-    run_adapters_fused(blank)
-    options: dict[str, Any] = {"is_copied": is_copied, "on_kernels": on_kernels, "among": among}
-    everything = _saved_bytes(blank, largest, NONE, **options)
-    layers = num_layers(blank)
-    if checkpointing in (NONE, MEMORY_BUDGET) or not layers:
-        return everything
-    kept = _saved_bytes(blank, largest, checkpointing, **options)
-    # Beside what a layer makes again there are the gradients of as much: full checkpointing of 8 layers was measured
-    # 18 % above what it would be without them.
-    return kept + 2 * (everything - kept) // layers
-
-
-def _saved_bytes(
-    blank: PreTrainedModel, largest: Pack, checkpointing: str, *, is_copied: bool, on_kernels: bool, among: int
-) -> int:
-    from transformers import AttentionInterface
-
-    # Not known to AttentionMaskInterface: then transformers makes no mask, and asks for no contents to make one from.
-    attention = _kernel_attention if on_kernels else _copied_attention if is_copied else _shapes_attention
-    AttentionInterface.register(SHAPES_ONLY, partial(_gathering, attention, among) if among > 1 else attention)
-    blank.set_attn_implementation(SHAPES_ONLY)
-    blank.train()
-    saved: dict[int, Tensor] = {}
-    # Without kernels of ours attention is an operation of torch, whose result `selective` keeps.
-    checkpoint_layers(
-        blank,
-        checkpointing,
-        lambda: (_Keeping(saved, with_attention=not on_kernels), nullcontext()),
-        lambda: torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing),
-    )
-    own = {id_of(parameter) for parameter in blank.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if id_of(tensor) not in own:
-            saved[id_of(tensor)] = tensor  # held, so that its place is not given to another
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        CrossEntropy(through_head=find_head(blank) is not None)(blank, to_device(largest, "meta"))
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-
-
-class _Keeping(TorchDispatchMode):
-    """Notes what selective checkpointing keeps of a layer; on the meta device attention shows as a new tensor."""
-
-    def __init__(self, saved: dict[int, Tensor], *, with_attention: bool):
-        super().__init__()
-        self._saved, self._with_attention = saved, with_attention
-
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        made = operation(*arguments, **(options or {}))
-        is_attention = self._with_attention and operation is torch.ops.aten.new_empty.default
-        if is_attention or is_kept(operation):
-            self._saved[id_of(made)] = made
-        return made
-
-
-def id_of(tensor: Tensor) -> int:
-    """What tensors over the same memory have in common; tensors without contents have no address."""
-    return tensor.untyped_storage()._cdata
-
-
-class _Attention(torch.autograd.Function):
-    """The shapes of fused attention: queries, keys, values and result are kept, scores are not."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result_QTE = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, result_QTE)
-        return result_QTE
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-class _Gathered(torch.autograd.Function):
-    """The shape of keys and values of all tokens, from those of a part of them."""
-
-    @staticmethod
-    def forward(ctx: Any, part_BKLx: Tensor, among: int) -> Tensor:
-        ctx.tokens = part_BKLx.shape[2]
-        return part_BKLx.new_empty(*part_BKLx.shape[:2], among * part_BKLx.shape[2], part_BKLx.shape[3])
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0][:, :, : ctx.tokens], None
-
-
-def _gathering(
-    attention: Any, among: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    both = _Gathered.apply(torch.cat([key, value], -1), among)
-    said: tuple[Tensor, None] = attention(
-        module, query, both[..., : key.shape[-1]], both[..., key.shape[-1] :], mask, **kwargs
-    )
-    return said
-
-
-def _shapes_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return _Attention.apply(query, key, value).transpose(1, 2), None
-
-
-def _copied_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
-
-
-class _KernelAttention(torch.autograd.Function):
-    """The shapes of our kernel: the result is laid out as it is used, and not kept; a number per query and head is."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows, heads, tokens, _ = query.shape
-        ctx.save_for_backward(query, key, value, query.new_empty(rows, heads, tokens, dtype=torch.float32))
-        return query.new_empty(rows, tokens, heads, value.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-def _kernel_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return _KernelAttention.apply(query, key, value), None
+    return in_chunk + numbers * product * (trained > 0)

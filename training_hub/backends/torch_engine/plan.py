@@ -5,6 +5,7 @@ A run writes it as plan.json; `plan` makes the same one without weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Hol
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, SELECTIVE, USABLE, free_gib, num_layers
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.layouts.cut import fullest, planned_stages
-from training_hub.backends.torch_engine.layouts.share import Share, Sizes, cut_down, exchanged_bytes
-from training_hub.backends.torch_engine.layouts.stages import ORDERS, most_under_way, waiting
+from training_hub.backends.torch_engine.layouts.shapes import layers_at
+from training_hub.backends.torch_engine.layouts.share import EVERYTHING, Share, Sizes, cut_down, exchanged_bytes
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, under_way, waiting
 from training_hub.backends.torch_engine.materials import Materials, load_materials
-from training_hub.backends.torch_engine.memory import EVERYTHING, Estimate, blank_like, estimate
+from training_hub.backends.torch_engine.memory import Estimate, Stage, blank_like, estimate
 from training_hub.backends.torch_engine.model import choose_device, choose_dtype
 from training_hub.backends.torch_engine.model_config import read_blank_model
 from training_hub.backends.torch_engine.quantization import num_numbers, quantiser
@@ -30,6 +32,7 @@ from training_hub.backends.torch_engine.work import measured_peak, work_of
 from training_hub.data.feed import Feed, FeedSettings
 from training_hub.data.forecast import forecast
 from training_hub.recipe import Recipe
+from training_hub.recipe.parallelism import Parallelism
 from training_hub.types import Console
 
 if TYPE_CHECKING:
@@ -181,24 +184,40 @@ def memory_of(
     auto is the first way whose estimate fits into `free` GiB of the device, else the one that takes least.
     """
     packs = forecast(feed)["packs_per_step"]
-    largest, accumulates, asked = feed.largest_pack(), packs > 1, recipe.parallelism
-    in_stages = asked.pipeline_parallel_degree > 1
-    under_way = most_under_way(asked, max(1.0, packs / share.of_data)) if in_stages else 1.0
-    model = fullest(model, asked) if in_stages else model
-    wanted = recipe.training.activation_checkpointing
+    asked, wanted = recipe.parallelism, recipe.training.activation_checkpointing
+    parts = list(stages_of(model, asked, max(1.0, packs / share.of_data)))
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
     ways = (wanted,) if wanted != "auto" else possible if num_layers(model) and not recipe.training.compile else (NONE,)
     for how in ways:
-        memory = estimate(
-            model, recipe.optimizer, dtype, device, largest,
-            accumulates=accumulates, holdings=holdings, checkpointing=how, teacher=teacher, share=share,
-            is_compiled=recipe.training.compile,
-            is_staged=recipe.checkpoint.async_mode != "disabled",
-            under_way=under_way,
-        )  # fmt: skip
+        each = [
+            estimate(
+                here, recipe.optimizer, dtype, device, feed.largest_pack(),
+                accumulates=packs > share.of_data, holdings=holdings, checkpointing=how, teacher=teacher, share=share,
+                stage=stage,
+                is_compiled=recipe.training.compile,
+                is_staged=recipe.checkpoint.async_mode != "disabled",
+                is_read_whole=find_algorithm(recipe.algorithm).adaptation != "full",
+            )
+            for here, stage in parts
+        ]  # fmt: skip
+        memory = max(each, key=lambda one: one["total"])
         if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
             break
     return how, memory
+
+
+def stages_of(model: PreTrainedModel, asked: Parallelism, packs: float) -> Iterator[tuple[PreTrainedModel, Stage]]:
+    """What processes of a pipeline have of the model and do, those that may have most: at its ends, and beside the
+    first; of a model that is not in stages, the model."""
+    degree = asked.pipeline_parallel_degree
+    if degree == 1:
+        yield model, Stage()
+        return
+    stages = planned_stages(model, asked)
+    for place in sorted({0, 1, degree - 1}):
+        at_once, own = under_way(asked, stages, place, packs), len(stages.of_process(place))
+        ends = (place == stages.owners[0], place == stages.owners[-1])
+        yield layers_at(model, asked, place), Stage(own, at_once, packs, *ends)
 
 
 def summary(plan: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training_hub.backends.torch_engine.layouts.context import PIECES, padded
+from training_hub.backends.torch_engine.layouts.context import PIECES, padded, seen
 from training_hub.backends.torch_engine.layouts.experts import experts_of
 from training_hub.backends.torch_engine.layouts.fully_sharded import LOW_PRECISION, blocks_of
 from training_hub.backends.torch_engine.layouts.tensor import split_dimensions
@@ -31,7 +31,8 @@ class Share:
     """In how many slices weights lie, over how many replicas; among how many the samples of a step are dealt out;
     whether weights stay gathered during a step, and whether slices lie beside the device's memory.
 
-    heads: among how many heads, widths and the vocabulary are split. tokens: among how many those of a pack. experts:
+    heads: among how many heads, widths and the vocabulary are split. is_sliced: whether these processes have a slice of
+    the tokens each between attention and MLPs. tokens: among how many those of a pack are split. experts:
     among how many experts are dealt out, and in how many slices they then lie. gathers_head: whether the head is
     gathered for the loss.
     """
@@ -42,10 +43,16 @@ class Share:
     stays_whole: bool = False
     is_offloaded: bool = False
     heads: int = 1
+    is_sliced: bool = False
     tokens: int = 1
     experts: int = 1
     expert_slices: int = 1
     gathers_head: bool = False
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether each weight that a process has is whole there."""
+        return self.slices == self.heads == self.experts == 1
 
     @staticmethod
     def of(asked: Parallelism, world_size: int) -> Share:
@@ -58,11 +65,15 @@ class Share:
             asked.fsdp_reshard_after_forward == "never",
             asked.enable_cpu_offload,
             degrees.tp,
+            degrees.tp > 1 and asked.sequence_parallel,
             degrees.cp,
             degrees.ep,
             degrees.efsdp if degrees.dp_shard > 1 else 1,
             asked.disable_loss_parallel,
         )
+
+
+EVERYTHING = Share()
 
 
 def cut_down(blank: Any, share: Share) -> frozenset[nn.Parameter]:
@@ -121,14 +132,29 @@ def part_of(one: Pack, share: Share) -> Pack:
     )
 
 
+def mask_numbers(one: Pack, share: Share) -> int:
+    """Numbers of the masks by which the first process attends in a layer: of each document the tokens that it has, by
+    those that these see, where that is more than themselves."""
+    if share.tokens == 1:
+        return 0
+    whole = padded(one, PIECES * share.tokens)
+    length, total = len(whole.ids) // (PIECES * share.tokens), len(whole.ids)
+    pieces = ((0, length), (total - length, total))
+    found = (each for piece in pieces for each in seen(np.diff(whole.boundaries).tolist(), *piece))
+    return sum((last - first) * (last - start) for start, first, last in found if first > start)
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a model: in all, of what trains, of its largest block, and of what stands around the blocks."""
+    """Numbers of a model: in all, of what trains, of its largest block, and of what stands around the blocks; of these
+    two those that train."""
 
     total: int
     trained: int
     block: int
     around: int
+    block_trained: int
+    around_trained: int
 
     @staticmethod
     def of(model: PreTrainedModel, apart: Collection[nn.Parameter] = ()) -> Sizes:
@@ -140,8 +166,10 @@ class Sizes:
             return sum(one.numel() for one in found if one.requires_grad or not trained)
 
         blocks = [numbers(block) for block in blocks_of(model)]
-        total = numbers(model)
-        return Sizes(total, numbers(model, trained=True), max(blocks, default=0), total - sum(blocks))
+        learning = [numbers(block, trained=True) for block in blocks_of(model)]
+        total, trained = numbers(model), numbers(model, trained=True)
+        most = max(blocks, default=0), total - sum(blocks)
+        return Sizes(total, trained, *most, max(learning, default=0), trained - sum(learning))
 
 
 @dataclass(frozen=True)
@@ -183,7 +211,7 @@ def divided_parts(
     added = parts["gradients"] - (sizes.trained + trained_apart) * exact
     at_once = sizes.total if share.stays_whole else sizes.around + 2 * sizes.block
     kept = slices.frozen * width - spared / share.slices + slices.trained * exact
-    gradients = sizes.trained if share.stays_whole else slices.trained + sizes.block * (sizes.trained > 0)
+    gradients = sizes.trained if share.stays_whole else slices.trained
     on_device = not share.is_offloaded
     return {
         **parts,

@@ -49,6 +49,12 @@ def split_linear(model: nn.Module, name: str, style: Style, tokens: Tokens, *, e
     _divide(layer, "weight", mesh, 1 if style.is_by_rows else 0)
     if layer.bias is not None and not style.is_by_rows:
         _divide(layer, "bias", mesh, 0)
+    run_split(model, name, style, tokens, enters=enters)
+
+
+def run_split(model: nn.Module, name: str, style: Style, tokens: Tokens, *, enters: bool) -> None:
+    """Let the layer of this name, whose weights are a rank's part, multiply as one of several, in place."""
+    layer, mesh = model.get_submodule(name), tokens.mesh
     exchange(model, name, layer, _summand if style.is_by_rows else _columns)
     split: Any = model.get_submodule(name)
     if style.is_by_rows and style.is_apart:

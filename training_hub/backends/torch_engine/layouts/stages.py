@@ -119,16 +119,24 @@ def _ends(layers: int, count: int, first: int, last: int) -> tuple[int, ...]:
     return tuple(sum(sizes[: stage + 1]) for stage in range(count))
 
 
-def most_under_way(asked: Parallelism, packs: float) -> float:
-    """How many packs a process keeps what its layers made of at most, of so many in a step; a process with several
-    stages may keep those of a part of them."""
+def under_way(asked: Parallelism, stages: Stages, place: int, packs: float) -> float:
+    """How many packs the process at this place of a pipeline keeps what its layers made of at most, of so many in a
+    step; of a process with several stages those of a part of them, as a share of all.
+
+    1F1B goes forward with one pack for each stage from here on; the others go on longer before they turn (torch's
+    schedules of that name; Narayanan et al. 2021, section 2.2.2).
+    """
     degree, schedule = asked.pipeline_parallel_degree, asked.pipeline_parallel_schedule
     if schedule == "GPipe":
         return packs
-    if schedule == "Interleaved1F1B":
-        each = 2  # more stages keep less of each
-        return min(packs, (2 * (degree - 1) + (each - 1) * degree + 1) / each)
-    return min(packs, degree)
+    if schedule == "1F1B":
+        return min(packs, degree - place)
+    if schedule == "ZBVZeroBubble":
+        return min(packs, degree)
+    each, steps = len(stages.ends) / degree, 1 if ORDERS[schedule].splits else 2
+    round_ = packs / max(1, packs // degree)
+    begun = (each - 1) * round_ + steps * (degree - 1 - place) + 1
+    return min(packs, begun / each + (place / each if ORDERS[schedule].splits else 0))
 
 
 def waiting(asked: Parallelism, packs: float) -> float:

@@ -25,7 +25,7 @@ from training_hub.backends.torch_engine.fused.low_rank import ADAPTER
 from training_hub.backends.torch_engine.layouts.exchanges import leaving
 from training_hub.backends.torch_engine.layouts.experts import deal_out, experts_of
 from training_hub.backends.torch_engine.layouts.shared import Rows, exchange, locally
-from training_hub.backends.torch_engine.layouts.split_linear import STYLES, keep_slice, split_linear
+from training_hub.backends.torch_engine.layouts.split_linear import STYLES, Style, keep_slice, split_linear
 from training_hub.backends.torch_engine.layouts.tokens import Tokens, num_tokens, on_entry
 
 HEAD_STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
@@ -201,6 +201,20 @@ def split_dimensions(model: Any, *, deals_experts: bool = True) -> Iterator[tupl
             yield from ((weight, 0) for weight in module.parameters(recurse=False))
     if is_table_fit and (is_head_fit or not is_tied):
         yield table.weight, 0
+
+
+def split_layers(model: Any) -> Iterator[tuple[str, Style, bool]]:
+    """The linear layers below the head that `split_tensors` exchanges: name, how they are split, and whether tokens
+    enter split products at each; the model may lie on the meta device."""
+    plan = tensor_plan(model)
+    closed = closed_regions(model, plan)
+    for name, style in plan.items():
+        if style not in STYLES or _is_head(model, name):
+            continue
+        module, is_entered = model.get_submodule(name), name.rpartition(".")[0] in closed
+        yield from ((part, STYLES[kind], not is_entered) for part, kind in _parts(name, module, style))
+        if is_entered and hasattr(module, "lora_A") and not STYLES[style].is_by_rows:
+            yield f"{name}.lora_A.{ADAPTER}", STYLES["colwise"], False
 
 
 def closed_regions(model: Any, plan: Plan) -> list[str]:
