@@ -31,7 +31,7 @@ MEMORY_BUDGET = "memory_budget"
 USABLE = 0.92
 """Share of free memory that a plan may fill; the rest is for what an allocator loses between blocks."""
 
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "mkldnn._linear_pointwise")
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "mkldnn._linear_pointwise", "training_hub.mm")
 ATTENTIONS = (
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention",

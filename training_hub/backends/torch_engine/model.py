@@ -20,7 +20,7 @@ from training_hub.backends.torch_engine.attention import (
 )
 from training_hub.backends.torch_engine.attention_trial import heads_of, told, try_each
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, base_of, is_finer, lost_names
-from training_hub.backends.torch_engine.fused import eight_bit, onednn
+from training_hub.backends.torch_engine.fused import eight_bit, onednn, panels
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
 from training_hub.backends.torch_engine.model_config import from_library, read_config, source_options
 from training_hub.backends.torch_engine.preflight import (
@@ -249,7 +249,8 @@ def attach_attention(model: PreTrainedModel, names: Iterable[str], dtype: torch.
 
 def _slow(model: PreTrainedModel) -> str | None:
     """What a user should be told of products that could be faster on this processor."""
-    return onednn.note() if model.device.type == "cpu" and model.dtype == torch.float32 else None
+    is_asked = model.device.type == "cpu" and model.dtype == torch.float32 and not panels.is_trusted(model.dtype)
+    return onednn.note() if is_asked else None
 
 
 def _rounding(model: PreTrainedModel, chosen: Qat) -> str | None:

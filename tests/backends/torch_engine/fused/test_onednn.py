@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.backends.torch_engine.tiny_models import from_config, random_pack, tiny_config
 from training_hub.backends.torch_engine.checkpointing import is_kept
-from training_hub.backends.torch_engine.fused import onednn
+from training_hub.backends.torch_engine.fused import onednn, panels
 from training_hub.backends.torch_engine.fused.products import add_product_, linear, product
 from training_hub.backends.torch_engine.fused.swap import run_on_kernels
 from training_hub.backends.torch_engine.objectives.head import Head
@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(onednn.problem() is not None, reason=str(onednn.
 
 @pytest.fixture(autouse=True)
 def slow_for_mkl(monkeypatch):
-    """As on a processor on which MKL is slow, whichever this is."""
+    """As on a processor on which MKL is slow, whichever this is, and without our own kernel."""
     monkeypatch.setattr(onednn, "is_trusted", lambda: True)
+    monkeypatch.setattr(panels, "is_trusted", lambda dtype: False)
 
 
 def apart(one, other) -> float:

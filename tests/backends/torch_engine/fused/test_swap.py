@@ -10,7 +10,7 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import DENSE, random_pack, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
-from training_hub.backends.torch_engine.fused import functions, onednn
+from training_hub.backends.torch_engine.fused import functions, onednn, panels
 from training_hub.backends.torch_engine.fused.build import kernels, kernels_problem
 from training_hub.backends.torch_engine.fused.swap import OnKernels, run_on_kernels, swap, swap_back
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy, cross_entropy, decoder_states
@@ -69,7 +69,8 @@ def test_these_modules_run_on_kernels_and_keep_their_names(family: str) -> None:
     before = {name: one.data_ptr() for name, one in model.state_dict().items()}
     swap(model)
     swapped = {type(one).__name__ for one in model.modules() if isinstance(one, OnKernels)}
-    is_multiplying = onednn.is_trusted() and family != "gpt2"  # which has its own kind of linear layer
+    is_faster = panels.is_trusted(torch.float32) or onednn.is_trusted()
+    is_multiplying = is_faster and family != "gpt2"  # which has its own kind of linear layer
     assert swapped == SWAPPED[family] | ({"Linear"} if is_multiplying else set())
     assert {name: one.data_ptr() for name, one in model.state_dict().items()} == before
     swap_back(model)

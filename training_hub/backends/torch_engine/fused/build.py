@@ -18,7 +18,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "panels.c"))
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 TIMEOUT_SECONDS = 120
@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 120
 
 @cache
 def kernels() -> ctypes.CDLL | None:
-    """The library of kernels.c, None where it cannot be had; `kernels_problem` says why."""
+    """The library of SOURCES, None where it cannot be had; `kernels_problem` says why."""
     found = _find()
     return found if isinstance(found, ctypes.CDLL) else None
 
@@ -64,17 +64,19 @@ def _load(compiler: str) -> ctypes.CDLL:
 
 
 def built(compiler: str, folder: Path) -> Path:
-    """The shared library in `folder`, built there now unless it is there for this source, compiler and processor."""
-    made_from = (SOURCE.read_bytes(), compiler.encode(), " ".join(FLAGS).encode(), _processor().encode())
+    """The shared library in `folder`, built there now unless it is there for these sources, compiler and processor."""
+    texts = (compiler, " ".join(FLAGS), _processor())
+    made_from = (*(source.read_bytes() for source in SOURCES), *(text.encode() for text in texts))
     name = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:32]
     library = folder / f"kernels-{name}.so"
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        compiled, linked = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
+        compiled, linked = [str(Path(aside) / f"{source.stem}.o") for source in SOURCES], Path(aside) / "kernels.so"
+        for source, file in zip(SOURCES, compiled, strict=True):
+            _call(compiler, *FLAGS, "-c", str(source), "-o", file)
         # Linked without its own OpenMP: the threads are those that torch has already started.
-        _call(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled))
-        _call(compiler, "-shared", str(compiled), "-o", str(linked), "-lm")
+        _call(compiler, "-shared", *compiled, "-o", str(linked), "-lm")
         os.replace(linked, library)
     return library
 

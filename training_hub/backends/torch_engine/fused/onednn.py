@@ -1,5 +1,7 @@
 """Products of float32 matrices by oneDNN, on processors on which MKL, which torch asks for them, is slow.
 
+They are made here where our own kernel (panels.py), which is faster still, has not been built.
+
 MKL chooses its kernels by the processor's maker. On an AMD EPYC with AVX512 it multiplies at 105 GFLOP/s on one thread
 and 180 to 215 on two, oneDNN at 230 and 440 to 490. torch gives 16-bit products to oneDNN, float32 ones only in graphs
 that it compiles, by an operation of its own: `mkldnn::_linear_pointwise`, which nobody has promised to keep. So it is
@@ -86,34 +88,3 @@ def _operation() -> Any:
 def _by_onednn(left_TK: Tensor, right_KN: Tensor) -> Tensor:
     found: Tensor = _operation()(left_TK, right_KN.T, None, "none", [], "")
     return found
-
-
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor | None:
-    """x [..., K] @ weight transposed + bias, with gradients, where oneDNN is the faster way; else None."""
-    if not (_is_plain(x) and _is_plain(weight_NK)):
-        return None
-    x_TK = x.reshape(-1, x.shape[-1])
-    if not pays(x_TK, weight_NK.T):
-        return None
-    # Its shape is given back out here: autograd lets nobody add to a view that a function of ours returns.
-    result: Tensor = _Linear.apply(x_TK, weight_NK, bias_N).view(*x.shape[:-1], -1)
-    return result
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_TK, weight_NK)
-        y_TN = _by_onednn(x_TK, weight_NK.T)
-        return y_TN if bias_N is None else y_TN + bias_N
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, weight_NK = ctx.saved_tensors
-        (upstream_TN,) = upstream
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            multiply(upstream_TN, weight_NK) if of_x else None,
-            multiply(upstream_TN.T, x_TK) if of_weight else None,
-            upstream_TN.sum(0) if of_bias else None,
-        )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from training_hub.backends.torch_engine.fused import eight_bit, functions, onednn
+from training_hub.backends.torch_engine.fused import eight_bit, functions, onednn, panels
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, made, runs, subclass
 from training_hub.backends.torch_engine.fused.layers import LAYERS, NORM_OFFSETS, last_layer, layer, norm, only
 from training_hub.backends.torch_engine.fused.low_rank import project
@@ -181,7 +181,7 @@ def _multiplies_faster(weight: Any) -> bool:
     contents may come to lie on a CPU; elsewhere nothing is lost."""
     if weight.is_cuda:
         return weight.dtype == torch.bfloat16
-    return weight.dtype == torch.float32 and onednn.is_trusted()
+    return panels.is_trusted(weight.dtype) or (weight.dtype == torch.float32 and onednn.is_trusted())
 
 
 def _is_last(module: Any) -> bool:

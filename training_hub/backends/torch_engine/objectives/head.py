@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training_hub.backends.torch_engine.fused import onednn
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.functions import TYPES, are_fit, problem_on
 from training_hub.backends.torch_engine.fused.low_rank import LowRank, low_rank_of
-from training_hub.backends.torch_engine.fused.products import add_product_, holder_of, product
+from training_hub.backends.torch_engine.fused.products import (
+    add_product_,
+    holder_of,
+    multiply,
+    multiply_into_,
+    product,
+)
 from training_hub.backends.torch_engine.layouts.cut import Elsewhere, Route, route_of
 from training_hub.backends.torch_engine.layouts.exchanges import entering
 from training_hub.backends.torch_engine.layouts.shared import Rows
@@ -196,10 +201,8 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             if is_fused:
                 chosen = hidden_ND[part]
-                if onednn.pays(chosen, weight_VD.T):
-                    logits_grad_RV = onednn.multiply(chosen, weight_VD.T)
-                else:
-                    logits_grad_RV = torch.mm(chosen, weight_VD.T, out=chunk_RV[: len(chosen)])
+                logits_grad_RV = chunk_RV[: len(chosen)]
+                multiply_into_(logits_grad_RV, chosen, weight_VD.T)
                 _add_low_(logits_grad_RV, low_NK, up_VK, part)
                 losses_R = criterion.on_kernel_(logits_grad_RV, part, multiplier)
             elif tokens is not None:
@@ -274,7 +277,7 @@ class _Gradients:
     ) -> None:
         low = logits_grad_RV.to(hidden_ND.dtype)
         if self.hidden_ND is not None:
-            self.hidden_ND[part] = onednn.multiply(low, weight_VD)
+            self.hidden_ND[part] = multiply(low, weight_VD)
         if self.weight_VD is not None:
             add_product_(self.weight_VD, low.T, hidden_ND[part])
         if self.bias_V is not None:

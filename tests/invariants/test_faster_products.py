@@ -1,4 +1,7 @@
-"""Runs whose float32 products go to oneDNN keep every promise: same curve, packed = alone, resumed = uninterrupted."""
+"""Runs whose products are not torch's own keep every promise: same curve, packed = alone, resumed = uninterrupted.
+
+By our own kernel where the processor has its instructions, else by oneDNN.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import torch
 from tests.backends.torch_engine.tiny_models import FAMILIES
 from tests.invariants.run import final_weights, train
 from tests.invariants.test_families import folder_of
-from training_hub.backends.torch_engine.fused import onednn
+from training_hub.backends.torch_engine.fused import onednn, panels
 from training_hub.errors import TrainingError
 
-pytestmark = pytest.mark.skipif(onednn.problem() is not None, reason=str(onednn.problem()))
+HAS_OWN = panels.problem(torch.float32) is None
+pytestmark = pytest.mark.skipif(not HAS_OWN and onednn.problem() is not None, reason=str(onednn.problem()))
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05}
 SETTINGS = {"optimizer": {"name": "SGD", "lr": 0.1}, "training": {"steps": 4}, "checkpoint": {"interval": 1}}
@@ -21,16 +25,18 @@ SETTINGS = {"optimizer": {"name": "SGD", "lr": 0.1}, "training": {"steps": 4}, "
 
 @pytest.fixture(scope="module")
 def taken():
-    """How many products oneDNN was asked for; as on a processor on which MKL is slow, whichever this is."""
-    counted, own = [], onednn._by_onednn
+    """The products that were asked for; as on a processor on which MKL is slow, whichever this is."""
+    module, name = (panels, "_multiply") if HAS_OWN else (onednn, "_by_onednn")
+    counted, own = [], getattr(module, name)
 
-    def counting(left, right):
-        counted.append(left.shape)
-        return own(left, right)
+    def counting(*matrices, **named):
+        counted.append(matrices[0].shape)
+        return own(*matrices, **named)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panels, "is_trusted", lambda dtype: HAS_OWN and dtype == torch.float32)
         patch.setattr(onednn, "is_trusted", lambda: True)
-        patch.setattr(onednn, "_by_onednn", counting)
+        patch.setattr(module, name, counting)
         yield counted
 
 
@@ -72,7 +78,7 @@ def test_a_run_that_fails_goes_on_to_the_same_bits(unbroken, wide, chat_file, tm
 
 
 def test_one_sample_at_a_time_learns_the_same(unbroken, wide, chat_file, tmp_path):
-    """Samples alone are too small for oneDNN: so this is also a run of MKL's. Tolerances as in test_batches.py."""
+    """Samples alone are too small: so this is also a run of torch's own products. Tolerances as in test_batches.py."""
     alone = train(wide, chat_file, tmp_path / "alone", **SETTINGS, data={"packing": False})
     assert losses(alone) == pytest.approx(losses(unbroken), rel=1e-6)
     assert apart(alone, unbroken) < 1e-6
