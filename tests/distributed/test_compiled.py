@@ -25,18 +25,34 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad att
 
 CLOSE = 1e-5
 COMPILED = {**STEPS, "compile": True}
+LORA: dict[str, Any] = {"algorithm": "lora_sft", "lora": {"r": 4}}
+HEADS = {"tensor_parallel_degree": 2}
+BUDGET: dict[str, Any] = {"training": {"activation_checkpointing": "memory_budget", "activation_memory_budget": 0.2}}
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
     "gpt2": ("gpt2", {}),
     "mixtral": ("mixtral", {}),
     "bfloat16": ("llama", {"model": {"dtype": "bfloat16", "save_dtype": "float32"}}),
-    "budget": ("llama", {"training": {"activation_checkpointing": "memory_budget", "activation_memory_budget": 0.2}}),
+    "budget": ("llama", BUDGET),
     "osft": ("llama", {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False}}),
+    "lora": ("llama", LORA),
+    "lora with dropout": ("llama", {**LORA, "lora": {"r": 4, "dropout": 0.2}}),
+    "lora, budget": ("llama", {**LORA, **BUDGET}),
+    "teacher": ("llama", {"distillation": {"teacher": "another", "alpha": 0.5}}),
+    "answers": ("llama", {"evaluation": {"interval": 2, "generate": True, "max_new_tokens": 4}}),
+    "rounding": ("llama", {"qat": {"weight_dtype": "int4", "group_size": 16}}),
 }
-TOGETHER = {
-    "replicas": {},
-    "slices": {"data_parallel_shard_degree": -1},
+TOGETHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "replicas": ("llama", {}),
+    "slices": ("llama", {"parallelism": {"data_parallel_shard_degree": -1}}),
+    "slices, lora": ("llama", {"parallelism": {"data_parallel_shard_degree": -1}, **LORA}),
+    "heads": ("llama", {"parallelism": HEADS}),
+    "heads, all tokens in each": ("llama", {"parallelism": {**HEADS, "sequence_parallel": False}}),
+    "heads, lora, budget": ("llama", {"parallelism": HEADS, **LORA, **BUDGET}),
+    "tokens": ("llama", {"parallelism": {"context_parallel_degree": 2}}),
+    "experts": ("qwen3-moe", {"parallelism": {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}}),
+    "stages": ("llama", {"parallelism": {"pipeline_parallel_degree": 2}}),
 }
 
 

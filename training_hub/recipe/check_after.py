@@ -101,23 +101,28 @@ def _shards(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 
 UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("algorithm", ("sft", "osft"), "the compiler makes code anew for each layer with an adapter, and gives up"),
-    ("training.fp8", (False,), "products in 8 bits are kernels of their own"),
-    ("model.quantization", ("none",), "frozen weights of few bits are read by kernels of their own"),
-    ("qat.weight_dtype", (None,), "layers that round are modules of another library"),
     (
-        "evaluation.generate",
-        (False,),
-        "answers grow token by token, for which blocks would be compiled again and again",
+        "lora.tuner",
+        ("lora", "rslora", "pissa", "olora", "adalora"),
+        "for layers of other kinds code is made shape by shape, until the compiler gives up",
     ),
-    ("distillation.teacher", (None,), "a compiled student did not find the losses of a plain one each time"),
+    (
+        "model.quantization",
+        ("none",),
+        "frozen weights of few bits are read by kernels of their own, so that a block falls to pieces",
+    ),
+    ("training.fp8", (False,), "products in 8 bits are kernels of their own, so that a block falls to pieces"),
+    ("qat.weight_dtype", (None,), "what differs by a hair is rounded to another number, and the loss with it"),
     ("parallelism.tensor_parallel_degree", (1,), "parts of layers run forwards of our own"),
-    ("parallelism.context_parallel_degree", (1,), "attention gathers tokens within a layer"),
-    ("parallelism.pipeline_parallel_degree", (1,), "a pipeline runs layers of its own"),
     ("parallelism.expert_parallel_degree", (1,), "experts are sent tokens within a layer"),
+    (
+        "parallelism.pipeline_parallel_schedule",
+        ("1F1B", "Interleaved1F1B", "GPipe"),
+        "a compiled block makes gradients of weights and of activations in one piece",
+    ),
 )
-"""What blocks are not compiled beside: a setting, its values that go, and why no others do. Adapters and teachers were
-tried; of the others no trial said that they go."""
+"""What blocks are not compiled beside: a setting, its values that go, and why no others do. DoRA, weights of 8 bits,
+layers that round and a schedule that makes gradients of weights apart were tried."""
 
 FORGETTING = ("selective", "full", "offload")
 

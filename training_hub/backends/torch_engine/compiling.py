@@ -1,7 +1,9 @@
-"""Compile each decoder block with torch.compile; attention, which a pack's lengths steer, runs between its parts.
+"""Compile each decoder block with torch.compile. What no compiler can follow runs between its parts: attention, which a
+pack's lengths steer, and experts, which are sent as many tokens as ask for them.
 
-The blocks of a model share their code, so that one is compiled for all. What a block computes is the library's plain
-forward: our own kernels, which do by hand what compiling does, stay out.
+The blocks of a model share their code, so that one of each kind is compiled for all. What a block computes is the
+library's plain forward: our own kernels, which do by hand what compiling does, stay out. Exchanges of tensors that are
+split over processes are a part of what is compiled.
 """
 
 from __future__ import annotations
@@ -14,13 +16,19 @@ import torch
 
 from training_hub.backends.torch_engine.attention import FUNCTIONS
 from training_hub.backends.torch_engine.checkpointing import MEMORY_BUDGET, layers_of
+from training_hub.backends.torch_engine.layouts.context import CONTEXT, context_attention
 from training_hub.errors import RecipeError
 from training_hub.recipe.sections import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LENGTHS = "document_lengths"
+OF_A_PACK = ("document_lengths", "context_share", "max_length_q", "max_length_k")
+"""Keywords by which attention is told how a pack is made up."""
+
+DRAWING = {"fallback_random": True}
+"""Options of the compiler: dropout draws the numbers that it draws in blocks that are not compiled."""
+
 LIVE = (
     "training.compile: a model that was handed over would stay compiled. Give its folder as model.path, or write false."
 )
@@ -34,9 +42,10 @@ class Sealed:
 
 
 def compile_blocks(model: PreTrainedModel) -> str:
-    """Compile every decoder block when it first runs, in place; what a user should be told.
+    """Compile every decoder block that is here when it first runs, in place; what a user should be told.
 
-    To be called before the model is divided. Raises RecipeError where it has no blocks that are known as such.
+    To be called once the model is divided: what divides it exchanges modules, which would leave the old ones compiled.
+    Raises RecipeError where it has no blocks that are known as such.
     """
     from transformers import AttentionInterface
 
@@ -44,12 +53,22 @@ def compile_blocks(model: PreTrainedModel) -> str:
     if not blocks:
         raise RecipeError(f"training.compile: the blocks of {type(model).__name__} are not known. Write false.")
     torch._dynamo.reset()  # models of former runs in this process count towards the limit of versions of one code
-    for name, attend in FUNCTIONS.items():
+    for name, attend in {**FUNCTIONS, CONTEXT: context_attention}.items():
         AttentionInterface.register(name, torch.compiler.disable(_opened(attend)))
     for block in blocks:
-        block.compile()
+        block.compile(options=dict(DRAWING))
     model.base_model.register_forward_pre_hook(_seal, with_kwargs=True)
     return f"{len(blocks)} blocks are compiled when they first run, which takes up to minutes"
+
+
+@contextmanager
+def uncompiled(model: PreTrainedModel) -> Iterator[None]:
+    """Within, blocks run as they are written: for a text that grows they would be compiled for length after length."""
+    if all(block._compiled_call_impl is None for block in layers_of(model)):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
@@ -65,12 +84,12 @@ def budgeted(asked: Training) -> Iterator[None]:
 
 
 def _seal(model: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return arguments, {**named, LENGTHS: Sealed(named[LENGTHS])} if LENGTHS in named else named
+    return arguments, {name: Sealed(value) if name in OF_A_PACK else value for name, value in named.items()}
 
 
 def _opened(attend: Callable[..., Any]) -> Callable[..., Any]:
     def attend_opened(*arguments: Any, **named: Any) -> Any:
-        found = named.get(LENGTHS)
-        return attend(*arguments, **{**named, LENGTHS: found.value} if isinstance(found, Sealed) else named)
+        opened = {name: value.value if isinstance(value, Sealed) else value for name, value in named.items()}
+        return attend(*arguments, **opened)
 
     return attend_opened

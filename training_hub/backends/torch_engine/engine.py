@@ -318,8 +318,6 @@ def assemble(
         adaptation.share_work(layout.group)
         adaptation.begin_as_it_came(loaded.base)
     adaptation.begin(console)
-    if recipe.training.compile:
-        console.say(f"model: {compile_blocks(model)}")
     if layout.is_divided:
         loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
@@ -328,6 +326,8 @@ def assemble(
         console.say(f"model: {line}")
     asked = (recipe.data.packing, packs_validation(recipe.data))
     may_pack = any(asked) and can_pack(model, plain, dtype, console)
+    if recipe.training.compile:
+        console.say(f"model: {compile_blocks(model)}")
     store = materials.prepared.train
     are_split, let_go = recipe.optimizer.state != "full", partial(layout.let_go, model)
     masters = Masters(

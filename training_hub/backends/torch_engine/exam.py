@@ -11,6 +11,7 @@ from training_hub.backends.shared import exam as shared
 from training_hub.backends.shared.answers import Answer
 from training_hub.backends.shared.exam import Exam, Examiner, told
 from training_hub.backends.shared.materials import limits_of
+from training_hub.backends.torch_engine.compiling import uncompiled
 from training_hub.backends.torch_engine.generate import share_of_answers
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.materials import Materials, stop_ids
@@ -31,7 +32,7 @@ def ask(
     total = math.ceil(len(prompts) / size) if size == 1 or examiner.decoding.temperature == 0 else None
 
     def said() -> list[Any]:
-        with layout.in_step(model), console.progress(what, total, "answers") as advance:
+        with uncompiled(model), layout.in_step(model), console.progress(what, total, "answers") as advance:
             own = share_of_answers(
                 model, prompts, examiner.decoding, examiner.batch_tokens, advance, layout.asking_rank, size
             )

@@ -73,7 +73,8 @@ def project(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
 
 def _forward(own: Any) -> Forward:
     def forward(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if arguments or options or not _is_plain(self, x):
+        # A compiler puts together what it is shown in the library's own operations.
+        if torch.compiler.is_compiling() or arguments or options or not _is_plain(self, x):
             return own.forward(self, x, *arguments, **options)
         return project(x, (self,))[0]
 

@@ -57,7 +57,7 @@ def _of_all(own: Any) -> Forward:
         said_MD = _asked(own, self, rows, hidden_ND[token_M], index_NK[token_M, place_M], shares_NK[token_M, place_M])
         return leaving(torch.zeros_like(hidden_ND).index_add(0, token_M, said_MD), rows.mesh)
 
-    return forward
+    return torch.compiler.disable(forward)  # how many tokens there are to send only the router knows
 
 
 def _of_each(own: Any) -> Forward:
@@ -81,7 +81,7 @@ def _of_each(own: Any) -> Forward:
         said_PD = said_PD * shares_NK.flatten()[order_P, None]
         return torch.zeros_like(hidden_ND).index_add(0, token_P, said_PD.to(hidden_ND.dtype))
 
-    return forward
+    return torch.compiler.disable(forward)
 
 
 class _Exchange(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from training_hub.backends.torch_engine.fused.exchange import Forward
 from training_hub.backends.torch_engine.layouts import exchanges
 from training_hub.backends.torch_engine.layouts.exchanges import WIDTH
+from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.shared import exchange, locally
 from training_hub.backends.torch_engine.layouts.tokens import Entered, Tokens
 
@@ -82,12 +83,11 @@ def _columns(own: Any) -> Forward:
     """This rank's outputs."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        part, entered = locally(own, self), Entered.of(x)
-        if entered is None or not (torch.is_grad_enabled() and part.weight.requires_grad):
-            said: Tensor = own.forward(part, x)
-        else:
-            entered.expect()
-            said = _Product.apply(x, entered.kept, part.weight, part.bias, entered)
+        entered, bias = Entered.of(x), self.bias
+        if entered is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return _multiplied(own, self, x, bias)
+        entered.expect()
+        said: Tensor = _Product.apply(x, entered.kept, local_of(self.weight), _part(bias), entered)
         return said
 
     return forward
@@ -116,12 +116,23 @@ def _summand(own: Any) -> Forward:
     """This rank's summand of all outputs, without the bias, which is added once."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        part = locally(own, self)
-        part._parameters["bias"] = None
-        summand: Tensor = own.forward(part, x)
-        return summand
+        return _multiplied(own, self, x, None)
 
     return forward
+
+
+def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """What the library's class `own` makes of x by this rank's part of the weight, and the bias, if any."""
+    if own is nn.Linear:  # spelled out, so that a compiler can follow
+        return nn.functional.linear(x, local_of(layer.weight), _part(bias))
+    part = locally(own, layer)
+    part._parameters["bias"] = _part(bias)
+    product: Tensor = own.forward(part, x)
+    return product
+
+
+def _part(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else local_of(bias)
 
 
 def _ending(tokens: Tokens) -> Callable[..., Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -49,7 +50,8 @@ class Tokens:
         if not self.are_sliced:
             return exchanges.entering(hidden, self.mesh)
         entered = exchanges.entering_joined(hidden, self.mesh, TOKENS, length)
-        setattr(entered, ENTERED, Entered(hidden.detach(), self.mesh, entered.shape[TOKENS]))
+        if not torch.compiler.is_compiling():  # the compiler says by itself what is kept for backward
+            setattr(entered, ENTERED, Entered(hidden.detach(), self.mesh, entered.shape[TOKENS]))
         return entered
 
     def leave(self, summands: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class Entered:
     @staticmethod
     def of(x: Tensor) -> Entered | None:
         """What is known of a tensor that `Tokens.enter` gave."""
-        found: Entered | None = getattr(x, ENTERED, None)
+        found: Entered | None = None if torch.compiler.is_compiling() else getattr(x, ENTERED, None)
         return found
 
     def expect(self) -> None:
