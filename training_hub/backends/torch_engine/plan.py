@@ -16,7 +16,7 @@ from training_hub.backends.shared.packs import planned, settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, SELECTIVE, USABLE, free_gib, num_layers
-from training_hub.backends.torch_engine.freezing import Thaw
+from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.layouts.cut import fullest, planned_stages
 from training_hub.backends.torch_engine.layouts.share import Share, Sizes, cut_down, exchanged_bytes
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, most_under_way, waiting
@@ -118,7 +118,7 @@ def describe(
         "save_dtype": str(save_dtype).removeprefix("torch."),
         "parameters": sum(num_numbers(p) for p in parameters),
         "trained_parameters": trained,
-        "frozen_at_first": Thaw(model, recipe.freezing).frozen_at_first(),
+        "frozen_at_first": Thaw(model, turns_of(model, recipe.freezing)).frozen_at_first(),
         **told,
         "activation_checkpointing": checkpointing,
         "memory_gib": memory,
@@ -184,7 +184,9 @@ def memory_of(
     largest, accumulates, asked = feed.largest_pack(), packs > 1, recipe.parallelism
     in_stages = asked.pipeline_parallel_degree > 1
     under_way = most_under_way(asked, max(1.0, packs / share.of_data)) if in_stages else 1.0
-    model = fullest(model, asked) if in_stages else model
+    if in_stages:
+        stages = planned_stages(model, asked)
+        model, holdings = fullest(model, asked), holdings.of_share(stages.most_layers / stages.ends[-1])
     wanted = recipe.training.activation_checkpointing
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
     ways = (wanted,) if wanted != "auto" else possible if num_layers(model) and not recipe.training.compile else (NONE,)
