@@ -15,7 +15,7 @@ from tests.backends.torch_engine.tiny_models import tiny_model
 from tests.invariants.run import train
 from training_hub.backends.jax_engine.freezing import parts_of, tables_of
 from training_hub.backends.shared.freezing import Parts, Turns, frozen_keys
-from training_hub.backends.torch_engine.freezing import Thaw, freeze
+from training_hub.backends.torch_engine.freezing import Thaw, freeze, turns_of
 from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.errors import RecipeError, TrainingError
 from training_hub.recipe.freezing import Freezing
@@ -76,7 +76,7 @@ def test_settings_mean_what_they_mean_in_the_torch_engine(family: str, tmp_path:
             continue
         assert named(parts, frozen) == without_gradient(model)
         asked = settings.model_copy(update={"unfreeze_interval": 3, "unfrozen_blocks": 0})
-        turns, thaw = Turns.of(parts, asked, frozen), Thaw(model, asked)
+        turns, thaw = Turns.of(parts, asked, frozen), Thaw(model, turns_of(model, asked))
         for step in (1, 3, 4, 7, 10, 100):
             thaw.begin(step)
             assert named(parts, {*frozen, *turns.waiting(step)}) == without_gradient(model)

@@ -129,9 +129,9 @@ def divide(
         if layout.is_sharded:
             part(model)
         # What was drawn at random, or found by another library, before each keeps a piece of it.
-        layout.group.spread(
-            [*model.state_dict().values(), *adaptation.weights().values(), *adaptation.saved().values()]
-        )
+        layout.group.spread(model.state_dict().values())
+        if layout.degrees.pp == 1:  # else each has found what belongs to its own stages
+            layout.group.spread([*adaptation.weights().values(), *adaptation.saved().values()])
         layout = layout.divide(model, dtype, adaptation.undivided)
         _begin_exactly(model, loaded.base, dtype)
         adaptation.divided()

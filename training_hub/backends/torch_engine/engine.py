@@ -30,7 +30,7 @@ from training_hub.backends.torch_engine.compiling import LIVE, budgeted, compile
 from training_hub.backends.torch_engine.dividing import divide, load_for, refuse_broken_model
 from training_hub.backends.torch_engine.exam import exam_of
 from training_hub.backends.torch_engine.final import finish, saved_dtype, write_model
-from training_hub.backends.torch_engine.freezing import Thaw
+from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout, layout_of
 from training_hub.backends.torch_engine.layouts.beforehand import process_problems
@@ -163,10 +163,8 @@ class TorchEngine:
         known = partial(outline, recipe, materials, device, dtype)
         if given.model is None:
             step = group.on_main("looking for checkpoints", lambda: starting_step(known(), console))
-        teaching = group.main_first(
-            "the teacher",
-            lambda: open_teaching(recipe, materials.teacher, materials.prepared.train, device, console),
-        )
+        ask = partial(open_teaching, recipe, materials.teacher, materials.prepared.train, device, console)
+        teaching = group.main_first("the teacher", lambda: ask(is_asked=layout.has_last_stage))
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_for(layout, recipe, device, dtype, given.model, first_lengths(materials), console)
         run = assemble(recipe, loaded, materials, device, dtype, console, teaching, layout)
@@ -315,9 +313,10 @@ def assemble(
     if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
     if isinstance(adaptation, Osft):
-        adaptation.share_work(layout.group)
+        adaptation.share_work(layout)
         adaptation.begin_as_it_came(loaded.base)
     adaptation.begin(console)
+    turns = turns_of(model, recipe.freezing)
     if layout.is_divided:
         loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
@@ -351,7 +350,7 @@ def assemble(
         facts={**facts_of(materials, loaded.model), "versions": versions("torch")},
         best=Best(recipe.evaluation),
         exam=exam_of(recipe, materials),
-        thaw=Thaw(model, recipe.freezing) if recipe.freezing.unfreeze_interval else None,
+        thaw=Thaw(model, turns) if turns.interval is not None else None,
         layout=layout,
         staging=staging_of(recipe.checkpoint.async_mode, device),
         packs_validation=asked[1] and may_pack,

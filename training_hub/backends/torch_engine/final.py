@@ -46,6 +46,7 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         return run.group.on_main(what, lambda: write() if take_chosen_step(run, console) else None)
     if not take_chosen_step(run, console):
         return None
+    run.adaptation.bring_together(run.layout)
     if run.adaptation.files is None:
         return _write_together(run, loaded, materials, folder, console)
     held = gather_adapter(run)

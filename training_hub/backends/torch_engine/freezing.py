@@ -24,10 +24,9 @@ def freeze(model: nn.Module, settings: Freezing) -> None:
 class Thaw:
     """What trains in which step where weights are unfrozen gradually; without that, nothing ever changes."""
 
-    def __init__(self, model: nn.Module, settings: Freezing):
-        self._parameters = dict(model.named_parameters())
-        frozen = {name for name, parameter in self._parameters.items() if not parameter.requires_grad}
-        self._turns = Turns.of(_parts(model), settings, frozen)
+    def __init__(self, model: nn.Module, turns: Turns):
+        """turns: of the whole model, of which this process may have some layers."""
+        self._parameters, self._turns = dict(model.named_parameters()), turns
         self._open = len(self._turns.turns)
 
     def begin(self, step: int, console: Console | None = None) -> None:
@@ -36,7 +35,7 @@ class Thaw:
             return
         waiting, count = self._turns.waiting(step), self._turns.count(step)
         for _, names in self._turns.turns:
-            for name in names:
+            for name in self._parameters.keys() & names:
                 self._parameters[name].requires_grad_(name not in waiting)
         if console is not None and count != self._open:
             console.say(self._turns.told(step))
@@ -45,6 +44,14 @@ class Thaw:
     def frozen_at_first(self) -> int:
         """Numbers that train only later."""
         return sum(self._parameters[name].numel() for _, names in self._turns.turns for name in names)
+
+
+def turns_of(model: nn.Module, settings: Freezing) -> Turns:
+    """What is unfrozen in turn of a whole model, with what stays frozen taken from it."""
+    if settings.unfreeze_interval is None:
+        return Turns()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return Turns.of(_parts(model), settings, frozen)
 
 
 def _parts(model: nn.Module) -> Parts:

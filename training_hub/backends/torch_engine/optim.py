@@ -152,6 +152,8 @@ class Masters:
         """Add gradients of low-precision parameters to their masters', where something else than backward made them."""
         for name, move in self._moves.items():
             move(self.parameters[name])
+        if self.adaptation is not None:
+            self.adaptation.collect()
 
     def gather(self) -> None:
         """The gradients of a step are complete: let the adaptation make those of its weights from them."""

@@ -17,7 +17,7 @@ from training_hub.backends.shared.packs import planned, settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import HOW, NONE, SELECTIVE, USABLE, free_gib, num_layers
-from training_hub.backends.torch_engine.freezing import Thaw
+from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.layouts.cut import fullest, planned_stages
 from training_hub.backends.torch_engine.layouts.shapes import layers_at
 from training_hub.backends.torch_engine.layouts.share import EVERYTHING, Share, Sizes, cut_down, exchanged_bytes
@@ -121,7 +121,7 @@ def describe(
         "save_dtype": str(save_dtype).removeprefix("torch."),
         "parameters": sum(num_numbers(p) for p in parameters),
         "trained_parameters": trained,
-        "frozen_at_first": Thaw(model, recipe.freezing).frozen_at_first(),
+        "frozen_at_first": Thaw(model, turns_of(model, recipe.freezing)).frozen_at_first(),
         **told,
         "activation_checkpointing": checkpointing,
         "memory_gib": memory,
@@ -186,6 +186,9 @@ def memory_of(
     packs = forecast(feed)["packs_per_step"]
     asked, wanted = recipe.parallelism, recipe.training.activation_checkpointing
     parts = list(stages_of(model, asked, max(1.0, packs / share.of_data)))
+    if asked.pipeline_parallel_degree > 1:
+        stages = planned_stages(model, asked)
+        holdings = holdings.of_share(stages.most_layers / stages.ends[-1])
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
     ways = (wanted,) if wanted != "auto" else possible if num_layers(model) and not recipe.training.compile else (NONE,)
     for how in ways:

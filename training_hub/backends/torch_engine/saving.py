@@ -189,7 +189,10 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
         name = _weight_of(key, own)
         weight, is_owned = own.get(name), key != name and name in run.updater.owners.names
         cut = whole_cut(tensor.shape) if weight is None or is_owned else cut_of(weight)
-        is_mine = run.group.is_main if weight is None else not (run.layout.is_copy(name, weight) or cut.is_empty)
+        if weight is None:
+            is_mine = run.group.is_main or (run.layout.is_first and run.adaptation.is_here(key))
+        else:
+            is_mine = not (run.layout.is_copy(name, weight) or cut.is_empty)
         if is_mine:
             mine[key] = tensor
             # Of a divided weight the optimizer also keeps numbers that each process has, such as how many steps.
@@ -218,7 +221,7 @@ def take_over(run: Run, step: int) -> State:
         name = _weight_of(key, own)
         weight = own.get(name)
         if weight is None and run.layout.pipeline is not None and not key.startswith("@"):
-            return None
+            return whole_cut(shape) if run.adaptation.is_here(key) else None
         if key != name and name in owners.names:
             return whole_cut(shape) if name in owners.whole else Cut(shape, (0,) * len(shape), (0,) * len(shape))
         return whole_cut(shape) if weight is None or tuple(weight.shape) != shape else cut_of(weight)

@@ -12,9 +12,12 @@ import transformers
 
 from tests.backends.torch_engine.tiny_models import tiny_config, tiny_model
 from tests.invariants.run import recipe
+from training_hub.backends.torch_engine.adaptations.lora import Lora
+from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.engine import TorchEngine
 from training_hub.backends.torch_engine.layouts.cut import answer_problems
 from training_hub.backends.torch_engine.layouts.fitness import split_problems, way_problems
+from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Degrees, Parallelism, degrees_of
 
 
@@ -132,9 +135,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Write parallelism.pipeline_parallel_schedule: 1F1B or Interleaved1F1B",
     ),
-    "an adapter in stages": (
-        {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft"},
-        "Write 1, or algorithm: sft",
+    "ranks shared out over stages": (
+        {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft", "lora": {"tuner": "adalora"}},
+        "and a process has some of them. Write 1, or lora.tuner: lora.",
     ),
     "products kept for one pass of two": (
         {
@@ -143,32 +146,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Write full or none, or parallelism.pipeline_parallel_schedule: 1F1B.",
     ),
-    "layers that train in turn, in stages": (
-        {"parallelism": {"pipeline_parallel_degree": 2}, "freezing": {"unfreeze_interval": 1}},
-        "leave freezing.unfreeze_interval out",
-    ),
-    "layers that round, in stages": (
-        {"parallelism": {"pipeline_parallel_degree": 2}, "qat": {"weight_dtype": "int8"}},
-        "leave qat out",
-    ),
     "split masters of gradients made later": (
         {
             "parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
             "optimizer": {"state": "8bit"},
         },
         "or optimizer.state: full",
-    ),
-    "subspaces in stages": (
-        {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5}},
-        "parallelism.pipeline_parallel_degree: 1, or algorithm: sft",
-    ),
-    "a teacher beside stages": (
-        {"parallelism": {"pipeline_parallel_degree": 2}, "distillation": {"teacher": "."}},
-        "leave distillation.teacher out",
-    ),
-    "noise in the first of several stages": (
-        {"parallelism": {"pipeline_parallel_degree": 2}, "loss": {"neftune_noise_alpha": 5.0}},
-        "leave loss.neftune_noise_alpha out",
     ),
 }
 
@@ -197,3 +180,38 @@ def test_stages_go_together_with_all_other_ways(others, tmp_path: Path):
         data={"validation_fraction": 0.5},
     )
     assert way_problems(chosen, degrees_of(chosen.parallelism, 16)) == []
+
+
+@pytest.mark.parametrize(
+    ("tuner", "options"), [("vera", {}), ("vblora", {"vector_length": 16, "num_vectors": 8}), ("randlora", {})]
+)
+def test_an_adapter_with_numbers_that_all_layers_share_is_not_dealt_out_in_stages(tuner, options, tmp_path: Path):
+    sections = {"algorithm": "lora_sft", "lora": {"tuner": tuner, "options": options}}
+    folder, rows, output = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
+    asked = recipe(folder, rows, output, parallelism={"pipeline_parallel_degree": 2}, **sections)
+    with pytest.raises(RecipeError, match=f"an adapter of {tuner} has numbers that all layers share"):
+        Lora(asked).attach(blank("llama", hidden_size=64))
+    Lora(recipe(folder, rows, output, **sections)).attach(blank("llama", hidden_size=64))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["embed_tokens"]}]
+)
+def test_adapters_that_are_one_do_not_lie_in_two_stages(settings, tmp_path: Path):
+    sections = {"algorithm": "lora_sft", "lora": settings}
+    folder, rows, output = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
+    asked = recipe(folder, rows, output, parallelism={"pipeline_parallel_degree": 2}, **sections)
+    with pytest.raises(
+        RecipeError, match="what is beside a table that is also the head, or its copy, would lie in the first"
+    ):
+        Lora(asked).attach(blank("llama-tied"))
+    Lora(asked).attach(blank("llama"))
+
+
+def test_a_table_in_two_stages_is_not_decomposed(tmp_path: Path):
+    sections = {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "targets": ["embed_tokens", "mlp"]}}
+    folder, rows, output = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
+    asked = recipe(folder, rows, output, parallelism={"pipeline_parallel_degree": 2}, **sections)
+    with pytest.raises(RecipeError, match=r"osft\.targets: the table that is also the head lies in the first stage"):
+        Osft(asked).attach(blank("llama-tied"))
+    Osft(asked).attach(blank("llama"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,11 @@ class Holdings:
     exported: int | None = None
     spared: int = 0
 
+    def of_share(self, share: float) -> Holdings:
+        """What a process has of it that has this share of the layers."""
+        numbers = {name: round(share * getattr(self, name)) for name in OF_LAYERS}
+        return replace(self, **numbers)
 
+
+OF_LAYERS = ("trained", "fixed", "copied", "gradients", "complete", "saved", "spared")
 NOTHING = Holdings()

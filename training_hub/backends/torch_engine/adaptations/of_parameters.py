@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from training_hub.backends.torch_engine.layouts import Layout
+
 
 class OfParameters:
     """The part of an adaptation that has nothing to do where the optimizer moves the model's own parameters."""
@@ -44,6 +46,9 @@ class OfParameters:
     def expect_last_backward(self) -> None:
         """Nothing to do with a gradient before all are there."""
 
+    def collect(self) -> None:
+        """The optimizer's masters take all gradients."""
+
     def gather(self) -> None:
         """Nothing to do once the gradients of a step are complete."""
 
@@ -64,8 +69,15 @@ class OfParameters:
         """What a checkpoint holds beside the weights that the optimizer moves: nothing."""
         return {}
 
+    def is_here(self, key: str) -> bool:
+        """Nothing is kept of a weight but what the optimizer keeps."""
+        return False
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take over."""
+
+    def bring_together(self, layout: Layout) -> None:
+        """Nothing lies in other processes."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further files of the final model's folder: none."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
+from training_hub.backends.torch_engine.layouts import Layout
 from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.types import Console, Proof
 
@@ -72,6 +73,10 @@ class Adaptation(Protocol):
         """The next backward completes the gradients of a step."""
         ...
 
+    def collect(self) -> None:
+        """Something else than backward may have made gradients."""
+        ...
+
     def gather(self) -> None:
         """The gradients of a step are complete: make those of `weights` from them."""
         ...
@@ -92,6 +97,10 @@ class Adaptation(Protocol):
         """What a checkpoint holds beside the weights that the optimizer moves."""
         ...
 
+    def is_here(self, key: str) -> bool:
+        """Whether a tensor of a checkpoint that is no parameter, called so, belongs to a weight of this process."""
+        ...
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `saved` gave; `weights` have been taken over before."""
         ...
@@ -104,6 +113,10 @@ class Adaptation(Protocol):
 
     def proofs(self) -> list[Proof]:
         """What it proves of itself before the first step."""
+        ...
+
+    def bring_together(self, layout: Layout) -> None:
+        """Let process 0 have all of `beside`. All must call it, where stages have layers of their own."""
         ...
 
     def beside(self) -> dict[str, dict[str, Tensor]]:

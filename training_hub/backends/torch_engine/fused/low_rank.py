@@ -52,18 +52,24 @@ def low_rank_of(layer: Any) -> LowRank | None:
     return LowRank(down, up, layer.scaling[ADAPTER])
 
 
-def run_adapters_fused(model: nn.Module) -> None:
-    """Exchange PEFT's linear layers with plain LoRA for ours, in place; parameters and names stay."""
+def run_adapters_fused(model: nn.Module, *, are_joined: bool = True) -> None:
+    """Exchange PEFT's linear layers with plain LoRA for ours, in place; parameters and names stay.
+
+    are_joined: layers that read the same x take one product together. torch 2.11, where it makes gradients of weights
+    apart from those of activations, takes the gradients of several outputs for those of one: layers must be by
+    themselves there.
+    """
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
         if f"{kind.__module__}.{kind.__qualname__}" in CLASSES and isinstance(module.base_layer, nn.Linear):
-            exchange(model, name, module, _forward)
+            exchange(model, name, module, _forward if are_joined else _forward_alone)
 
 
 def project(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
-    """What each of the layers makes of x [..., M]; those with adapters together, where all have one, and on a GPU those
-    without."""
-    if all(_is_plain(layer, x) for layer in layers):
+    """What each of the layers makes of x [..., M]; those with adapters together, where all have one and may be joined,
+    and on a GPU those without."""
+    are_joined = len(layers) == 1 or all(getattr(layer, "made_by", "") == "_forward" for layer in layers)
+    if are_joined and all(_is_plain(layer, x) for layer in layers):
         factors = [part for layer in layers for part in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)]
         bases, scales = [layer.base_layer for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
         outputs: tuple[Tensor, ...] = _LowRank.apply(x, bases, scales, *factors)
@@ -79,6 +85,10 @@ def _forward(own: Any) -> Forward:
         return project(x, (self,))[0]
 
     return forward
+
+
+def _forward_alone(own: Any) -> Forward:
+    return _forward(own)
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.layouts import fully_sharded
 from training_hub.backends.torch_engine.layouts.context import refuse_other_numbers, share_of, spread_tokens
-from training_hub.backends.torch_engine.layouts.cut import cut
+from training_hub.backends.torch_engine.layouts.cut import cut, names_of
 from training_hub.backends.torch_engine.layouts.experts import deal_out_all, experts_of
 from training_hub.backends.torch_engine.layouts.fitness import split_problems
 from training_hub.backends.torch_engine.layouts.mesh import (
@@ -35,6 +35,7 @@ from training_hub.backends.torch_engine.layouts.mesh import (
 from training_hub.backends.torch_engine.layouts.pieces import is_copy, norm_of
 from training_hub.backends.torch_engine.layouts.pipeline import Pipeline, pipeline_of
 from training_hub.backends.torch_engine.layouts.sequence import refuse_other_loss, slice_tokens
+from training_hub.backends.torch_engine.layouts.stages import last_owner
 from training_hub.backends.torch_engine.layouts.tensor import split_tensors
 from training_hub.backends.torch_engine.layouts.tokens import Tokens
 from training_hub.backends.torch_engine.parallel import ALONE, Group
@@ -111,20 +112,61 @@ class Layout:
     @property
     def is_first(self) -> bool:
         """Whether this is the process that speaks for all that hold the same layers."""
+        return self.group.is_main or (self.mesh is not None and place_in(self.mesh, *self._beside_stages) == 0)
+
+    @property
+    def _beside_stages(self) -> list[str]:
+        """The dimensions of the mesh along which processes have the same layers."""
         names = self.mesh.mesh_dim_names or () if self.mesh is not None else ()
-        return self.group.is_main or (self.mesh is not None and place_in(self.mesh, *(set(names) - {"pp"})) == 0)
+        return [name for name in names if name != "pp"]
 
     def is_second(self, name: str) -> bool:
         """Whether an earlier stage has this weight too."""
         return self.pipeline is not None and self.pipeline.has_copy(name)
 
+    @torch.no_grad()
+    def over_stages(self, numbers: Tensor, *, is_highest: bool = False) -> Tensor:
+        """The sum over the processes of a pipeline, or the highest; the tensor itself is changed."""
+        for group in _groups(self.mesh, ("pp",)):
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX if is_highest else dist.ReduceOp.SUM, group=group)
+        return numbers
+
     def sum_over_stages(self, numbers: Tensor) -> Tensor:
         """The sum over the processes of a pipeline, on the CPU; the numbers themselves where there are no stages."""
-        if self.pipeline is None:
-            return numbers
-        moved = numbers.to(self.device)
-        dist.all_reduce(moved, group=self.pipeline.route.group)
-        return moved.cpu()
+        return self.over_stages(numbers.to(self.device)).cpu()
+
+    def told_by_stages(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What processes with other layers tell by name, as plain JSON, with what this one tells."""
+        if self.degrees.pp == 1:
+            return own
+        return {name: told for some in self.group.gather(own) for name, told in some.items()}
+
+    def names_here(self, model: PreTrainedModel) -> Collection[str]:
+        """The parameters of a whole model that this process will have once it is in stages."""
+        if self.degrees.pp == 1:
+            return [name for name, _ in model.named_parameters()]
+        return names_of(model, self.asked, place_in(self.mesh, "pp"))
+
+    @property
+    def has_last_stage(self) -> bool:
+        """Whether this process has the last layers, and so what the model says."""
+        return self.degrees.pp == 1 or place_in(self.mesh, "pp") == last_owner(self.asked)
+
+    @property
+    def alike(self) -> tuple[int, int]:
+        """The number of this process among those with the same layers, and how many these are."""
+        if self.mesh is None:
+            return self.group.rank, self.group.world_size
+        return place_in(self.mesh, *self._beside_stages), size_of(self.mesh, *self._beside_stages)
+
+    @torch.no_grad()
+    def sum_alike(self, numbers: Tensor) -> Tensor:
+        """The sum over the processes with the same layers; the tensor itself is changed."""
+        if self.degrees.pp == 1:
+            return self.group.sum(numbers)
+        for group in _groups(self.mesh, self._beside_stages):
+            dist.all_reduce(numbers, group=group)
+        return numbers
 
     def collected(self, weights: dict[str, Tensor], marked: set[str]) -> tuple[dict[str, Tensor], frozenset[str]]:
         """In process 0 the weights of all stages, by name, from the CPUs of the first process of each; and the names
@@ -181,8 +223,8 @@ class Layout:
         for (mesh, across), some in sorts.items():
             if across:
                 self.group.sum_gradients(some, _groups(mesh, across))
-        if self.pipeline is not None and self.pipeline.twice is not None:
-            self.pipeline.add_up(weights.get(self.pipeline.twice))
+        if self.pipeline is not None:
+            self.pipeline.add_up(weights)
 
     def norm(self, weights: Mapping[str, Tensor], divided: Mapping[str, DTensor]) -> Tensor:
         """The norm of the gradients of these weights, by name, of all processes together, once they are added up."""
@@ -205,10 +247,10 @@ class Layout:
         done. Of a pipeline the process with the last stage has them.
 
         spare: a pack for passes that count nothing, which other processes need this one for. last: called before the
-        backward pass that completes the gradients. made: called where they may have been made without autograd's hooks.
+        backward pass that completes the gradients, where there is one. made: called where they may have been made
+        without autograd's hooks.
         """
         if self.pipeline is not None:
-            last()
             self.begin_pass(model, is_last=True)
             yield from self._piped(model, objective, self.passes(packs), spare, divisor, made)
             self.end_passes(model)

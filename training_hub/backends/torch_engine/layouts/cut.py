@@ -45,11 +45,11 @@ class Route:
 
     place: the number of this process in its pipeline. width and dtype: of what passes from stage to stage. tokens: how
     these lie on the processes that split the heads of a stage, each of which passes a slice of them on to the one that
-    has its place in the next stage; None where none do. twice: the name of a table that is also the head, which the
-    first and the last process both have.
+    has its place in the next stage; None where none do. twice: the names of what a table holds that is also the head,
+    which the first and the last process both have.
     """
 
-    twice: str | None = None
+    twice: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -321,7 +321,8 @@ def cut(
     route = Route(stages, group, width, dtype, device, tokens)
     first, last = stages.owners[0], stages.owners[-1]
     is_tied = getattr(head, "weight", head) is getattr(table, "weight", table)
-    route.twice = f"{ends.table}.weight" if is_tied and first != last else None
+    if is_tied and first != last:  # with an adapter's part, which may be of both
+        route.twice = frozenset(f"{ends.table}.{name}" for name, _ in table.named_parameters())
     own = Layers(layers, lambda number: stages.owners[stages.of_layer(number)] == route.place, route)
     model.set_submodule(ends.layers, own)
     for name, owner in ((ends.table, first), (ends.norm, last), (ends.head, last)):
@@ -353,6 +354,18 @@ def planned_stages(model: Any, asked: Parallelism) -> Stages:
     ends = Ends.of(model)
     assert ends is not None
     return stages_of(asked, len(model.get_submodule(ends.layers)))
+
+
+def names_of(model: Any, asked: Parallelism, place: int) -> frozenset[str]:
+    """The parameters of a whole model that process `place` of the pipeline will have; what `pipeline_problems` refuses
+    must not come here."""
+    ends, stages = Ends.of(model), planned_stages(model, asked)
+    assert ends is not None
+    own = {number for stage in stages.of_process(place) for number in stages.layers(stage)}
+    prefixes = [f"{ends.layers}.{number}." for number in own]
+    prefixes += [f"{ends.table}."] if place == stages.owners[0] else []
+    prefixes += [f"{ends.norm}.", f"{ends.head}."] if place == stages.owners[-1] else []
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes)))
 
 
 def fullest(model: Any, asked: Parallelism) -> Any:

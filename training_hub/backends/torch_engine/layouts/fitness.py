@@ -59,8 +59,6 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
     refused = {
-        f"algorithm: osft decomposes weights of all layers, and a process has some of them. Write {PIPELINE}: 1, or "
-        "algorithm: sft.": degrees.pp > 1 and recipe.algorithm == "osft",
         f"{CONTEXT}: noise is drawn for whole samples, and a process has parts of them. Write 1, or leave "
         "loss.neftune_noise_alpha out.": degrees.cp > 1 and recipe.loss.neftune_noise_alpha,
         f"{CONTEXT}: a teacher is asked about whole samples, and a process has parts of them. Write 1, or leave "
@@ -93,19 +91,10 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, which torch "
         f"{torch.__version__} does wrongly. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or install a newer one: "
         "pip install -U torch.": splits and not can_split_backward(),
-        f"{PIPELINE}: noise is put on embeddings by the objective, which the last stage has. Write 1, or leave "
-        "loss.neftune_noise_alpha out.": recipe.loss.neftune_noise_alpha,
-        f"{PIPELINE}: a teacher is whole in each process. Write 1, or leave distillation.teacher "
-        "out.": recipe.distillation.teacher,
-        f"{PIPELINE}: an adapter is put together and read again beside a whole model. Write 1, or algorithm: "
-        "sft.": recipe.algorithm == "lora_sft",
-        f"{PIPELINE}: layers are numbered in one process as they train in turn. Write 1, or leave "
-        "freezing.unfreeze_interval out.": recipe.freezing.unfreeze_interval is not None,
-        f"{PIPELINE}: {recipe.model.quantization} weights are made while a whole model is read. Write 1, or "
-        "model.quantization: none.": recipe.model.quantization != "none",
-        f"{PIPELINE}: layers that round are made of a whole model. Write 1, or leave qat out.": (
-            recipe.qat.weight_dtype is not None
-        ),
+        f"{PIPELINE}: ranks of adalora are shared out by comparing those of all layers, and a process has some of "
+        "them. Write 1, or lora.tuner: lora.": recipe.algorithm == "lora_sft"
+        and recipe.lora.adapter is None
+        and recipe.lora.tuner == "adalora",
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} goes through a layer twice in backward, and what "
         "training.activation_checkpointing: selective keeps serves once. Write full or none, or "
         f"{SCHEDULE}: 1F1B.": splits and recipe.training.activation_checkpointing == "selective",

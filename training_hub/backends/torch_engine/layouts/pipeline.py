@@ -11,7 +11,8 @@ Where processes split the heads of a stage each passes a slice of the tokens on,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -36,12 +37,12 @@ Objective = Callable[[Any, PackTensors], Term]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages of this process among those of its pipeline. twice: the name of a weight that the first and the last
-    process both have, which is a table of embeddings that is also the head."""
+    """The stages of this process among those of its pipeline. twice: the names of weights that the first and the last
+    process both have, of a table of embeddings that is also the head."""
 
     route: Route
     order: Order
-    twice: str | None = None
+    twice: frozenset[str] = frozenset()
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -60,7 +61,7 @@ class Pipeline:
 
     def has_copy(self, name: str) -> bool:
         """Whether an earlier process has this weight too, and speaks for it."""
-        return name == self.twice and self.route.place == self.ends[1]
+        return name in self.twice and self.route.place == self.ends[1]
 
     def run(
         self,
@@ -135,21 +136,29 @@ class Pipeline:
         return schedule
 
     @torch.no_grad()
-    def add_up(self, weight: Tensor | None) -> None:
-        """Add up the gradient of the weight that two processes have, so that both have the same bits. weight: theirs;
-        None in the other processes."""
-        if weight is None or self.ends[0] == self.ends[1]:
+    def add_up(self, weights: Mapping[str, Tensor]) -> None:
+        """Add up the gradients of those weights that two processes have, so that both have the same bits; what neither
+        has a gradient of stays without."""
+        names = sorted(self.twice & weights.keys()) if self.ends[0] != self.ends[1] else []
+        if not names:
             return
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        group, theirs, (first, last) = self.route.group, torch.empty_like(weight.grad), self.ends
+        is_there = torch.tensor([int(weights[name].grad is not None) for name in names])
+        is_there += self._of_other_end(is_there)
+        for weight in (weights[name] for name, there in zip(names, is_there.tolist(), strict=True) if there):
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad += self._of_other_end(weight.grad)
+
+    def _of_other_end(self, mine: Tensor) -> Tensor:
+        """What the last process has where this one, which is the first, has this tensor; and the other way round."""
+        group, theirs, (first, last) = self.route.group, torch.empty_like(mine), self.ends
         if self.route.place == first:
-            dist.send(weight.grad, group=group, group_dst=last)
+            dist.send(mine, group=group, group_dst=last)
             dist.recv(theirs, group=group, group_src=last)
         else:
             dist.recv(theirs, group=group, group_src=first)
-            dist.send(weight.grad, group=group, group_dst=first)
-        weight.grad += theirs
+            dist.send(mine, group=group, group_dst=first)
+        return theirs
 
     @torch.no_grad()
     def collected(self, weights: dict[str, Tensor], about: Sequence[Any]) -> dict[str, Tensor]:
@@ -217,13 +226,20 @@ class _Work:
         arguments = pack.arguments(decoder.forward)
         if is_ours(decoder) and has_swapped_attention(decoder):
             arguments["attention_mask"] = no_mask(pack.ids.device)
-        decoder(**arguments)
+        with self._around_decoder(pack):
+            decoder(**arguments)
         left, route.left = route.left, None
         assert left is not None
         passed = route.passed(left)
         made = pad(passed, (0, 0, 0, self.longest - passed.shape[1])).contiguous()
         # Where nothing below trains, the stages above still send back a gradient.
         return (made if made.requires_grad or self.divisor is None else made.requires_grad_(),)
+
+    def _around_decoder(self, pack: PackTensors) -> AbstractContextManager[None]:
+        """What the objective wants to happen as the decoder begins: in the first stage."""
+        around: Callable[[Any, PackTensors], AbstractContextManager[None]] | None
+        around = getattr(self.objective, "around_decoder", None)
+        return around(self.model, pack) if around is not None and self.route.stage == 0 else nullcontext()
 
 
 @cache

@@ -102,6 +102,11 @@ def _stages_of_each(asked: Parallelism, weight: int) -> int:
     )
 
 
+def last_owner(asked: Parallelism) -> int:
+    """The process of the pipeline, by its number there, that has the last stage."""
+    return 0 if ORDERS[asked.pipeline_parallel_schedule].turns else asked.pipeline_parallel_degree - 1
+
+
 def _owner(stage: int, degree: int, *, turns: bool) -> int:
     row, place = divmod(stage, degree)
     return degree - 1 - place if turns and row % 2 else place

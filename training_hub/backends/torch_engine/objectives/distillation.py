@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from training_hub.backends.torch_engine.as_forward import as_forward
+from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy, decoder_states, model_logits
 from training_hub.backends.torch_engine.objectives.divergence import Divergence
 from training_hub.backends.torch_engine.objectives.head import find_head
@@ -67,9 +68,17 @@ class Distillation:
 
     def plain_losses(self, model: PreTrainedModel, pack: PackTensors, targets: Targets | None = None) -> Tensor:
         """[N]: the weighted losses of the pack's trained tokens, from the student's whole logits."""
-        targets = targets if targets is not None else self.teaching.targets(pack)
         logits_NV = model_logits(model, pack)
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+        def losses() -> tuple[Tensor, ...]:
+            return (self._losses_of(logits_NV, pack, targets if targets is not None else self.teaching.targets(pack)),)
+
+        route = route_of(model)
+        # Of a model in stages the process with the last one has the teacher, and tells the others.
+        return (losses() if route is None else route.told(1, logits_NV, losses))[0]
+
+    def _losses_of(self, logits_NV: Tensor, pack: PackTensors, targets: Targets) -> Tensor:
         losses_N = self.divergence.scale * targets.plain_losses(logits_NV[:, : self.teaching.common], self.divergence)
         if self.divergence.alpha < 1:
             losses_N = losses_N + (1 - self.divergence.alpha) * self.loss.losses(logits_NV, pack.targets)

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
 
 if TYPE_CHECKING:
@@ -31,15 +33,25 @@ class Noisy:
     alpha: float
 
     def __call__(self, model: PreTrainedModel, pack: PackTensors) -> Term:
-        if not model.training:
+        route = route_of(model)
+        if route is not None and route.stage is not None:
+            return self.objective(model, pack)  # the first stage has seen to the embeddings
+        with self.around_decoder(model, pack):
             return self.objective(model, pack)
+
+    @contextmanager
+    def around_decoder(self, model: PreTrainedModel, pack: PackTensors) -> Iterator[None]:
+        """Within, the model, where it is in training, disturbs the embeddings of the pack."""
+        if not model.training:
+            yield
+            return
 
         def disturb(layer: Any, given: Any, embedded_1TD: Tensor) -> Tensor:
             return embedded_1TD + self._noise(pack, embedded_1TD)
 
         hook = model.get_input_embeddings().register_forward_hook(disturb)
         try:
-            return self.objective(model, pack)
+            yield
         finally:
             hook.remove()
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
 from training_hub.backends.torch_engine.model import choose_dtype
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
+from training_hub.backends.torch_engine.objectives.targets import Targets, WholeTargets
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher
 from training_hub.backends.torch_engine.teacher.form import Form
 from training_hub.backends.torch_engine.teacher.kept import Condensed, kept_teaching
 from training_hub.backends.torch_engine.teacher.online import Online, load_teacher
+from training_hub.backends.torch_engine.tensors import PackTensors
 from training_hub.data.store import TokenStore
 from training_hub.recipe import Recipe
 from training_hub.types import Console
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """The teaching of a process that has no last layers: what the student says, and so how far that is from what the
+    teacher does, it hears from another."""
+
+    common: int
+
+    def targets(self, pack: PackTensors) -> Targets:
+        """Nothing that anybody looks at."""
+        return WholeTargets(self.common)
+
+    def on_excerpts(self) -> Elsewhere:
+        return self
+
 
 # Tokens that a teacher reads at once before training; more only cost memory.
 READ_AT_ONCE = {"cpu": 8192, "cuda": 32768}
@@ -27,10 +47,12 @@ def open_teaching(
     console: Console,
     *,
     keeps: bool = True,
+    is_asked: bool = True,
 ) -> Teaching | None:
     """Where the word of the recipe's teacher on the samples of `store` comes from; None where there is no teacher.
 
-    keeps=False: nothing is made for later; what would be kept is made where it is asked for.
+    keeps=False: nothing is made for later; what would be kept is made where it is asked for. is_asked=False: another
+    process asks it, so that it is not loaded here.
     """
     if facts is None:
         return None
@@ -40,7 +62,10 @@ def open_teaching(
         return load_teacher(recipe, facts, device, console, lengths)
 
     if recipe.distillation.cache == "none":
-        return load()
+        if is_asked:
+            return load()
+        console.say(f"teacher: {facts.chosen.path} is loaded and asked by the process with the last stage")
+        return Elsewhere(facts.common)
     if not keeps:
         return Condensed(load(), Form.of(recipe.distillation, facts.common, recipe.seed))
     with told_of_teacher():

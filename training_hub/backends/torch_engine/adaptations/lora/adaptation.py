@@ -25,10 +25,13 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
     refuse_unrounded,
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
+from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
+from training_hub.backends.torch_engine.layouts.cut import route_of
+from training_hub.backends.torch_engine.layouts.stages import ORDERS
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.quantization import num_numbers, spared_bytes
 from training_hub.errors import RecipeError
@@ -55,6 +58,8 @@ class Lora(OfParameters):
         self._allocation: Allocation | None = None
         self._difference: float | None = None
         self._notes: list[str] = []
+        self._names: dict[str, str] = {}
+        self._dtype = torch.float32
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model, frozen, with an adapter in the place of each target.
@@ -69,24 +74,27 @@ class Lora(OfParameters):
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = None if parameter.is_meta else logits_of_one(model)
         self._put_in(config, model, is_blank=parameter.is_meta)
-        self._model = model
+        self._model, self._names = model, names_in_file(self._peft, model)
+        if self._recipe.parallelism.pipeline_parallel_degree > 1:
+            refuse_shared(model, self._names, str(getattr(config.peft_type, "value", config.peft_type)).lower())
         if config.peft_type == ALLOCATED:
             self._allocation = Allocation(self._peft)
             self.adds_gradients = True
             # Ranks are shared out by comparing all of the adapter, which is small.
             self.undivided = frozenset(name for name, _ in model.named_parameters() if name.endswith(f".{ADAPTER}"))
         # Ranks are taken in the numbers that the optimizer moves: these are float32, without masters beside them.
-        dtype = parameter.dtype if self._allocation is None else torch.promote_types(parameter.dtype, torch.float32)
+        wider = torch.promote_types(parameter.dtype, torch.float32)
+        self._dtype = parameter.dtype if self._allocation is None else wider
         for trained in model.parameters():
             if trained.requires_grad and trained.is_floating_point():
-                trained.data = trained.data.to(dtype)
+                trained.data = trained.data.to(self._dtype)
         if before is not None:
             if is_changing_its_base(config):
                 self._start = Start(self._adapter_tensors(self._own_weights()))
             if self._recipe.lora.adapter is not None:
                 self._take_over(Path(self._recipe.lora.adapter).expanduser())
             self._difference = relative_difference(logits_of_one(model), before)
-        run_adapters_fused(model)
+        run_adapters_fused(model, are_joined=not _splits_backward(self._recipe))
         return model
 
     def holdings(self) -> Holdings:
@@ -196,10 +204,6 @@ class Lora(OfParameters):
         return AdapterFiles(self._peft, self._recipe, self._start, torch.promote_types(self._dtype, torch.float32))
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self._model.parameters() if p.requires_grad)
-
-    @property
     def _config(self) -> Any:
         return self._peft.peft_config[ADAPTER]
 
@@ -228,7 +232,12 @@ class Lora(OfParameters):
         return {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
 
     def _adapter_tensors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adapter by PEFT's names, copied to the CPU, with `weights` in place of the parameters so named."""
+        """The adapter by PEFT's names, copied to the CPU, with `weights` in place of the parameters so named.
+
+        Of a model in stages these are all of it: what PEFT has here has some of the layers.
+        """
+        if route_of(self._model) is not None:
+            return {name: weights[of].detach().cpu().contiguous().clone() for name, of in self._names.items()}
         names = dict(self._peft.named_parameters(remove_duplicate=False))
         moved = {id(p): weights[name] for name, p in self._model.named_parameters() if name in weights}
         everything = {
@@ -260,6 +269,12 @@ class Lora(OfParameters):
             self._notes.append(
                 f"the adapter names {came_from} as its base; it goes on beside {self._recipe.model.path}"
             )
+
+
+def _splits_backward(recipe: Recipe) -> bool:
+    """Whether gradients of weights are made by themselves."""
+    asked = recipe.parallelism
+    return asked.pipeline_parallel_degree > 1 and ORDERS[asked.pipeline_parallel_schedule].splits
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
+from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.model import read_whole
 from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
 from training_hub.backends.torch_engine.rounding import round_in_forward
@@ -140,7 +141,7 @@ class AdapterFiles:
 
 
 def _is_divided(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return route_of(model) is not None or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _computed(model: nn.Module) -> torch.dtype:

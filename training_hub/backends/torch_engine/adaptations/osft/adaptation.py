@@ -6,11 +6,12 @@ Source: Nayak et al. 2025, arXiv:2504.07097; the trajectory is that of mini_trai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from training_hub.backends.shared.model_folder import stored_dtype
 from training_hub.backends.torch_engine.adaptations.full import Full
@@ -20,13 +21,22 @@ from training_hub.backends.torch_engine.adaptations.osft.decompose import Split,
 from training_hub.backends.torch_engine.adaptations.osft.division import collected
 from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
 from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
-from training_hub.backends.torch_engine.adaptations.osft.spaces import LowSpaces, is_low_precision, parameters_of
-from training_hub.backends.torch_engine.adaptations.osft.table import told
+from training_hub.backends.torch_engine.adaptations.osft.spaces import (
+    MARK,
+    LowSpaces,
+    is_low_precision,
+    parameters_of,
+    reported,
+)
+from training_hub.backends.torch_engine.adaptations.osft.table import Row, told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
 from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase, Settled, Written
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
+from training_hub.backends.torch_engine.layouts.stages import DEGREE
 from training_hub.backends.torch_engine.model_files import ModelFiles
-from training_hub.backends.torch_engine.parallel import ALONE, Group, shared_out
+from training_hub.backends.torch_engine.parallel import shared_out
 from training_hub.data.cache import cache_folder
+from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Proof
 
@@ -54,14 +64,16 @@ class Osft:
         self._targets: list[Target] = []
         self._spaces = LowSpaces([], self._settings.form)
         self._shares: dict[str, float] = {}
-        self._group = ALONE
+        self._layout = WHOLE
+        self._others: dict[str, Tensor] = {}
+        self._is_staged = recipe.parallelism.pipeline_parallel_degree > 1
         self._base = UNREAD
         self.claimed: frozenset[str] = frozenset()
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model; what is frozen gets no gradient. Weights are looked at in `begin`.
 
-        Raises RecipeError where a target pattern matches nothing.
+        Raises RecipeError where a target pattern matches nothing, or a weight that two stages have.
         """
         settings, ratio = self._settings, self._settings.unfreeze_rank_ratio
         found = find_targets(self._full.attach(model), settings.targets, splits_fused=settings.split_fused)
@@ -75,6 +87,8 @@ class Osft:
             cut = {one.parameter_name for one in found if rank_kept(one.short_side, ratio) > 0}
             self._targets = [one for one in found if one.parameter_name in cut]
         self.claimed = frozenset(parameters_of(self._targets))
+        if self._is_staged:
+            _refuse_ends(model, self._targets)
         chosen = parameters_of(found).keys()
         for name, parameter in model.named_parameters():
             if (ratio == 0 and name in chosen) or (settings.others == "freeze" and name not in chosen):
@@ -88,9 +102,9 @@ class Osft:
         target = 1 - (settings.unfreeze_rank_ratio or 0.0)
         self._shares = shares_kept(importance, settings.least_kept, target)
 
-    def share_work(self, group: Group) -> None:
-        """Let each process of `group` decompose a share of the weights; for `begin`, which comes after."""
-        self._group = group
+    def share_work(self, layout: Layout) -> None:
+        """Let each process decompose a share of the weights that it will have; for `begin`, which comes after."""
+        self._layout = layout
 
     def begin_as_it_came(self, base: BaseWeights) -> None:
         """Decompose the weights that came, and go on from them, not from their rounding; for `begin`."""
@@ -128,11 +142,14 @@ class Osft:
             )
         elif earlier:
             console.say(f"osft: going on from what {self._came_from / FILE} protects")
-        costs = {one.name: _cost(one) for one in self._targets}
-        named = {one.name: one for one in self._targets}
+        here = self._layout.names_here(self._model)
+        targets = [one for one in self._targets if one.parameter_name in here]
+        costs = {one.name: _cost(one) for one in targets}
+        named = {one.name: one for one in targets}
+        number, count = self._layout.alike
         # The largest first, so that the time left is not told too short.
-        own = shared_out(costs, self._group.world_size)[self._group.rank]
-        self._group.note("the decomposition of weights")
+        own = shared_out(costs, count)[number]
+        self._layout.group.note("the decomposition of weights")
         splits: dict[str, Split] = {}
         with (
             self._base.opened() as came,
@@ -141,17 +158,16 @@ class Osft:
             for name in own:
                 splits[name] = self._split(named[name], earlier.get(name), console, came)
                 advance(costs[name])
-            starts = {
-                name: _start(name, p, came) for name, p in parameters_of(self._targets).items() if is_low_precision(p)
-            }
+            starts = {name: _start(name, p, came) for name, p in parameters_of(targets).items() if is_low_precision(p)}
         self._base.let_go(starts)
-        splits = collected(splits, self._targets, self._group)
-        pairs = [(one, splits[one.name]) for one in self._targets]
+        splits = collected(splits, targets, self._layout)
+        pairs = [(one, splits[one.name]) for one in targets]
         is_layerwise = self._settings.gradients == "layer"
         self._spaces = LowSpaces(pairs, self._settings.form, starts, is_layerwise=is_layerwise)
         for block, share in self._shares.items():
             console.say(f"osft: {block} keeps {share:.1%} of its directions, by its importance")
-        for line in told(self._model, pairs, sum(t.numel() for t in self.weights().values())):
+        rows = self._layout.told_by_stages({name: asdict(row) for name, row in self._spaces.rows().items()})
+        for line in told(self._model, [Row(**row) for row in rows.values()]):
             console.say(f"osft: {line}")
 
     def divided(self) -> None:
@@ -178,6 +194,10 @@ class Osft:
         """Let the next backward turn each dense gradient into those of `weights` as soon as it is there."""
         self._spaces.expect_last_backward()
 
+    def collect(self) -> None:
+        """Take gradients that something else than backward has made."""
+        self._spaces.collect()
+
     def gather(self) -> None:
         """Turn the dense gradients of the claimed parameters into those of `weights`."""
         self._spaces.gather()
@@ -196,8 +216,18 @@ class Osft:
         self._spaces.after_step()
 
     def metrics(self) -> dict[str, Tensor]:
-        """`osft_leak` and `osft_drift` as they stand."""
-        return self._spaces.metrics()
+        """`osft_leak`: the largest share of an update that lies in the protected space, over all matrices; and
+        `osft_drift`: the norm of all updates over that of all targets as they came. Both before rounding."""
+        if not self._targets:
+            return {}
+        device = self._layout.device
+        nothing = torch.zeros((), device=device), torch.zeros(2, dtype=torch.float64, device=device)
+        leak, squares = self._spaces.moved() or nothing
+        return reported(self._layout.over_stages(leak, is_highest=True), self._layout.over_stages(squares))
+
+    def is_here(self, key: str) -> bool:
+        """Whether a tensor of a checkpoint that is called so belongs to a weight of this process."""
+        return self._spaces.has(key.partition(MARK)[0])
 
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the weights that the optimizer moves."""
@@ -211,7 +241,7 @@ class Osft:
         self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
     ) -> dict[str, Tensor]:
         """The state dict to write, as Full gives it: an ordinary dense model."""
-        whole = {name: p for name, p in self._spaces.parameters.items() if not isinstance(p, DTensor)}
+        whole = {name: p for name, p in self._spaces.parameters.items() if name not in weights}
         lost = [name for name, p in whole.items() if p.dtype != written.dtype or self._spaces.is_finer(name)]
         exact = {name: self._spaces.exact(name) for name in lost}
         dense = {name: weight for name, weight in weights.items() if name not in self._spaces.weights()}
@@ -229,7 +259,13 @@ class Osft:
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further safetensors files of the final model's folder, by name."""
-        return {FILE: state_of(self._spaces.pairs())} if self._settings.carry else {}
+        return {FILE: {**state_of(self._spaces.pairs()), **self._others}} if self._settings.carry else {}
+
+    def bring_together(self, layout: Layout) -> None:
+        """Let process 0 have what it writes beside the final model. All must call it."""
+        if self._settings.carry and self._is_staged:
+            own = state_of(self._spaces.pairs()) if layout.is_first else {}
+            self._others = layout.collected({name: tensor.cpu() for name, tensor in own.items()}, set())[0]
 
     def _split(self, target: Target, before: Split | None, console: Console, came: OpenBase) -> Split:
         ratio, energy = self._settings.unfreeze_rank_ratio, self._settings.energy or 0.0
@@ -244,6 +280,16 @@ class Osft:
             return split(weight, kept, before, energy)
         cut = f"energy {energy}" if kept is None else f"kept {kept}"
         return self._shelf.get(weight, cut, lambda: split(weight, kept, energy=energy), console.say)
+
+
+def _refuse_ends(model: Any, targets: Sequence[Target]) -> None:
+    """Raise RecipeError where a table that is also the head is to be decomposed, which lies in two stages."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if table is head and any(one.parameter is table for one in targets):
+        raise RecipeError(
+            f"osft.targets: the table that is also the head lies in the first stage and in the last. Name other "
+            f"weights, or write {DEGREE}: 1."
+        )
 
 
 def _start(name: str, parameter: Tensor, came: OpenBase) -> Tensor:

@@ -9,15 +9,16 @@ import torch
 
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target
-from training_hub.backends.torch_engine.parallel import Group
+from training_hub.backends.torch_engine.layouts import Layout
 
 
-def collected(mine: Mapping[str, Split], targets: Sequence[Target], group: Group) -> dict[str, Split]:
-    """The splits of all targets, from the process that made each; the same bits in all processes."""
-    if group.world_size == 1:
+def collected(mine: Mapping[str, Split], targets: Sequence[Target], layout: Layout) -> dict[str, Split]:
+    """The splits of all `targets` of this process, from the one that made each among those with the same layers; the
+    same bits in all of these. All processes of the run must call it."""
+    if layout.group.world_size == 1:
         return dict(mine)
     shapes = {name: {key: list(t.shape) for key, t in one.tensors().items()} for name, one in mine.items()}
-    known = {name: each for said in group.gather(shapes) for name, each in said.items()}
+    known = {name: each for said in layout.group.gather(shapes) for name, each in said.items()}
     found = {}
     for target in targets:
         like = target.parameter
@@ -28,6 +29,6 @@ def collected(mine: Mapping[str, Split], targets: Sequence[Target], group: Group
             # Of a sum in which all but one are 0, every bit is that one's.
             part = own.get(field.name)
             part = part if part is not None else like.new_zeros(known[target.name][field.name], dtype=dtype)
-            parts[field.name] = group.sum(part) if part.numel() else part
+            parts[field.name] = layout.sum_alike(part) if part.numel() else part
         found[target.name] = Split(**parts)
     return found

@@ -19,8 +19,12 @@ from torch.distributed.tensor import DTensor
 from training_hub.backends.torch_engine.adaptations.osft.core import Core
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
 from training_hub.backends.torch_engine.adaptations.osft.factors import Factors
+from training_hub.backends.torch_engine.adaptations.osft.table import Row
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target
 from training_hub.backends.torch_engine.layouts.pieces import cut_like, cut_of, local_of, whole_of
+
+MARK = ".osft."
+"""Stands between the name of a target or a parameter and what is kept for it."""
 
 FORMS: Mapping[str, type[Factors] | type[Core]] = {"factors": Factors, "core": Core}
 
@@ -34,11 +38,11 @@ class Space:
 
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves, by full name."""
-        return {f"{self.target.name}.osft.{key}": tensor for key, tensor in self.trained.weights().items()}
+        return {f"{self.target.name}{MARK}{key}": tensor for key, tensor in self.trained.weights().items()}
 
     def fixed(self) -> dict[str, Tensor]:
         """The split, by full name."""
-        return {f"{self.target.name}.osft.split.{key}": t for key, t in self.trained.split.tensors().items()}
+        return {f"{self.target.name}{MARK}split.{key}": t for key, t in self.trained.split.tensors().items()}
 
 
 class LowSpaces:
@@ -73,6 +77,22 @@ class LowSpaces:
         """The targets and their splits."""
         return [(one.target, one.trained.split) for one in self.spaces]
 
+    def rows(self) -> dict[str, Row]:
+        """What to tell of each target, by its name."""
+        return {
+            one.target.name: Row(
+                one.target.parameter_name,
+                one.target.short_side - one.trained.split.left.shape[-1],
+                one.target.short_side,
+                sum(tensor.numel() for tensor in one.weights().values()),
+            )
+            for one in self.spaces
+        }
+
+    def has(self, name: str) -> bool:
+        """Whether there is a target of this name, or in a parameter of it."""
+        return any(name in (one.target.name, one.target.parameter_name) for one in self.spaces)
+
     def divide(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take these, which are divided over processes, in place of the whole ones. What trains stays whole in each
         process."""
@@ -98,6 +118,11 @@ class LowSpaces:
     def expect_last_backward(self) -> None:
         """The next backward completes the gradients of a step: each dense one is free once it is there."""
         self._is_last_backward = True
+
+    def collect(self) -> None:
+        """Take gradients that something else than backward has made, which calls no hooks."""
+        for name, parameter in self.parameters.items():
+            self._taken(name)(parameter)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -178,15 +203,20 @@ class LowSpaces:
         return self._add_low(name, whole.to(self._of(name)[0].trained.split.right.device))
 
     @torch.no_grad()
-    def metrics(self) -> dict[str, Tensor]:
-        """`osft_leak`: the largest share of an update D that lies in the protected space, over all matrices; and
-        `osft_drift`: the norm of all D over that of all targets as they came. Both of what trains, before rounding."""
+    def moved(self) -> tuple[Tensor, Tensor] | None:
+        """The largest share of an update D that lies in the protected space, over all matrices; and the squared norms
+        of all D and of all targets as they came. Of what trains, before rounding; None where there are no targets."""
         if not self.spaces:
-            return {}
+            return None
         leak = torch.stack([shares.max() for shares, _ in self._moved]).max()
         size = torch.stack([squares.double().sum() for _, squares in self._moved]).sum()
         whole = torch.stack([one.trained.split.norm.double().square().sum() for one in self.spaces]).sum()
-        return {"osft_leak": leak, "osft_drift": (size / whole).sqrt()}
+        return leak, torch.stack([size, whole])
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What is reported of `moved`; nothing where there are no targets."""
+        found = self.moved()
+        return reported(*found) if found is not None else {}
 
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside `weights`: the dense weights (those in 16 bits as they came, of which a number
@@ -283,12 +313,18 @@ def _cut_as(weight: Tensor, whole: Tensor) -> Tensor:
 
 
 def _told_start(name: str) -> str:
-    return f"{name}.osft.start"
+    return f"{name}{MARK}start"
 
 
 def _is_at_hand(parameter: Tensor) -> bool:
     """Whether all processes that have pieces of this weight have its gradient at one point of the backward pass."""
     return not isinstance(parameter, DTensor) or parameter.device_mesh.mesh_dim_names == ("tp",)
+
+
+def reported(leak: Tensor, squares: Tensor) -> dict[str, Tensor]:
+    """`osft_leak` and `osft_drift`, which is the norm of all updates over that of all targets as they came, from what
+    `LowSpaces.moved` says."""
+    return {"osft_leak": leak, "osft_drift": (squares[0] / squares[1]).sqrt()}
 
 
 def leak_and_size(split: Split, low: Tensor) -> tuple[Tensor, Tensor]:

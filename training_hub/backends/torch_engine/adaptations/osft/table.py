@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import nn
-
-from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
-from training_hub.backends.torch_engine.adaptations.osft.targets import Target
 
 KINDS_SHOWN = 12
 
 
-def told(model: nn.Module, pairs: Sequence[tuple[Target, Split]], trained: int) -> Iterator[str]:
-    """One line each for what is protected, trained in full, and frozen, with numbers and shares.
+@dataclass(frozen=True)
+class Row:
+    """What is known of a target once it is cut. kept: of its singular directions, `side` in all, those that are
+    protected. trained: numbers that train in the others."""
 
-    trained: how many numbers train in the low parts.
-    """
-    held = {target.parameter_name for target, _ in pairs}
+    parameter_name: str
+    kept: int
+    side: int
+    trained: int
+
+
+def told(model: nn.Module, rows: Sequence[Row]) -> Iterator[str]:
+    """One line each for what is protected, trained in full, and frozen, with numbers and shares."""
+    held = {row.parameter_name for row in rows}
     numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
     moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = sum(numbers.values())
@@ -31,12 +37,12 @@ def told(model: nn.Module, pairs: Sequence[tuple[Target, Split]], trained: int) 
     yield line("protected", held)
     yield line("trained in full", moving - held)
     yield line("frozen", numbers.keys() - moving - held)
-    kept = [(target.short_side - split.left.shape[-1], target.short_side) for target, split in pairs]
-    if kept:
-        share = sum(k for k, _ in kept) / sum(side for _, side in kept)
+    if rows:
+        share = sum(row.kept for row in rows) / sum(row.side for row in rows)
         yield (
-            f"of the protected weights' singular directions {share:.1%} are kept ({min(k for k, _ in kept)} to "
-            f"{max(k for k, _ in kept)} of a weight); {trained:,} numbers train in the others"
+            f"of the protected weights' singular directions {share:.1%} are kept ({min(row.kept for row in rows)} to "
+            f"{max(row.kept for row in rows)} of a weight); {sum(row.trained for row in rows):,} numbers train in the "
+            "others"
         )
     if moving - held:
         yield "what is trained in full has no protection; osft.others: freeze leaves it as it is"
