@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.crew import Crew
 from tests.distributed.lacking import lacks_order
 from tests.distributed.test_equal_numbers import SGD, STEPS, apart
 from tests.invariants.run import recipe, train
+from tests.invariants.test_as_they_came import written_as
 from tests.invariants.test_families import folder_of
 from tests.workers import workers
 from training_hub.backends.torch_engine.tensor_files import opened
@@ -154,6 +156,24 @@ def test_all_processes_write_the_bytes_that_one_writes(case, two, folders, uneve
 def test_so_they_do_of_other_models(case, two, folders, uneven_file, tmp_path):
     family, layout, settings = MORE[case]
     same_final(two, folders(family, **FOUR_LAYERS), uneven_file, tmp_path / "run", layout, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["stages", "slices"])
+def test_files_are_parted_by_the_formats_that_weights_keep(layout, two, folders, uneven_file, tmp_path):
+    def formats(name: str) -> torch.dtype:
+        return torch.float32 if "norm" in name or ".1." in name else torch.bfloat16
+
+    model = written_as(folders("llama", **FOUR_LAYERS), tmp_path / "model", formats)
+    settings = {"model": {"dtype": "bfloat16"}, "freezing": {"blocks": 2}}
+    final = same_final(two, model, uneven_file, tmp_path / "run", layout, settings)
+    kept = {name: one.dtype for file in final.glob("model-*.safetensors") for name, one in load_file(file).items()}
+    # What is frozen stays as it came; the rest has the format of most.
+    assert {name for name, kind in kept.items() if kind == torch.float32} == {
+        name
+        for name in kept
+        if formats(name) == torch.float32 and name.startswith(("model.layers.0.", "model.layers.1."))
+    }
 
 
 @pytest.mark.slow

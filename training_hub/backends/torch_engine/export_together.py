@@ -23,12 +23,12 @@ from torch import Tensor
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.torch_engine.base_weights import BaseWeights, OpenBase, Written
 from training_hub.backends.torch_engine.blank import loading_report, wanted_shapes, weight_files
+from training_hub.backends.torch_engine.exact_pieces import Exact
 from training_hub.backends.torch_engine.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.export import WholeModel, is_rounding
-from training_hub.backends.torch_engine.file_plan import FilePlan, named_tensors, planned
+from training_hub.backends.torch_engine.file_plan import FilePlan, planned
 from training_hub.backends.torch_engine.final_file import FinalFile, bytes_of
-from training_hub.backends.torch_engine.growing_file import About
-from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of, whole_of
+from training_hub.backends.torch_engine.layouts.pieces import cut_of
 from training_hub.backends.torch_engine.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.writing import Writer
@@ -40,45 +40,6 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "1000000TB"
-
-
-class Exact:
-    """The tensors that this process has pieces of, by the name that files have for them: their exact numbers, each made
-    when it is asked for. A copy of what an earlier stage has is left out.
-
-    begun: names of those that are more than what processes have pieces of, which the writer completes.
-    """
-
-    def __init__(self, run: Run):
-        self.model, self._adaptation, self._masters = run.model, run.adaptation, run.updater.masters
-        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-        found = named_tensors(run.model)
-        self._own_names = {name: names.get(id(tensor), name) for name, tensor in found.items()}
-        self.tensors = {n: one for n, one in found.items() if not run.layout.is_second(self._own_names[n])}
-        self.begun = frozenset(n for n in self.tensors if self._adaptation.begun(self._own_names[n]) is not None)
-
-    def present(self, name: str) -> Tensor:
-        """This process's piece of the tensor; of one that is begun, its rounding."""
-        own = self._own_names[name]
-        is_moved = own in self._masters.weights
-        return local_of((self._masters.exact(own) if is_moved else self.tensors[name]).detach())
-
-    def piece(self, name: str) -> Tensor:
-        """This process's piece of the tensor, or of what its writer completes."""
-        begun = self._adaptation.begun(self._own_names[name]) if name in self.begun else None
-        return self.present(name) if begun is None else begun
-
-    def whole(self, name: str) -> Tensor:
-        """All of what `piece` gives a piece of; all processes that have one must ask."""
-        return whole_of(self.piece(name), self.tensors[name])
-
-    def completed(self, name: str, whole: Tensor) -> Tensor:
-        """The tensor, from `whole`."""
-        return self._adaptation.completed(self._own_names[name], whole) if name in self.begun else whole
-
-    def about(self) -> dict[str, About]:
-        """Shape and format of each."""
-        return {name: (tuple(one.shape), self.piece(name).dtype) for name, one in self.tensors.items()}
 
 
 @dataclass
@@ -111,13 +72,13 @@ def export_together(
     """
     group, exact = run.group, Exact(run)
     _agree(run, lambda: _refuse_nonfinite(exact))
-    plan = planned(run, exact.about(), written.dtype, max_shard_size)
+    with base.opened() as came:
+        plan = planned(run, exact, came, written, max_shard_size)
+    weights = sum(len(parts) for parts in plan.files.values()) + len(exact.tensors)
     with (
         disk_errors_explained("the final model", folder, total * written.dtype.itemsize),
         _opened(run, folder, written.dtype) as (aside, known, give_name),
-        run.console.progress(
-            "the final model", total=len(plan.tensors) + len(exact.tensors), unit="tensors"
-        ) as advance,
+        run.console.progress("the final model", weights, "tensors") as advance,
     ):
         told: list[dict[str, Any]] = group.gather(_made(run, exact, plan, base, written, aside, advance))
         if problems := [one["problem"] for one in told if one["problem"]]:
@@ -170,15 +131,13 @@ def _made(
     """Gather all weights and write this process's files; what came of it, or the problem it met, as plain JSON."""
     rank, writer, done, problem = run.group.rank, Writer(), Made(), ""
     with base.opened() as came:
-        kept = _kept_formats(run, exact, plan, came, written)
-        for file, names in plan.files.items():
+        for file, parts in plan.files.items():
             made: FinalFile | None = None
             if plan.writers[file] == rank:
-                about = {name: (plan.tensors[name].shape, kept.get(name, plan.formats[name])) for name in names}
                 with _noted(rank) as met:
-                    made = FinalFile(run.model, aside / file, about)
+                    made = FinalFile(run.model, aside / file, parts)
                 problem = problem or met.problem
-            for name in names:
+            for name in parts:
                 whole = _brought(run, exact, plan, name, file)
                 if whole is not None and made is not None and not problem:
                     with _noted(rank) as met:
@@ -193,33 +152,12 @@ def _made(
     return {"problem": problem, **asdict(done)}
 
 
-def _kept_formats(run: Run, exact: Exact, plan: FilePlan, came: OpenBase, written: Written) -> dict[str, torch.dtype]:
-    """The format of each weight of this process's files that nothing has moved and that came in another than is
-    written: what a file begins with says the format of all that is in it."""
-    own = [
-        name
-        for file, names in plan.files.items()
-        for name in names
-        if plan.writers[file] == run.group.rank and came.may_stay(name, plan.tensors[name].shape, written)
-    ]
-    asked = {name for some in run.group.gather(own) for name in some}
-    found: dict[str, torch.dtype] = {}
-    for file, names in plan.files.items():
-        for name in (one for one in names if one in asked):
-            whole = _brought(run, exact, plan, name, file)
-            same = came.unmoved([name], whole, written) if whole is not None else None
-            if same is not None:
-                found[name] = same.dtype
-    return found
-
-
 def _put(made: FinalFile, name: str, whole: Tensor, came: OpenBase, written: Written, done: Made) -> None:
     same = came.unmoved([name], whole, written)
     tensor = whole.to(written.dtype if whole.is_floating_point() else whole.dtype) if same is None else same
     done.unmoved += [] if same is None else [name]
-    done.bytes += bytes_of(tensor)
     done.most_held = max(done.most_held, made.held + bytes_of(whole) + (0 if tensor is whole else bytes_of(tensor)))
-    made.put(name, tensor)
+    done.bytes += made.put(name, tensor)
 
 
 @dataclass

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from training_hub.backends.torch_engine.base_weights import OpenBase, Written
+from training_hub.backends.torch_engine.exact_pieces import Exact
+from training_hub.backends.torch_engine.final_file import Parts, parts_of, reverted
 from training_hub.backends.torch_engine.growing_file import About
 
 if TYPE_CHECKING:
@@ -30,13 +33,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """tensors: all of the model, in the order of files. formats: those they get, unless nothing has moved them. files:
-    names of the tensors in each. writers: the process that
-    writes each file. places: those of all processes. speakers: of each place the process that speaks for it."""
+    """tensors: all of the model, in the order of files. files: what each holds of which of them. writers: the process
+    that writes each file. places: those of all processes. speakers: of each place the process that speaks for it."""
 
     tensors: Mapping[str, Kept]
-    formats: Mapping[str, torch.dtype]
-    files: Mapping[str, Sequence[str]]
+    files: Mapping[str, Parts]
     writers: Mapping[str, int]
     places: Sequence[int]
     speakers: Mapping[int, int]
@@ -47,66 +48,99 @@ class FilePlan:
         return writer if self.places[writer] == place else self.speakers[place]
 
 
-def planned(run: Run, own: Mapping[str, About], dtype: torch.dtype, size: str) -> FilePlan:
-    """The plan of all processes, which must all call it.
-
-    own: shape and format of the tensors that this one has pieces of. dtype: the format that is written. size: the most
-    that a file holds, as transformers reads it.
-    """
+def planned(run: Run, exact: Exact, came: OpenBase, written: Written, size: str) -> FilePlan:
+    """The plan of all processes, which must all call it. size: the most that a file holds, as transformers reads it."""
     from transformers.core_model_loading import dot_natural_key
 
     layout = run.layout
     place = layout.pipeline.route.place if layout.pipeline is not None else 0
-    mine = {name: [list(shape), _name_of(kind)] for name, (shape, kind) in own.items()} if layout.is_first else {}
-    told = run.group.gather([place, mine])
-    places = [each[0] for each in told]
+    about = exact.about() if layout.is_first else {}
+    told = run.group.gather([place, {name: [list(shape), _name_of(kind)] for name, (shape, kind) in about.items()}])
     found: dict[str, Kept] = {}
     for number, named in sorted(told, key=lambda each: each[0]):
         for name, (shape, kind) in named.items():
             found.setdefault(name, Kept(tuple(shape), getattr(torch, kind), number))
     # The order in which transformers writes a model that it has read.
     tensors = {name: found[name] for name in sorted(found, key=dot_natural_key)}
-    formats = {name: dtype if one.dtype.is_floating_point else one.dtype for name, one in tensors.items()}
-    files = _parted(tensors, formats, size)
-    return FilePlan(tensors, formats, files, _writers(tensors, files, places), places, _firsts(told))
+    speakers = {place: rank for rank, (place, named) in reversed(list(enumerate(told))) if named}
+    kept = _kept_formats(run, exact, tensors, place, speakers, came, written)
+    formats = {name: written.dtype if one.dtype.is_floating_point else one.dtype for name, one in tensors.items()}
+    files = parted(run.model, tensors, formats | kept, size)
+    places = [each[0] for each in told]
+    return FilePlan(tensors, files, _writers(tensors, files, places), places, speakers)
 
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _parted(tensors: Mapping[str, Kept], formats: Mapping[str, torch.dtype], size: str) -> dict[str, list[str]]:
-    """The files, and what each holds: parted as transformers parts them."""
-    from huggingface_hub import split_torch_state_dict_into_shards
+def _kept_formats(
+    run: Run,
+    exact: Exact,
+    tensors: Mapping[str, Kept],
+    place: int,
+    speakers: Mapping[int, int],
+    came: OpenBase,
+    written: Written,
+) -> dict[str, torch.dtype]:
+    """The formats of weights that nothing has moved and that came in another than is written: whoever speaks for them
+    looks, before any file begins, which says first what is in it."""
+    is_speaker = speakers[place] == run.group.rank
+    asked = {
+        name
+        for name, one in tensors.items()
+        if is_speaker and one.place == place and came.may_stay(name, one.shape, written)
+    }
+    asked = {name for some in run.group.gather(sorted(asked)) for name in some}
+    kept = {}
+    for name in (one for one in tensors if one in asked and tensors[one].place == place):
+        whole = exact.whole(name)
+        same = came.unmoved([name], exact.completed(name, whole), written) if is_speaker else None
+        if same is not None:
+            kept[name] = _name_of(same.dtype)
+    return {name: getattr(torch, kind) for some in run.group.gather(kept) for name, kind in some.items()}
 
-    shapes = {name: torch.empty(one.shape, dtype=formats[name], device="meta") for name, one in tensors.items()}
-    found = split_torch_state_dict_into_shards(shapes, filename_pattern=PATTERN, max_shard_size=size)
-    return {file: list(names) for file, names in found.filename_to_tensors.items()}
+
+def parted(
+    model: Any, tensors: Mapping[str, Kept], formats: Mapping[str, torch.dtype], size: str
+) -> dict[str, dict[str, Mapping[str, About] | None]]:
+    """The files, and what each holds: parted as transformers parts them, which keeps together what lies in one storage,
+    as the experts of a layer do."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    parts = parts_of(model, {name: (one.shape, formats[name]) for name, one in tensors.items()})
+    blank = {name: torch.empty(one.shape, dtype=formats[name], device="meta") for name, one in tensors.items()}
+    sources = {name: name for name in tensors}
+    if None not in parts.values():
+        blank = reverted(model, blank)
+        sources = {key: name for name, part in parts.items() for key in part or ()}
+    found = split_state_dict_into_shards_factory(
+        blank,
+        get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
+        get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,
+        filename_pattern=PATTERN,
+        max_shard_size=size,
+    )
+    files: dict[str, dict[str, Mapping[str, About] | None]] = {}
+    for file, keys in found.filename_to_tensors.items():
+        files[file], own = {}, set(keys)
+        for name in dict.fromkeys(sources[key] for key in keys):
+            part = parts[name]
+            files[file][name] = None if part is None else {key: one for key, one in part.items() if key in own}
+    return files
 
 
-def _writers(tensors: Mapping[str, Kept], files: Mapping[str, Sequence[str]], places: Sequence[int]) -> dict[str, int]:
+def _writers(tensors: Mapping[str, Kept], files: Mapping[str, Parts], places: Sequence[int]) -> dict[str, int]:
     """Each file is written by a process that has the most of it, by these in turn; the first one by process 0."""
     turns: Counter[int] = Counter()
     found: dict[str, int] = {}
-    for file, names in files.items():
+    for file, parts in files.items():
         numbers: Counter[int] = Counter()
-        for name in names:
-            numbers[tensors[name].place] += torch.Size(tensors[name].shape).numel()
+        for name, part in parts.items():
+            shapes = [tensors[name].shape] if part is None else [shape for shape, _ in part.values()]
+            numbers[tensors[name].place] += sum(map(math.prod, shapes))
         place = numbers.most_common(1)[0][0] if found else places[0]
         ranks = [rank for rank, one in enumerate(places) if one == place]
         found[file] = ranks[turns[place] % len(ranks)]
         turns[place] += 1
     return found
-
-
-def _firsts(told: Sequence[Any]) -> dict[int, int]:
-    """Of each place the lowest rank that has told what is there."""
-    return {place: rank for rank, (place, named) in reversed(list(enumerate(told))) if named}
-
-
-def named_tensors(model: Any) -> dict[str, Tensor]:
-    """Parameters, tied ones under the name that transformers saves, and the buffers that are saved."""
-    saved = model.state_dict().keys() - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if name in saved - tied}
