@@ -1,8 +1,8 @@
 """Products of whole matrices by our own kernel (panels.c), on processors for which no library's is as fast.
 
-On a core of an AMD EPYC (Zen 5), which can do 538 GFLOP/s in bfloat16 and 271 in float32, oneDNN reaches 400 to 500 and
-190 to 240 in the products of a small model's step. The kernel reaches 480 to 530 and 220 to 265, and adds the gradient
-of a 16-bit weight to a float32 sum by itself. The processor and the shapes decide, never a clock: a resumed run must
+On a core of an AMD EPYC (Zen 5), which can do 538 GFLOP/s in bfloat16 and 271 in float32, oneDNN reaches 380 to 470 and
+170 to 245 in the products of a small model's step, the kernel 400 to 505 and 180 to 250, and it adds the gradient of a
+16-bit weight to a float32 sum by itself. The processor and the shapes decide, never a clock: a resumed run must
 multiply as the one before did.
 """
 
