@@ -5,15 +5,17 @@ Float32: compiled products add in another order, and fused operations round once
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from tests.distributed.test_equal_numbers import SGD, STEPS, apart, weights
 from tests.invariants.run import train
-from tests.invariants.test_families import folder_of
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.compiling import budgeted, compile_blocks
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
@@ -26,7 +28,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad att
 CLOSE = 1e-5
 COMPILED = {**STEPS, "compile": True}
 LORA: dict[str, Any] = {"algorithm": "lora_sft", "lora": {"r": 4}}
-HEADS = {"tensor_parallel_degree": 2}
 BUDGET: dict[str, Any] = {"training": {"activation_checkpointing": "memory_budget", "activation_memory_budget": 0.2}}
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -37,19 +38,14 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "budget": ("llama", BUDGET),
     "osft": ("llama", {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False}}),
     "lora": ("llama", LORA),
-    "lora with dropout": ("llama", {**LORA, "lora": {"r": 4, "dropout": 0.2}}),
     "lora, budget": ("llama", {**LORA, **BUDGET}),
     "teacher": ("llama", {"distillation": {"teacher": "another", "alpha": 0.5}}),
     "answers": ("llama", {"evaluation": {"interval": 2, "generate": True, "max_new_tokens": 4}}),
-    "rounding": ("llama", {"qat": {"weight_dtype": "int4", "group_size": 16}}),
 }
 TOGETHER: dict[str, tuple[str, dict[str, Any]]] = {
     "replicas": ("llama", {}),
     "slices": ("llama", {"parallelism": {"data_parallel_shard_degree": -1}}),
     "slices, lora": ("llama", {"parallelism": {"data_parallel_shard_degree": -1}, **LORA}),
-    "heads": ("llama", {"parallelism": HEADS}),
-    "heads, all tokens in each": ("llama", {"parallelism": {**HEADS, "sequence_parallel": False}}),
-    "heads, lora, budget": ("llama", {"parallelism": HEADS, **LORA, **BUDGET}),
     "tokens": ("llama", {"parallelism": {"context_parallel_degree": 2}}),
     "experts": ("qwen3-moe", {"parallelism": {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}}),
     "stages": ("llama", {"parallelism": {"pipeline_parallel_degree": 2}}),
@@ -66,33 +62,67 @@ def same(found: Any, wanted: Any, rel: float) -> None:
             assert row[key] == pytest.approx(other[key], rel=rel), key
 
 
+def settings_of(sections: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sections of a recipe but that of the steps, and of this what is not eager."""
+    found = {**SETTINGS, **sections}
+    return found, {**COMPILED, **found.pop("training", {})}
+
+
+def trained(folder: str) -> dict[str, torch.Tensor]:
+    return weights(folder, "model" if (Path(folder) / "model.safetensors").exists() else "adapter_model")
+
+
+def graphs(group: Any = None) -> int:
+    """How many pieces of code were made since this was asked last; from now on it is an error to make ever more."""
+    found = counters["stats"].pop("unique_graphs", 0)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return found
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    graphs()
+    yield
+    torch._dynamo.config.fail_on_recompile_limit_hit = False
+
+
 @pytest.mark.parametrize("case", ALONE)
-def test_one_process_finds_the_numbers_of_eager_blocks(case, tiny_model_folder, uneven_file, tmp_path):
+def test_one_process_finds_the_numbers_of_eager_blocks(case, folders, uneven_file, tmp_path, strict):
     family, sections = ALONE[case]
-    model = folder_of(family, tiny_model_folder, tmp_path / "model")
-    settings = {**SETTINGS, **sections}
-    own = settings.pop("training", {})
-    eager = train(model, uneven_file, tmp_path / "eager", training=STEPS, **settings)
-    compiled = train(model, uneven_file, tmp_path / "compiled", training={**COMPILED, **own}, **settings)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert not torch._dynamo.utils.counters["recompile_limit"], "code is made for a few kinds of packs, not for each"
+    if "distillation" in sections:
+        sections = {"distillation": {**sections["distillation"], "teacher": str(folders("qwen3"))}}
+    settings, steps = settings_of(sections)
+    eager = train(folders(family), uneven_file, tmp_path / "eager", training=STEPS, **settings)
+    compiled = train(folders(family), uneven_file, tmp_path / "compiled", training=steps, **settings)
+    assert graphs() > 0
     same(compiled.history, eager.history, 2e-2 if case == "bfloat16" else CLOSE)
-    distance = apart(weights(compiled.model_path), weights(eager.model_path))
+    distance = apart(trained(compiled.model_path), trained(eager.model_path))
     assert distance <= (1e-2 if case == "bfloat16" else CLOSE)
 
 
 @pytest.mark.parametrize("layout", TOGETHER)
-def test_two_processes_find_them_too(layout, two, tiny_model_folder, uneven_file, tmp_path):
-    model = folder_of("llama", tiny_model_folder, tmp_path / "model")
-    settings = SETTINGS
-    together = two.train(
-        model, uneven_file, tmp_path / "compiled", training=COMPILED, parallelism=TOGETHER[layout], **settings
-    )
-    eager = train(model, uneven_file, tmp_path / "eager", training=STEPS, **settings)
+def test_two_processes_find_them_too(layout, two, folders, uneven_file, tmp_path):
+    family, sections = TOGETHER[layout]
+    settings, steps = settings_of(sections)
+    two.call("tests.distributed.test_compiled:graphs")
+    together = two.train(folders(family), uneven_file, tmp_path / "compiled", training=steps, **settings)
+    alone = {name: values for name, values in settings.items() if name != "parallelism"}
+    eager = train(folders(family), uneven_file, tmp_path / "eager", training=STEPS, **alone)
     for each in together:
         assert each.get("status") == "finished", each
         same(each["history"], eager.history, CLOSE)
-    assert apart(weights(together[0]["model_path"]), weights(eager.model_path)) <= CLOSE
+    assert min(two.call("tests.distributed.test_compiled:graphs")) > 0
+    assert apart(trained(together[0]["model_path"]), trained(eager.model_path)) <= CLOSE
+
+
+def test_more_layers_with_adapters_take_no_more_code(folders, uneven_file, tmp_path, strict):
+    settings, steps = settings_of(LORA)
+    made = []
+    for layers in (2, 5):
+        model = folders("llama", num_hidden_layers=layers)
+        train(model, uneven_file, tmp_path / str(layers), training=steps, **settings)
+        made.append(graphs())
+    assert made[0] == made[1] > 0
 
 
 def kept_bytes(budget: float) -> int:

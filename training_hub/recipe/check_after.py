@@ -111,18 +111,21 @@ UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         ("none",),
         "frozen weights of few bits are read by kernels of their own, so that a block falls to pieces",
     ),
-    ("training.fp8", (False,), "products in 8 bits are kernels of their own, so that a block falls to pieces"),
+    ("training.fp8", (False,), "products in 8 bits are kernels of their own, which were not tried beside it"),
     ("qat.weight_dtype", (None,), "what differs by a hair is rounded to another number, and the loss with it"),
-    ("parallelism.tensor_parallel_degree", (1,), "parts of layers run forwards of our own"),
-    ("parallelism.expert_parallel_degree", (1,), "experts are sent tokens within a layer"),
+    (
+        "parallelism.tensor_parallel_degree",
+        (1,),
+        "what sends tokens to split heads takes more versions of its code than the compiler makes",
+    ),
     (
         "parallelism.pipeline_parallel_schedule",
         ("1F1B", "Interleaved1F1B", "GPipe"),
         "a compiled block makes gradients of weights and of activations in one piece",
     ),
 )
-"""What blocks are not compiled beside: a setting, its values that go, and why no others do. DoRA, weights of 8 bits,
-layers that round and a schedule that makes gradients of weights apart were tried."""
+"""What blocks are not compiled beside: a setting, its values that go, and why no others do. DoRA, frozen weights of 8
+bits, layers that round and split heads were tried."""
 
 FORGETTING = ("selective", "full", "offload")
 

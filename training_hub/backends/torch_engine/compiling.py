@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 OF_A_PACK = ("document_lengths", "context_share", "max_length_q", "max_length_k")
 """Keywords by which attention is told how a pack is made up."""
 
-DRAWING = {"fallback_random": True}
-"""Options of the compiler: dropout draws the numbers that it draws in blocks that are not compiled."""
-
 LIVE = (
     "training.compile: a model that was handed over would stay compiled. Give its folder as model.path, or write false."
 )
@@ -56,7 +53,7 @@ def compile_blocks(model: PreTrainedModel) -> str:
     for name, attend in {**FUNCTIONS, CONTEXT: context_attention}.items():
         AttentionInterface.register(name, torch.compiler.disable(_opened(attend)))
     for block in blocks:
-        block.compile(options=dict(DRAWING))
+        block.compile()
     model.base_model.register_forward_pre_hook(_seal, with_kwargs=True)
     return f"{len(blocks)} blocks are compiled when they first run, which takes up to minutes"
 

@@ -33,8 +33,13 @@ def locally(own: type, module: nn.Module, **changes: Any) -> Any:
 
     changes: attributes that are others for the parts.
     """
-    weights = {key: one.to_local() if isinstance(one, DTensor) else one for key, one in module._parameters.items()}
+    weights = {key: None if one is None else own_part(one) for key, one in module._parameters.items()}
     return made(own, {**module.__dict__, "_parameters": weights, **changes})
+
+
+def own_part(weight: Tensor) -> Tensor:
+    """This rank's part of a weight, whose gradient is that of the weight; `weight` itself where it is not split."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from training_hub.backends.torch_engine.fused.exchange import Forward
 from training_hub.backends.torch_engine.layouts import exchanges
 from training_hub.backends.torch_engine.layouts.exchanges import WIDTH
-from training_hub.backends.torch_engine.layouts.pieces import local_of
-from training_hub.backends.torch_engine.layouts.shared import exchange, locally
+from training_hub.backends.torch_engine.layouts.shared import exchange, locally, own_part
 from training_hub.backends.torch_engine.layouts.tokens import Entered, Tokens
 
 
@@ -87,7 +86,7 @@ def _columns(own: Any) -> Forward:
         if entered is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return _multiplied(own, self, x, bias)
         entered.expect()
-        said: Tensor = _Product.apply(x, entered.kept, local_of(self.weight), _part(bias), entered)
+        said: Tensor = _Product.apply(x, entered.kept, own_part(self.weight), _part(bias), entered)
         return said
 
     return forward
@@ -124,7 +123,7 @@ def _summand(own: Any) -> Forward:
 def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """What the library's class `own` makes of x by this rank's part of the weight, and the bias, if any."""
     if own is nn.Linear:  # spelled out, so that a compiler can follow
-        return nn.functional.linear(x, local_of(layer.weight), _part(bias))
+        return nn.functional.linear(x, own_part(layer.weight), _part(bias))
     part = locally(own, layer)
     part._parameters["bias"] = _part(bias)
     product: Tensor = own.forward(part, x)
@@ -132,7 +131,7 @@ def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _part(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else local_of(bias)
+    return None if bias is None else own_part(bias)
 
 
 def _ending(tokens: Tokens) -> Callable[..., Tensor]:

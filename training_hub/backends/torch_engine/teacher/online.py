@@ -93,8 +93,7 @@ def load_teacher(
     with told_of_teacher():
         dtype = choose_dtype(facts.chosen.dtype, device)
         console.say(f"teacher: loading {facts.chosen.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
-        # It has our kernels, whatever the student has.
-        uncompiled = recipe.training.model_copy(update={"compile": False})
+        uncompiled = recipe.training.model_copy(update={"compile": False})  # it runs on our kernels in any case
         own = recipe.model_copy(update={"model": facts.chosen, "qat": Qat(), "training": uncompiled})
         loaded = load_model(own, device, dtype, lengths=lengths, is_trained=False)
     broken = nonfinite_tensors(loaded.model.state_dict())
