@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -57,6 +57,13 @@ that had most is shown. The models are in `memory_cases.py`.
 
 def main() -> None:
     options = read_options()
+    if not options.write:
+        measure_all(options.configurations or list(CONFIGURATIONS), options.output)
+    (options.output / "MEMORY.md").write_text(page(options.output), encoding="utf-8")
+
+
+def measure_all(names: Sequence[str], output: Path) -> None:
+    """Measure one configuration after the other, each in forks of this process."""
     import torch._dynamo  # noqa: F401  # which torch loads when weights are first divided
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
@@ -64,11 +71,10 @@ def main() -> None:
     import training_hub.backends.torch_engine.engine  # noqa: F401
 
     with tempfile.TemporaryDirectory(prefix="training-hub-memory-") as folder:
-        for number, name in enumerate(options.configurations or (() if options.write else CONFIGURATIONS)):
+        for number, name in enumerate(names):
             found = in_processes(CONFIGURATIONS[name], Path(folder) / str(number))
-            keep(name, found, options.output)
+            keep(name, found, output)
             print(row(name, found), file=sys.stderr, flush=True)
-    (options.output / "MEMORY.md").write_text(page(options.output), encoding="utf-8")
 
 
 def in_processes(configuration: Configuration, folder: Path) -> dict[str, Any]:

@@ -148,7 +148,8 @@ def peak(
         step()
     always = {id_of(local_of(one)): _bytes(local_of(one)) for one in _held_always(model, masters, updater)}
     fullest = max(planned, key=lambda one: one["total"])
-    wanted = (fullest["total"] - fullest["libraries"] - fullest["gaps"]) * GIB
+    beside = sum(fullest.get(name, 0) for name in ("libraries", "products", "gaps"))
+    wanted = (fullest["total"] - beside) * GIB
     return {"planned": wanted, "found": sum(always.values()) + _rise(profiled), "parts": fullest}
 
 

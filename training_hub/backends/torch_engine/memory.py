@@ -29,7 +29,6 @@ from training_hub.backends.torch_engine.layouts.share import (
     cut_down,
     divided_parts,
     held,
-    owned_bytes,
     part_of,
 )
 from training_hub.backends.torch_engine.moments import Flow, Gathering
@@ -66,16 +65,17 @@ GAPS = {"cpu": 0.155}
 """What an allocator loses between blocks, as a share of those that come and go in a step. Measured with glibc 2.36
 (benchmarks/memory.py); a GPU's allocator counts what tensors take."""
 
-HOLES = {"cpu": (27, 5)}
-"""The same of weights that are gathered: how many times the largest block, and what stands around the blocks, as far as
-these are blocks of memory that glibc keeps. Before 2.38 it does not fill the hole of an aligned block with another of
-its size, so that whole weights leave holes wherever smaller blocks stay. Measured for 6 layers of 5 to 50 MB; what
-there is of holes differs by a tenth from run to run."""
+HOLES = {"cpu": (27, 5, 50)}
+"""The same of what is gathered: how many times the largest block of weights and what stands around the blocks, and,
+where tokens lie in slices, all of them at the width of the model; as far as these are blocks of memory that glibc
+keeps. Before 2.38 it does not fill the hole of an aligned block with another of its size, so that what comes and goes
+leaves holes wherever smaller blocks stay. Measured on 6 to 12 layers; it differs by a tenth from run to run, with
+slices of tokens by more."""
 
 COPIES = {"cpu": 2}
 """How often what processes send lies in memory: gloo gathers into a copy of its own, and adds up in one."""
 
-ALWAYS = ("libraries", "weights", "masters", "optimizer", "teacher")
+ALWAYS = ("libraries", "products", "weights", "masters", "optimizer", "teacher")
 COMING_AND_GOING = ("gradients", "activations", "logits")
 
 Estimate = dict[str, Any]
@@ -130,6 +130,7 @@ def estimate(
     """
     blank = blank_like(model)
     read = sum(p.numel() for p in blank.parameters()) * dtype.itemsize - holdings.spared if is_read_whole else 0
+    has_experts, owned = any(experts_of(blank)), _owned_bytes(blank, optimizer, holdings.claimed, dtype)
     apart = cut_down(blank, share)
     part = part_of(largest, share)
     trained = [p for n, p in blank.named_parameters() if p.requires_grad and n not in holdings.claimed]
@@ -140,8 +141,7 @@ def estimate(
     ways = Ways(device.type != "cuda", is_swapped and device.type == "cpu", is_swapped, stage.is_first, stage.is_last)
     counted = int((part.weights != 0).sum()) if stage.is_last else 0
     parts: Estimate = {
-        "libraries": LIBRARIES.get(device.type, 0)
-        + (PRODUCTS_KEPT.get(device.type, 0) if is_low and any(experts_of(blank)) else 0),
+        "libraries": LIBRARIES.get(device.type, 0),
         "weights": sum(p.numel() for p in blank.parameters()) * dtype.itemsize
         - holdings.spared
         + (holdings.trained + holdings.fixed) * exact
@@ -161,28 +161,33 @@ def estimate(
             among=share.heads if share.gathers_head else 1,
         ),
     }
+    if is_low and has_experts:
+        parts["products"] = PRODUCTS_KEPT.get(device.type, 0)
     if is_staged:
         parts["staged"] = _staged_bytes(parts, sum(p.numel() for p in trained), own.numel(), holdings, exact, share)
     if share.slices > 1:
         parts = divided_parts(parts, blank, share, dtype, apart, holdings.spared)
-        parts |= _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
+        parts["optimizer"] = _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
     if share.gathers_head and (head := blank.get_output_embeddings()) is not None:
         parts["gathered"] = parts.get("gathered", 0) + head.weight.numel() * share.heads * dtype.itemsize
     if teacher is not None:
         parts["teacher"] = teacher.beside
     kept, note = _kept(blank.to(dtype), largest, ways, checkpointing, share)
-    flow = _flow(parts, kept, blank, part, dtype, device, share, stage, teacher, accumulates=accumulates)
+    row = len(part.ids) * blank.config.get_text_config().hidden_size * dtype.itemsize
+    flow = _flow(parts, kept, owned, blank, row, dtype, device, share, stage, teacher, accumulates=accumulates)
     parts["activations"] = None if note else flow.kept
     parts["gaps"] = GAPS.get(device.type, 0.0) * sum(parts[name] or 0 for name in COMING_AND_GOING)
+    gathered: tuple[float, ...] = (0, 0, row * share.is_sliced)
     if share.slices == 1:
         moments = {name: value + parts.get("gathered", 0) for name, value in flow.moments().items()}
     else:
         gathering, of_blocks = _gathering(blank, apart, dtype, device, share, holdings.spared)
         moments = gathering.moments(flow, of_blocks)
         parts["buffers"] = gathering.buffers
-        sizes = zip(HOLES.get(device.type, (0, 0)), (gathering.block, gathering.around), strict=True)
-        holes = sum(times * size for times, size in sizes if size <= LARGEST_KEPT_BLOCK)
-        parts["gaps"] += max(0, holes - parts.get("staged", 0))  # copies fill some
+        gathered = (gathering.block, gathering.around, *gathered[2:])
+    holes = zip(HOLES.get(device.type, (0, 0, 0)), gathered, strict=True)
+    lost = sum(times * size for times, size in holes if size <= LARGEST_KEPT_BLOCK)
+    parts["gaps"] += max(0, lost - parts.get("staged", 0))  # copies fill some
     most = max(moments.values()) + parts["gaps"] + sum(parts.get(name, 0) for name in ALWAYS)
     most += parts.get("staged", 0) if device.type == "cpu" else 0
     before = max(read, teacher.before if teacher is not None else 0)
@@ -202,8 +207,9 @@ def _kept(blank: PreTrainedModel, largest: Pack, ways: Ways, checkpointing: str,
 def _flow(
     parts: Estimate,
     kept: Kept,
+    owned: int,
     blank: PreTrainedModel,
-    part: Pack,
+    row: int,
     dtype: torch.dtype,
     device: torch.device,
     share: Share,
@@ -212,7 +218,7 @@ def _flow(
     *,
     accumulates: bool,
 ) -> Flow:
-    """What comes and goes in a step."""
+    """What comes and goes in a step. row: bytes of all tokens of the pack at the width of the model."""
     exact = torch.promote_types(dtype, torch.float32).itemsize
     head, table = blank.get_output_embeddings(), blank.get_input_embeddings()
     weight = getattr(head, "weight", None) if find_head(blank) is not None and stage.is_last else None
@@ -220,12 +226,10 @@ def _flow(
     numbers *= share.heads if share.gathers_head else 1
     is_held = dtype in LOW_PRECISION and share.has_whole_weights  # then gradients are added up in float32, in one place
     is_tied = numbers > 0 and stage.is_first and table is not None and table.weight is weight
-    text = blank.config.get_text_config()
-    row = len(part.ids) * text.hidden_size * dtype.itemsize
     return Flow(
         kept=stage.under_way * kept.forward + stage.rows * row,
         again=kept.again,
-        passing=(COPIES.get(device.type, 1) + 1 + 4 * share.is_sliced) * row if share.heads > 1 else 0,
+        passing=(COPIES.get(device.type, 1) + 1 + 6 * share.is_sliced) * row if share.heads > 1 else 0,
         chunk=parts["logits"],
         head=stage.under_way * numbers * exact if kept.forward else 0,
         given=numbers * (exact * (not accumulates) if is_held else dtype.itemsize),
@@ -233,7 +237,7 @@ def _flow(
         before=parts["gradients"] if accumulates else 0,
         gradients=parts["gradients"],
         summed=min(parts["gradients"], BUCKET_BYTES) if share.tokens > 1 else 0,
-        owned=parts.get("owned", 0),
+        owned=owned if not share.has_whole_weights else 0,
         teacher=teacher.passing if teacher is not None else 0,
     )
 
@@ -279,7 +283,7 @@ def _kept_in_slices(
     share: Share,
     exact: int,
     apart: Collection[nn.Parameter],
-) -> dict[str, Any]:
+) -> float:
     """What the optimizer keeps of slices and, as far as this process owns them, of whole weights."""
     tables = tables_in(blank)
     whole = [w for w in trained if wants_whole(optimizer, tuple(w.shape), w.dim() == 2 and id(w) not in tables)]
@@ -289,10 +293,16 @@ def _kept_in_slices(
     in_slices = optimizer_bytes(pieces.values(), optimizer, exact, of_tables)
     of_whole = optimizer_bytes(whole, optimizer, exact, tables) / share.slices
     of_slices = (in_slices + of_whole) * (not share.is_offloaded)
-    return {
-        "optimizer": of_slices + optimizer_bytes([own], optimizer, exact),
-        "owned": owned_bytes(whole, exact),
-    }
+    return of_slices + optimizer_bytes([own], optimizer, exact)
+
+
+def _owned_bytes(blank: PreTrainedModel, optimizer: Optimizer, claimed: Collection[str], dtype: torch.dtype) -> int:
+    """What there is of a whole weight, and its gradient, on the way to its owner: the largest that has one, as often as
+    pieces are sent and got, and put together."""
+    tables, exact = tables_in(blank), 4 if dtype in LOW_PRECISION else dtype.itemsize
+    trained = (p for name, p in blank.named_parameters() if p.requires_grad and name not in claimed)
+    whole = (p for p in trained if wants_whole(optimizer, tuple(p.shape), p.dim() == 2 and id(p) not in tables))
+    return 6 * max((p.numel() for p in whole), default=0) * exact
 
 
 def blank_like(model: PreTrainedModel) -> PreTrainedModel:

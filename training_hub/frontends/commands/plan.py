@@ -15,6 +15,7 @@ from training_hub.recipe import Recipe
 MEASURE = "measure"
 MEMORY = (
     ("libraries", "Python and libraries"),
+    ("products", "what a library keeps for products of many sizes"),
     ("weights", "weights"),
     ("masters", "float32 masters of the weights"),
     ("gathered", "weights that are gathered at once"),

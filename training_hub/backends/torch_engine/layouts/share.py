@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -220,11 +219,6 @@ def divided_parts(
         "gathered": at_once * width,
         "gradients": (gradients * (on_device or share.stays_whole) + trained_apart) * exact + max(added, 0),
     }
-
-
-def owned_bytes(whole: Sequence[Tensor], exact: int) -> int:
-    """What there is of a weight and its gradient on the way to its owner: the largest, whole, and what was sent."""
-    return 4 * max((math.prod(one.shape) for one in whole), default=0) * exact
 
 
 def exchanged_bytes(sizes: Sizes, share: Share, dtype: torch.dtype, packs: float) -> float:
