@@ -93,8 +93,8 @@ def load_teacher(
     with told_of_teacher():
         dtype = choose_dtype(facts.chosen.dtype, device)
         console.say(f"teacher: loading {facts.chosen.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
-        uncompiled = recipe.training.model_copy(update={"compile": False})  # it has our kernels, whatever the student has
-        own = recipe.model_copy(update={"model": facts.chosen, "qat": Qat(), "training": uncompiled})
+        plain = recipe.training.model_copy(update={"compile": False})  # it has our kernels, whatever the student has
+        own = recipe.model_copy(update={"model": facts.chosen, "qat": Qat(), "training": plain})
         loaded = load_model(own, device, dtype, lengths=lengths, is_trained=False)
     broken = nonfinite_tensors(loaded.model.state_dict())
     if broken:
