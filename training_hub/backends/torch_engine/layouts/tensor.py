@@ -185,11 +185,13 @@ def split_dimensions(model: Any, *, deals_experts: bool = True) -> Iterator[tupl
     """The weights that `split_tensors` splits, and along which dimension; the model may lie on the meta device."""
     plan = tensor_plan(model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head is not None and _base(head).weight is table.weight
+    is_tied = getattr(_base(head), "weight", None) is getattr(table, "weight", False)
     is_table_fit = isinstance(table, nn.Embedding) and table.max_norm is None
     is_head_fit = any(_is_head(model, name) and style.startswith("colwise") for name, style in plan.items())
     for name, style in plan.items():
         module = model.get_submodule(name)
+        if isinstance(module, nn.Identity):  # in the place of what another stage has
+            continue
         if style in STYLES and not (module is head and is_tied):
             for part_name, kind in _parts(name, module, style):
                 part = model.get_submodule(part_name)
