@@ -91,6 +91,7 @@ MORE = {
     "a table that is also the head": (["llama-tied"], SLICES, {}),
     "experts": (["qwen3-moe"], EXPERTS, {"rows": 6}),
     "tokens": (["llama"], TOKENS, {"rows": 6}),
+    "stages": (["llama"], STAGES, {"rows": 6}),
     "drawn by a model in slices": (["qwen3"], SLICES, {"rows": 12, **DRAWN}),
     "stages": (["llama"], STAGES, {"rows": 6}),
     "drawn by a model in stages": (["qwen3"], STAGES, {"rows": 12, **DRAWN}),

@@ -27,6 +27,15 @@ def test_a_divided_layout_is_compared_step_by_step(tiny_model_folder, chat_file,
         assert each["together"] == pytest.approx(each["alone"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["tensor_parallel_degree", "context_parallel_degree", "data_parallel_shard_degree"])
+def test_so_are_stages_beside_other_ways(other, tiny_model_folder, chat_file, capfd):
+    layout = ["--processes.procs", "4", "--parallelism.pipeline_parallel_degree=2", f"--parallelism.{other}=2"]
+    assert main(words(tiny_model_folder, chat_file, *layout, "--json")) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["holds"] and found["processes"] == 4 and 0 < found["weights"] < 1e-5
+
+
 def test_one_process_is_not_compared_with_itself(tiny_model_folder, chat_file, capfd):
     assert main(words(tiny_model_folder, chat_file)) == 2
     assert "verify compares one process with several of this node" in capfd.readouterr().err

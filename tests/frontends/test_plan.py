@@ -214,6 +214,21 @@ def test_the_plan_says_what_a_process_holds_of_layers_in_stages(without_weights:
     assert "stages    of 1, 1 layers, 1F1B; with" in said
 
 
+def test_the_plan_says_what_a_process_holds_of_split_layers_in_stages(without_weights: Path, chat_file: Path, capsys):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--model.dtype", "float32"]
+    words += ["--parallelism.pipeline_parallel_degree", "2"]
+    stages = planned(capsys, *words, "--processes.procs", "2")
+    words += ["--parallelism.tensor_parallel_degree", "2", "--processes.procs", "4"]
+    split = planned(capsys, *words)
+    assert split["pipeline"]["processes"] == split["split_among"]["heads"] == 2
+    for name in ("weights", "optimizer", "gradients"):
+        assert 0.45 < split["memory_gib"][name] / stages["memory_gib"][name] < 0.6, name
+    # A slice of the tokens passes from each.
+    assert 0 < split["exchanged_gib_per_step"] == pytest.approx(stages["exchanged_gib_per_step"] / 2)
+    assert main(["plan", *words]) == 0
+    assert "processes 4, each with its layers of about 1/2 of the model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
