@@ -270,8 +270,10 @@ def page(folder: Path) -> str:
     newest = {one["configuration"]: one for one in lines}
     parts = [HEAD]
     for title, names in (("One process", ALONE), ("Several processes", DIVIDED)):
-        parts.append(f"\n## {title}\n\n{COLUMNS}\n|---|---|---|---|---|---|---|")
-        parts += [row(name, newest[name]) for name in names if name in newest]
+        rows = [row(name, newest[name]) for name in names if name in newest]
+        parts += [f"\n## {title}\n\n{COLUMNS}\n|---|---|---|---|---|---|---|", *rows] if rows else []
+    missing = [name for name in CONFIGURATIONS if name not in newest]
+    parts += [f"\nNot measured here: {'; '.join(missing)}."] if missing else []
     last = list(newest.values())[-1]
     told = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
     return "\n".join([*parts, f"\n{last['machine']}; {told}; {last['date']}.\n"])

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_hub.backends.torch_engine.checkpointing import MEMORY_BUDGET, NONE, checkpoint_layers, is_kept, num_layers
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.fused.swap import has_swapped_attention, is_ours, no_mask, swap
+from training_hub.backends.torch_engine.layouts.experts import experts_of
 from training_hub.backends.torch_engine.layouts.shapes import resized, slice_shapes
 from training_hub.backends.torch_engine.layouts.share import EVERYTHING, Share, mask_numbers, part_of
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
@@ -53,7 +54,7 @@ class Ways:
 @dataclass(frozen=True)
 class Kept:
     """Bytes that forward keeps for backward, and what comes to them in the backward pass of one layer: what it forgot,
-    made again, and gradients of half as much as it keeps there (tests/distributed/test_memory.py)."""
+    made again, and gradients, mostly of half as much as it keeps there (tests/distributed/test_memory.py)."""
 
     forward: int
     again: int = 0
@@ -81,9 +82,16 @@ def kept_bytes(
         return Kept(everything)
     kept = _kept_bytes(blank, part, ways, checkpointing, share) if forgets else everything
     in_layers = everything - head_gradient(blank, ways)
-    # What was made again on slices of tokens is let go of late: the frames in which torch breaks it off still hold it.
-    times = 2 if forgets and share.is_sliced else 1
-    return Kept(kept, (everything - kept + times * in_layers // 2) // layers)
+    return Kept(kept, (everything - kept + _halves(blank, share, forgets=forgets) * in_layers // 2) // layers)
+
+
+def _halves(blank: PreTrainedModel, share: Share, *, forgets: bool) -> int:
+    """How many halves of what a layer keeps come to it as gradients in its backward pass, and as what is let go of
+    late: of layers that exchange tokens, the frames in which torch breaks off what it makes again still hold it; a
+    mixture that forgets nothing lets go of each product's rows as their gradients come."""
+    if not forgets:
+        return 0 if any(experts_of(blank)) else 1
+    return 2 if share.is_sliced or share.experts > 1 else 1
 
 
 def head_gradient(blank: PreTrainedModel, ways: Ways) -> int:

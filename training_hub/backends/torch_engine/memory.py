@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import NONE
+from training_hub.backends.torch_engine.fused import panels
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
 from training_hub.backends.torch_engine.kept import Kept, Ways, kept_bytes
 from training_hub.backends.torch_engine.layouts.experts import experts_of
@@ -29,6 +30,7 @@ from training_hub.backends.torch_engine.layouts.share import (
     cut_down,
     divided_parts,
     held,
+    mask_numbers,
     part_of,
 )
 from training_hub.backends.torch_engine.moments import Flow, Gathering
@@ -58,19 +60,19 @@ LIBRARIES = {"cpu": int(0.45 * 2**30)}
 """Bytes that a process holds with Python, torch, transformers and a tokenizer loaded, and of their files once they have
 computed; a GPU has none of them."""
 
-PRODUCTS_KEPT = {"cpu": int(0.4 * 2**30)}
+PRODUCTS_KEPT = {"cpu": int(0.33 * 2**30)}
 """Bytes that oneDNN keeps for 16-bit products of up to 1,024 sizes: experts get another number of tokens each time."""
 
 GAPS = {"cpu": 0.155}
 """What an allocator loses between blocks, as a share of those that come and go in a step. Measured with glibc 2.36
 (benchmarks/memory.py); a GPU's allocator counts what tensors take."""
 
-HOLES = {"cpu": (27, 5, 50)}
-"""The same of what is gathered: how many times the largest block of weights and what stands around the blocks, and,
-where tokens lie in slices, all of them at the width of the model; as far as these are blocks of memory that glibc
-keeps. Before 2.38 it does not fill the hole of an aligned block with another of its size, so that what comes and goes
-leaves holes wherever smaller blocks stay. Measured on 6 to 12 layers; it differs by a tenth from run to run, with
-slices of tokens by more."""
+HOLES = {"cpu": (27, 5, 50, 3)}
+"""The same of what is gathered: how many times the largest block of weights and what stands around the blocks; where
+tokens lie in slices, all of them at the width of the model; and where they lie on several processes, what these
+exchange; as far as these are blocks of memory that glibc keeps. Before 2.38 it does not fill the hole of an aligned
+block with another of its size, so that what comes and goes leaves holes wherever smaller blocks stay. Measured on 6 to
+12 layers; it differs by a tenth from run to run, with slices of tokens by more."""
 
 COPIES = {"cpu": 2}
 """How often what processes send lies in memory: gloo gathers into a copy of its own, and adds up in one."""
@@ -175,10 +177,11 @@ def estimate(
         parts["teacher"] = teacher.beside
     kept, note = _kept(blank.to(dtype), largest, ways, checkpointing, share)
     row = len(part.ids) * blank.config.get_text_config().hidden_size * dtype.itemsize
-    flow = _flow(parts, kept, owned, blank, row, dtype, device, share, stage, teacher, accumulates=accumulates)
+    passing = _passing(blank, largest, row, device, share, forgets=checkpointing != NONE)
+    flow = _flow(parts, kept, owned, blank, row, passing, dtype, device, share, stage, teacher, accumulates=accumulates)
     parts["activations"] = None if note else flow.kept
     parts["gaps"] = GAPS.get(device.type, 0.0) * sum(parts[name] or 0 for name in COMING_AND_GOING)
-    gathered: tuple[float, ...] = (0, 0, row * share.is_sliced)
+    gathered: tuple[float, ...] = (0, 0, row * share.is_sliced, passing * (share.tokens > 1))
     if share.slices == 1:
         moments = {name: value + parts.get("gathered", 0) for name, value in flow.moments().items()}
     else:
@@ -186,7 +189,7 @@ def estimate(
         moments = gathering.moments(flow, of_blocks)
         parts["buffers"] = gathering.buffers
         gathered = (gathering.block, gathering.around, *gathered[2:])
-    holes = zip(HOLES.get(device.type, (0, 0, 0)), gathered, strict=True)
+    holes = zip(HOLES.get(device.type, (0, 0, 0, 0)), gathered, strict=True)
     lost = sum(times * size for times, size in holes if size <= LARGEST_KEPT_BLOCK)
     parts["gaps"] += max(0, lost - parts.get("staged", 0))  # copies fill some
     most = max(moments.values()) + parts["gaps"] + sum(parts.get(name, 0) for name in ALWAYS)
@@ -211,6 +214,7 @@ def _flow(
     owned: int,
     blank: PreTrainedModel,
     row: int,
+    passing: int,
     dtype: torch.dtype,
     device: torch.device,
     share: Share,
@@ -228,9 +232,9 @@ def _flow(
     is_held = dtype in LOW_PRECISION and share.has_whole_weights  # then gradients are added up in float32, in one place
     is_tied = numbers > 0 and stage.is_first and table is not None and table.weight is weight
     return Flow(
-        kept=stage.under_way * kept.forward + stage.rows * row,
+        kept=stage.under_way * kept.forward + stage.rows * row / (share.heads if share.is_sliced else 1),
         again=kept.again,
-        passing=(COPIES.get(device.type, 1) + 1 + 6 * share.is_sliced) * row if share.heads > 1 else 0,
+        passing=passing,
         chunk=parts["logits"],
         head=stage.under_way * numbers * exact if kept.forward else 0,
         given=numbers * (exact * (not accumulates) if is_held else dtype.itemsize),
@@ -241,6 +245,19 @@ def _flow(
         owned=owned if not share.has_whole_weights else 0,
         teacher=teacher.passing if teacher is not None else 0,
     )
+
+
+def _passing(
+    blank: PreTrainedModel, largest: Pack, row: int, device: torch.device, share: Share, *, forgets: bool
+) -> int:
+    """What a layer holds only while it exchanges tokens: rows of the model's width on their way into split products and
+    out of them, and keys and values of all tokens with the masks that are made of numbers of 8 bytes."""
+    copies, text = COPIES.get(device.type, 1), blank.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    both = 2 * row // text.hidden_size * share.tokens * heads * width // share.heads
+    split = (copies + 1 + (2 + 4 * forgets) * share.is_sliced) * row if share.heads > 1 else 0
+    return split + ((copies + 2) * both + 9 * mask_numbers(largest, share) if share.tokens > 1 else 0)
 
 
 def _gathering(
@@ -369,6 +386,8 @@ def logit_bytes(
     Without kernels of our own a chunk is in float32, with its exponentials and its gradient in `dtype` beside it.
     among: of how many processes the head is gathered, of which the model has one's part.
     """
+    if not trained:
+        return 0
     exact = torch.promote_types(dtype, torch.float32).itemsize
     head = find_head(model)
     if head is None:  # the model's own head, whose logits stay for backward
@@ -376,7 +395,9 @@ def logit_bytes(
     vocabulary, numbers = head.weight.shape[0] * among, head.weight.numel() * among
     is_low = dtype in LOW_PRECISION
     each = dtype.itemsize if on_kernels else 2 * exact + (dtype.itemsize if is_low else 0)
-    # float32 is added in place; a product of 16-bit numbers is one of its own, on a CPU rounded before it is widened.
-    product = (exact + (dtype.itemsize if device.type == "cpu" else 0)) if is_low and head.weight.requires_grad else 0
+    # A product is one of its own, on a CPU rounded before it is widened, unless a kernel of ours adds it in place.
+    on_cpu = device.type == "cpu"
+    makes_product = is_low and head.weight.requires_grad and not (on_cpu and panels.is_trusted(dtype))
+    product = (exact + dtype.itemsize * on_cpu) * makes_product
     in_chunk = min(trained, chunk_rows(vocabulary, device.type)) * vocabulary * each
-    return in_chunk + numbers * product * (trained > 0)
+    return in_chunk + numbers * product

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training_hub.backends.torch_engine.fused.exchange import made
 from training_hub.backends.torch_engine.layouts.cut import Ends, planned_stages
 from training_hub.backends.torch_engine.layouts.exchanges import TOKENS
 from training_hub.backends.torch_engine.layouts.sequence import slice_tokens
@@ -90,8 +91,18 @@ def layers_at(model: Any, asked: Parallelism, place: int) -> Any:
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = getattr(head, "weight", head) is getattr(table, "weight", table)
     if not (is_first or (is_tied and is_last)):
-        copied.set_submodule(ends.table, nn.Identity())
+        _empty(copied, ends.table)
     if not is_last:
         copied.set_submodule(ends.norm, nn.Identity())
-        copied.set_submodule(ends.head, nn.Identity())
+        _empty(copied, ends.head)
     return copied
+
+
+def _empty(model: nn.Module, name: str) -> None:
+    """Leave the module of this name without rows in its weights."""
+    module = model.get_submodule(name)
+    rows = {
+        key: None if one is None else nn.Parameter(one.detach()[:0], one.requires_grad)
+        for key, one in module._parameters.items()
+    }
+    model.set_submodule(name, made(type(module), {**vars(module), "_parameters": rows}))

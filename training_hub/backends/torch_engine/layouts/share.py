@@ -78,11 +78,12 @@ EVERYTHING = Share()
 def cut_down(blank: Any, share: Share) -> frozenset[nn.Parameter]:
     """Leave a model without contents what the first process has of weights that are split by heads, or dealt out as
     experts, in place; those of experts that are dealt out, and not sliced."""
-    dealt = [module for _, module in experts_of(blank)] if share.experts > 1 else []
+    mixtures = [module for _, module in experts_of(blank)]
+    dealt = mixtures if share.experts > 1 else []
     if share.heads > 1:
         for weight, dimension in list(split_dimensions(blank, deals_experts=not dealt)):
             _shorten(weight, dimension, share.heads)
-        for _, module in experts_of(blank) if not dealt else ():
+        for module in mixtures if not dealt else ():
             module.num_experts = len(next(module.parameters(recurse=False)))
     for module in dealt:
         for weight in module.parameters(recurse=False):
