@@ -164,6 +164,18 @@ def test_the_plan_says_what_a_process_computes_of_a_split_model(without_weights:
     assert said in capsys.readouterr().out
 
 
+def test_what_is_held_beside_layers_is_shared_out_over_stages_and_the_last_has_the_teacher(
+    without_weights: Path, tiny_model_folder: Path, chat_file: Path, capsys
+):
+    words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--processes.procs", "2"]
+    words += ["--distillation.teacher", str(tiny_model_folder), "--algorithm", "osft", "--batch-size", "4"]
+    words += ["--osft.unfreeze_rank_ratio", "0.5", "--osft.others", "freeze"]
+    whole, stages = (planned(capsys, *words, "--parallelism.pipeline_parallel_degree", one) for one in "12")
+    for name in ("optimizer", "gradients"):
+        assert stages["memory_gib"][name] == pytest.approx(whole["memory_gib"][name] / 2)
+    assert stages["memory_gib"]["teacher"] == whole["memory_gib"]["teacher"] > 0
+
+
 def test_the_plan_says_what_a_process_holds_of_layers_in_stages(without_weights: Path, chat_file: Path, capsys):
     words = ["--model", str(without_weights), "--data", str(chat_file), "--no-data.cache", "--model.dtype", "float32"]
     words += [

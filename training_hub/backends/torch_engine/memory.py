@@ -168,8 +168,9 @@ def estimate(
     if share.slices > 1:
         parts = divided_parts(parts, blank, share, dtype, apart, holdings.spared)
         parts["optimizer"] = _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
-    if share.gathers_head and (head := blank.get_output_embeddings()) is not None:
-        parts["gathered"] = parts.get("gathered", 0) + head.weight.numel() * share.heads * dtype.itemsize
+    head = getattr(blank.get_output_embeddings(), "weight", None)  # which another stage may have
+    if share.gathers_head and head is not None:
+        parts["gathered"] = parts.get("gathered", 0) + head.numel() * share.heads * dtype.itemsize
     if teacher is not None:
         parts["teacher"] = teacher.beside
     kept, note = _kept(blank.to(dtype), largest, ways, checkpointing, share)

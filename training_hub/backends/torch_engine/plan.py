@@ -186,16 +186,14 @@ def memory_of(
     packs = forecast(feed)["packs_per_step"]
     asked, wanted = recipe.parallelism, recipe.training.activation_checkpointing
     parts = list(stages_of(model, asked, max(1.0, packs / share.of_data)))
-    if asked.pipeline_parallel_degree > 1:
-        stages = planned_stages(model, asked)
-        holdings = holdings.of_share(stages.most_layers / stages.ends[-1])
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
     ways = (wanted,) if wanted != "auto" else possible if num_layers(model) and not recipe.training.compile else (NONE,)
     for how in ways:
         each = [
             estimate(
                 here, recipe.optimizer, dtype, device, feed.largest_pack(),
-                accumulates=packs > share.of_data, holdings=holdings, checkpointing=how, teacher=teacher, share=share,
+                accumulates=packs > share.of_data, holdings=_held_here(holdings, here, model), checkpointing=how,
+                teacher=teacher if stage.is_last else None, share=share,
                 stage=stage,
                 is_compiled=recipe.training.compile,
                 is_staged=recipe.checkpoint.async_mode != "disabled",
@@ -207,6 +205,11 @@ def memory_of(
         if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
             break
     return how, memory
+
+
+def _held_here(holdings: Holdings, here: PreTrainedModel, model: PreTrainedModel) -> Holdings:
+    """What is held beside the layers of `here`, of those of the model."""
+    return holdings if here is model else holdings.of_share(num_layers(here) / num_layers(model))
 
 
 def stages_of(model: PreTrainedModel, asked: Parallelism, packs: float) -> Iterator[tuple[PreTrainedModel, Stage]]:

@@ -52,24 +52,18 @@ def low_rank_of(layer: Any) -> LowRank | None:
     return LowRank(down, up, layer.scaling[ADAPTER])
 
 
-def run_adapters_fused(model: nn.Module, *, are_joined: bool = True) -> None:
-    """Exchange PEFT's linear layers with plain LoRA for ours, in place; parameters and names stay.
-
-    are_joined: layers that read the same x take one product together. torch 2.11, where it makes gradients of weights
-    apart from those of activations, takes the gradients of several outputs for those of one: layers must be by
-    themselves there.
-    """
+def run_adapters_fused(model: nn.Module) -> None:
+    """Exchange PEFT's linear layers with plain LoRA for ours, in place; parameters and names stay."""
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
         if f"{kind.__module__}.{kind.__qualname__}" in CLASSES and isinstance(module.base_layer, nn.Linear):
-            exchange(model, name, module, _forward if are_joined else _forward_alone)
+            exchange(model, name, module, _forward)
 
 
 def project(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
-    """What each of the layers makes of x [..., M]; those with adapters together, where all have one and may be joined,
-    and on a GPU those without."""
-    are_joined = len(layers) == 1 or all(getattr(layer, "made_by", "") == "_forward" for layer in layers)
-    if are_joined and all(_is_plain(layer, x) for layer in layers):
+    """What each of the layers makes of x [..., M]; those with adapters together, where all have one, and on a GPU those
+    without."""
+    if all(_is_plain(layer, x) for layer in layers):
         factors = [part for layer in layers for part in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)]
         bases, scales = [layer.base_layer for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
         outputs: tuple[Tensor, ...] = _LowRank.apply(x, bases, scales, *factors)
@@ -85,10 +79,6 @@ def _forward(own: Any) -> Forward:
         return project(x, (self,))[0]
 
     return forward
-
-
-def _forward_alone(own: Any) -> Forward:
-    return _forward(own)
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:
@@ -125,7 +115,7 @@ class _LowRank(torch.autograd.Function):
         for base, scale, up_NR, part in zip(bases, scales, ups, _parts(low_TR, downs), strict=True):
             # Not in place: selective checkpointing keeps the first product, and what is kept must stay as it is.
             y_TN = linear(x_TM, dense(base, x.dtype), base.bias)
-            outputs.append(torch.addmm(y_TN, part, up_NR.T, alpha=scale).view(*x.shape[:-1], -1))
+            outputs.append(torch.addmm(y_TN, part, up_NR.T, alpha=scale).view(*x.shape[:-1], len(up_NR)))
         ctx.save_for_backward(x_TM, low_TR, *factors)
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
         ctx.set_materialize_grads(False)

@@ -185,12 +185,13 @@ def split_dimensions(model: Any, *, deals_experts: bool = True) -> Iterator[tupl
     """The weights that `split_tensors` splits, and along which dimension; the model may lie on the meta device."""
     plan = tensor_plan(model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head is not None and _base(head).weight is table.weight
+    of_head = None if head is None else getattr(_base(head), "weight", None)  # which another stage may have
+    is_tied = of_head is not None and of_head is getattr(table, "weight", None)
     is_table_fit = isinstance(table, nn.Embedding) and table.max_norm is None
     is_head_fit = any(_is_head(model, name) and style.startswith("colwise") for name, style in plan.items())
     for name, style in plan.items():
         module = model.get_submodule(name)
-        if style in STYLES and not (module is head and is_tied):
+        if style in STYLES and not (module is head and (is_tied or of_head is None)):
             for part_name, kind in _parts(name, module, style):
                 part = model.get_submodule(part_name)
                 dimension = 1 if kind.startswith("rowwise") else 0

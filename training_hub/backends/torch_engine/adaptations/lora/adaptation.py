@@ -31,7 +31,6 @@ from training_hub.backends.torch_engine.adaptations.of_parameters import OfParam
 from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
-from training_hub.backends.torch_engine.layouts.stages import ORDERS
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.quantization import num_numbers, spared_bytes
 from training_hub.errors import RecipeError
@@ -94,7 +93,7 @@ class Lora(OfParameters):
             if self._recipe.lora.adapter is not None:
                 self._take_over(Path(self._recipe.lora.adapter).expanduser())
             self._difference = relative_difference(logits_of_one(model), before)
-        run_adapters_fused(model, are_joined=not _splits_backward(self._recipe))
+        run_adapters_fused(model)
         return model
 
     def holdings(self) -> Holdings:
@@ -269,12 +268,6 @@ class Lora(OfParameters):
             self._notes.append(
                 f"the adapter names {came_from} as its base; it goes on beside {self._recipe.model.path}"
             )
-
-
-def _splits_backward(recipe: Recipe) -> bool:
-    """Whether gradients of weights are made by themselves."""
-    asked = recipe.parallelism
-    return asked.pipeline_parallel_degree > 1 and ORDERS[asked.pipeline_parallel_schedule].splits
 
 
 @contextmanager
