@@ -135,6 +135,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Write parallelism.pipeline_parallel_schedule: 1F1B or Interleaved1F1B",
     ),
+    "adapters in stages of split heads": (
+        {"parallelism": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}, "algorithm": "lora_sft"},
+        "algorithm: lora_sft in stages goes together with replicas and with slices of weights. Write",
+    ),
+    "subspaces in stages of split tokens": (
+        {
+            "parallelism": {"pipeline_parallel_degree": 2, "context_parallel_degree": 2},
+            "algorithm": "osft",
+            "osft": {"unfreeze_rank_ratio": 0.5},
+        },
+        "1, or parallelism.context_parallel_degree: 1.",
+    ),
     "ranks shared out over stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft", "lora": {"tuner": "adalora"}},
         "and a process has some of them. Write 1, or lora.tuner: lora.",
