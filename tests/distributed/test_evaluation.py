@@ -93,7 +93,6 @@ MORE = {
     "tokens": (["llama"], TOKENS, {"rows": 6}),
     "stages": (["llama"], STAGES, {"rows": 6}),
     "drawn by a model in slices": (["qwen3"], SLICES, {"rows": 12, **DRAWN}),
-    "stages": (["llama"], STAGES, {"rows": 6}),
     "drawn by a model in stages": (["qwen3"], STAGES, {"rows": 12, **DRAWN}),
 }
 
