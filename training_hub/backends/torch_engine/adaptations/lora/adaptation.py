@@ -73,8 +73,9 @@ class Lora(OfParameters):
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = None if parameter.is_meta else logits_of_one(model)
         self._put_in(config, model, is_blank=parameter.is_meta)
-        self._model, self._names = model, names_in_file(self._peft, model)
+        self._model = model
         if self._recipe.parallelism.pipeline_parallel_degree > 1:
+            self._names = names_in_file(self._peft, model)
             refuse_shared(model, self._names, str(getattr(config.peft_type, "value", config.peft_type)).lower())
         if config.peft_type == ALLOCATED:
             self._allocation = Allocation(self._peft)
