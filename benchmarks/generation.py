@@ -29,7 +29,7 @@ import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from training_hub.backends.shared.answers import Decoding, Prompt
-from training_hub.backends.torch_engine.generate import answers
+from training_hub.backends.torch_engine.answers.generate import answers
 
 FILE = Path(__file__).parent / "generation" / "RESULTS.md"
 VOCABULARY = 8192

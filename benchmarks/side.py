@@ -186,7 +186,7 @@ def _watched(trainer: Any) -> Measured:
     """Train, with the clock read at the end of each step and the tokens of each batch counted where they are made."""
     from transformers import TrainerCallback
 
-    from training_hub.backends.torch_engine.work import work_of
+    from training_hub.backends.torch_engine.planning.work import work_of
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -249,7 +249,7 @@ SIDES: dict[str, Callable[[Order], Measured]] = {
 def main() -> None:
     side, path = sys.argv[1:3]
     order = Order(**json.loads(Path(path).read_text(encoding="utf-8")))
-    from training_hub.backends.torch_engine.work import measured_peak
+    from training_hub.backends.torch_engine.planning.work import measured_peak
     from training_hub.monitoring.throughput import memory_gib
 
     measured = SIDES[side](order)

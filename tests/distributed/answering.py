@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.backends.torch_engine.tiny_models import tiny_model
-from training_hub.backends.torch_engine.generate import can_pad, serving
+from training_hub.backends.torch_engine.answers.generate import can_pad, serving
 from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.recipe.parallelism import Parallelism

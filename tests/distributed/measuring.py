@@ -13,26 +13,26 @@ from torch.profiler import ProfilerActivity, profile
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
-from training_hub.backends.torch_engine.base_weights import Written
 from training_hub.backends.torch_engine.checkpointing import checkpoint_layers
-from training_hub.backends.torch_engine.dividing import load_for
 from training_hub.backends.torch_engine.engine import assemble
-from training_hub.backends.torch_engine.export_together import export_together
-from training_hub.backends.torch_engine.final import numbers_of
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
-from training_hub.backends.torch_engine.kept import id_of
 from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.share import Share
+from training_hub.backends.torch_engine.loading.dividing import load_for
+from training_hub.backends.torch_engine.loading.model import choose_dtype
 from training_hub.backends.torch_engine.materials import load_materials
-from training_hub.backends.torch_engine.memory import GIB, estimate
-from training_hub.backends.torch_engine.model import choose_dtype
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.backends.torch_engine.parallel import Group
-from training_hub.backends.torch_engine.plan import stages_of
+from training_hub.backends.torch_engine.planning.kept import id_of
+from training_hub.backends.torch_engine.planning.memory import GIB, estimate
+from training_hub.backends.torch_engine.planning.plan import stages_of
+from training_hub.backends.torch_engine.saving.base_weights import Written
+from training_hub.backends.torch_engine.saving.export_together import export_together
+from training_hub.backends.torch_engine.saving.final import numbers_of
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import Parallelism

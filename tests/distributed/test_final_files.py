@@ -24,7 +24,7 @@ from tests.invariants.run import recipe, train
 from tests.invariants.test_as_they_came import written_as
 from tests.invariants.test_families import folder_of
 from tests.workers import workers
-from training_hub.backends.torch_engine.tensor_files import opened
+from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.errors import LaunchError
 from training_hub.folders import damage
 from training_hub.launch import run

@@ -21,7 +21,7 @@ from tests.distributed.test_equal_numbers import STEPS, apart, weights
 from tests.distributed.test_split_models import same_steps
 from tests.invariants.run import recipe, train
 from training_hub.backends import Given
-from training_hub.backends.torch_engine.tensor_files import opened
+from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.errors import TrainingError
 from training_hub.folders import damage
 from training_hub.launch import run

@@ -18,7 +18,7 @@ from tests.distributed.test_pipeline import CLOSE, SGD, SMALL_PACKS, TWO
 from tests.distributed.test_pipeline_adapters import BACK, FOUR_LAYERS, LONGER, Case, broken_off
 from tests.distributed.test_split_models import same_steps
 from tests.invariants.run import train
-from training_hub.backends.torch_engine.tensor_files import opened
+from training_hub.backends.torch_engine.saving.tensor_files import opened
 
 CASES: dict[str, Case] = {
     "one forward, one backward": ("llama-tied", {}, {}),

@@ -16,7 +16,7 @@ from tests.distributed.test_split_models import EXPERTS
 from tests.distributed.test_split_models import same_steps as same_to_rounding
 from tests.invariants.run import train
 from tests.invariants.test_families import folder_of
-from training_hub.backends.torch_engine.tensor_files import opened
+from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.folders import damage
 
 CLOSE = 1e-5

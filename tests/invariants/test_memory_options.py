@@ -11,7 +11,7 @@ from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING
 from training_hub.backends.torch_engine.checkpointing import USABLE
 from training_hub.backends.torch_engine.materials import load_materials
-from training_hub.backends.torch_engine.plan import feed_settings, memory_of
+from training_hub.backends.torch_engine.planning.plan import feed_settings, memory_of
 from training_hub.data.feed import Feed
 from training_hub.errors import HubError
 from training_hub.monitoring.console import open_console

@@ -12,9 +12,9 @@ from tests.conftest import CONVERSATIONS
 from tests.invariants.run import recipe
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.engine import assemble
+from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.loop import evaluate
 from training_hub.backends.torch_engine.materials import load_materials
-from training_hub.backends.torch_engine.model import load_model
 from training_hub.data.feed import validation_packs
 from training_hub.launch import run
 from training_hub.monitoring.console import SilentConsole

@@ -11,7 +11,7 @@ import transformers
 
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.layouts.share import Share
-from training_hub.backends.torch_engine.memory import GIB, estimate
+from training_hub.backends.torch_engine.planning.memory import GIB, estimate
 from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
 from training_hub.recipe.sections import Optimizer
 from training_hub.scaling.formulas import LOW, Work, kept_numbers, memory

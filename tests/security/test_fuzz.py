@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.invariants.run import recipe
-from training_hub.backends.torch_engine.model import load_model
+from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import HubError
 

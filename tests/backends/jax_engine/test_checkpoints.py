@@ -9,7 +9,7 @@ import torch
 from training_hub.backends.jax_engine.checkpoints import Checkpoints, shapes_in
 from training_hub.backends.shared.checkpoint_folders import write_checkpoint
 from training_hub.backends.torch_engine.layouts.pieces import Cut
-from training_hub.backends.torch_engine.tensor_files import Pieces, piece_file, write_pieces
+from training_hub.backends.torch_engine.saving.tensor_files import Pieces, piece_file, write_pieces
 from training_hub.errors import CheckpointError
 
 WHOLE = torch.arange(12.0).reshape(4, 3)

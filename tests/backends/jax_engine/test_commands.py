@@ -18,7 +18,7 @@ from training_hub.backends.jax_engine.full import Adaptation, Full
 from training_hub.backends.jax_engine.lora import LowRank
 from training_hub.backends.jax_engine.osft import Spaces
 from training_hub.backends.jax_engine.work import operations
-from training_hub.backends.torch_engine.work import work_of
+from training_hub.backends.torch_engine.planning.work import work_of
 from training_hub.frontends.cli import main
 from training_hub.monitoring.console import open_console
 from training_hub.recipe.freezing import Freezing

@@ -18,8 +18,8 @@ from training_hub.backends.jax_engine.engine import JaxEngine
 from training_hub.backends.jax_engine.generate import Speech
 from training_hub.backends.shared.answers import Decoding, Prompt
 from training_hub.backends.shared.materials import Limits
+from training_hub.backends.torch_engine.answers.generate import answers
 from training_hub.backends.torch_engine.engine import TorchEngine
-from training_hub.backends.torch_engine.generate import answers
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
 from training_hub.types import Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backends.torch_engine.test_memory import really_saved
+from tests.backends.torch_engine.planning.test_memory import really_saved
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.checkpointing import (
@@ -18,9 +18,9 @@ from training_hub.backends.torch_engine.checkpointing import (
 )
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
-from training_hub.backends.torch_engine.kept import Ways, kept_bytes
-from training_hub.backends.torch_engine.memory import blank_like
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
+from training_hub.backends.torch_engine.planning.kept import Ways, kept_bytes
+from training_hub.backends.torch_engine.planning.memory import blank_like
 from training_hub.backends.torch_engine.tensors import to_device
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from torch._dynamo.utils import counters
 
 from tests.backends.torch_engine.tiny_models import tiny_model
 from training_hub.backends.shared.answers import Decoding, Prompt
+from training_hub.backends.torch_engine.answers.generate import answers
 from training_hub.backends.torch_engine.compiling import compile_blocks, uncompiled
-from training_hub.backends.torch_engine.generate import answers
 
 
 def test_answers_are_made_by_blocks_as_they_are_written():

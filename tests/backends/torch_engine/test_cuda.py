@@ -14,7 +14,7 @@ from training_hub.backends.torch_engine.checkpointing import HOW, OFFLOAD, check
 from training_hub.backends.torch_engine.fused.swap import OnKernels, run_on_kernels
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
-from training_hub.backends.torch_engine.staging import Staging
+from training_hub.backends.torch_engine.saving.staging import Staging
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 

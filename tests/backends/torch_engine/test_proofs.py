@@ -17,7 +17,7 @@ from training_hub.backends import Given
 from training_hub.backends.shared.proofs import refuse
 from training_hub.backends.torch_engine import engine as engines
 from training_hub.backends.torch_engine import proofs
-from training_hub.backends.torch_engine.model import load_model
+from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.tensors import Term
 from training_hub.data.agreement import agreement
 from training_hub.data.store import TokenStore

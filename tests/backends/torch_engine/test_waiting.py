@@ -16,8 +16,8 @@ from tests.invariants.run import recipe
 from training_hub.backends import Given
 from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.torch_engine import engine as engines
+from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.loop import train
-from training_hub.backends.torch_engine.model import load_model
 from training_hub.backends.torch_engine.waiting import WINDOW
 from training_hub.monitoring.console import SilentConsole
 

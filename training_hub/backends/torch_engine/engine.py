@@ -22,22 +22,18 @@ from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
-from training_hub.backends.torch_engine.beforehand import Outline, facts_of, outline, starting_step
+from training_hub.backends.torch_engine.answers.exam import exam_of
+from training_hub.backends.torch_engine.answers.scoring import examine, examine_together, score
+from training_hub.backends.torch_engine.answers.voice import open_voice
 from training_hub.backends.torch_engine.by_source import BySource, sets_of
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib, way_problem
-from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.compiling import LIVE, budgeted, compile_blocks
-from training_hub.backends.torch_engine.dividing import divide, load_for, refuse_broken_model
-from training_hub.backends.torch_engine.exam import exam_of
-from training_hub.backends.torch_engine.final import finish, saved_dtype, write_model
 from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.fused import eight_bit
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout, layout_of
 from training_hub.backends.torch_engine.layouts.beforehand import process_problems
-from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, train
-from training_hub.backends.torch_engine.materials import Materials, first_lengths, load_materials, stop_ids
-from training_hub.backends.torch_engine.merging import merge_for
-from training_hub.backends.torch_engine.model import (
+from training_hub.backends.torch_engine.loading.dividing import divide, load_for, refuse_broken_model
+from training_hub.backends.torch_engine.loading.model import (
     LoadedModel,
     choose_device,
     choose_dtype,
@@ -45,6 +41,10 @@ from training_hub.backends.torch_engine.model import (
     load_model,
     named,
 )
+from training_hub.backends.torch_engine.loading.rounding import round_no_more
+from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, train
+from training_hub.backends.torch_engine.materials import Materials, first_lengths, load_materials, stop_ids
+from training_hub.backends.torch_engine.merging import merge_for
 from training_hub.backends.torch_engine.objectives import make_objective
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
@@ -52,7 +52,8 @@ from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import problems, table_names
 from training_hub.backends.torch_engine.outcome import speed_lines
 from training_hub.backends.torch_engine.parallel import Group, joined
-from training_hub.backends.torch_engine.plan import (
+from training_hub.backends.torch_engine.planning.beforehand import Outline, facts_of, outline, starting_step
+from training_hub.backends.torch_engine.planning.plan import (
     describe,
     feed_settings,
     load_beside,
@@ -60,20 +61,19 @@ from training_hub.backends.torch_engine.plan import (
     plan,
     summary,
 )
+from training_hub.backends.torch_engine.planning.work import Scale, measured_peak, no_operations, work_of
 from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
-from training_hub.backends.torch_engine.rounding import round_no_more
-from training_hub.backends.torch_engine.saving import resume, settle, settled
-from training_hub.backends.torch_engine.scoring import examine, examine_together, score
-from training_hub.backends.torch_engine.staging import staging_of
+from training_hub.backends.torch_engine.saving.checkpoints import Checkpoints
+from training_hub.backends.torch_engine.saving.final import finish, saved_dtype, write_model
+from training_hub.backends.torch_engine.saving.staging import staging_of
+from training_hub.backends.torch_engine.saving.steps import resume, settle, settled
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.together import refuse_other_data, same_start
-from training_hub.backends.torch_engine.voice import open_voice
-from training_hub.backends.torch_engine.work import Scale, measured_peak, no_operations, work_of
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed, packs_validation
 from training_hub.errors import RecipeError, TrainingError

@@ -20,20 +20,20 @@ from training_hub.backends.shared.exam import Exam
 from training_hub.backends.shared.packs import reported
 from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.watch import Watch
-from training_hub.backends.torch_engine import exam as asking
+from training_hub.backends.torch_engine.answers import exam as asking
 from training_hub.backends.torch_engine.by_source import BySource
-from training_hub.backends.torch_engine.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.freezing import Thaw
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.parallel import Group
+from training_hub.backends.torch_engine.planning.work import Scale
 from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
-from training_hub.backends.torch_engine.saving import save, settle
-from training_hub.backends.torch_engine.staging import Staging
+from training_hub.backends.torch_engine.saving.checkpoints import Checkpoints
+from training_hub.backends.torch_engine.saving.staging import Staging
+from training_hub.backends.torch_engine.saving.steps import save, settle
+from training_hub.backends.torch_engine.saving.writing import Writer
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.waiting import DataWait
-from training_hub.backends.torch_engine.work import Scale
-from training_hub.backends.torch_engine.writing import Writer
 from training_hub.data.feed import Feed, validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore

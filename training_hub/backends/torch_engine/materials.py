@@ -11,7 +11,7 @@ from training_hub.backends import Given
 from training_hub.backends.shared import materials as shared
 from training_hub.backends.shared.materials import check_limits, limits_of, watched_rows
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
-from training_hub.backends.torch_engine.model_config import read_limits
+from training_hub.backends.torch_engine.loading.model_config import read_limits
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, read_teacher
 from training_hub.data.prepare import Prepared, prepare
 from training_hub.data.questions import questions_of

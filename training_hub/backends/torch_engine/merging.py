@@ -21,12 +21,12 @@ from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.model_folder import is_folder, stored_dtype
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.attention import attention_of_transformers
-from training_hub.backends.torch_engine.base_weights import OpenBase, Written, base_of
-from training_hub.backends.torch_engine.export import WholeModel
+from training_hub.backends.torch_engine.loading.model import choose_device, folder_problems
+from training_hub.backends.torch_engine.loading.quantization import NONE, dequantise, loading_options, multiply_dense
+from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.materials import load_materials
-from training_hub.backends.torch_engine.model import choose_device, folder_problems
-from training_hub.backends.torch_engine.quantization import NONE, dequantise, loading_options, multiply_dense
-from training_hub.backends.torch_engine.quiet import library_bars
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written, base_of
+from training_hub.backends.torch_engine.saving.export import WholeModel
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import RecipeError, TrainingError
 from training_hub.folders import write_json, write_whole

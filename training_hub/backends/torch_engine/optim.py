@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase
 from training_hub.backends.torch_engine.early_sums import EarlySums
 from training_hub.backends.torch_engine.fused.products import hold_gradient, release_gradient
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
@@ -26,6 +25,7 @@ from training_hub.backends.torch_engine.optimizers.both import Both
 from training_hub.backends.torch_engine.optimizers.compact import CompactAdamW
 from training_hub.backends.torch_engine.optimizers.split import join, split
 from training_hub.backends.torch_engine.optimizers.whole import wants_whole
+from training_hub.backends.torch_engine.saving.base_weights import UNREAD, BaseWeights, OpenBase
 from training_hub.recipe.sections import Optimizer as OptimizerSettings
 
 if TYPE_CHECKING:

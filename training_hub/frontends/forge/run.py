@@ -92,7 +92,7 @@ def _asked(config: Config, assigned: Iterable[str]) -> Asked:
 def num_gpus() -> int:
     """GPUs of this host; 0 where there is none."""
     from training_hub.backends import Several, find_backend
-    from training_hub.backends.torch_engine.model import choose_device  # the engine counts a CPU as one device
+    from training_hub.backends.torch_engine.loading.model import choose_device  # the engine counts a CPU as one device
 
     engine = find_backend(BACKEND)
     return engine.num_devices() if isinstance(engine, Several) and choose_device().type != "cpu" else 0

@@ -6,7 +6,7 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import tiny_model
 from training_hub.backends.torch_engine.adaptations.full import Full
-from training_hub.backends.torch_engine.base_weights import Written
+from training_hub.backends.torch_engine.saving.base_weights import Written
 
 
 def test_every_weight_may_move_even_one_that_was_frozen() -> None:

@@ -14,7 +14,7 @@ from tests.invariants.run import recipe
 from tests.invariants.test_resume import EVERY_STEP, StopAt
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.lora.adaptation import seeded
-from training_hub.backends.torch_engine.model import load_model
+from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.tensors import to_device

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests.backends.torch_engine.lora.test_runs import adapter_of, same_adapters, train
 from tests.invariants.run import recipe
 from tests.invariants.test_resume import EVERY_STEP, StopAt
-from training_hub.backends.torch_engine import quantization
+from training_hub.backends.torch_engine.loading import quantization
 from training_hub.errors import RecipeError, TrainingError
 
 pytest.importorskip("peft")

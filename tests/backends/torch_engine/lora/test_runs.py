@@ -17,7 +17,7 @@ from tests.invariants.run import recipe
 from tests.invariants.run import train as run_of
 from tests.invariants.test_resume import EVERY_STEP, StopAt, held_in_step_4
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
-from training_hub.backends.torch_engine.model import load_model
+from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.objectives.cross_entropy import check_head
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.errors import CheckpointError, RecipeError, TrainingError

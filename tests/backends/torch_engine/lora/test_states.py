@@ -10,9 +10,9 @@ from tests.backends.torch_engine.lora.test_runs import asked, train
 from tests.backends.torch_engine.tiny_models import random_pack
 from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
-from training_hub.backends.torch_engine.memory import estimate
-from training_hub.backends.torch_engine.model import load_model
+from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
+from training_hub.backends.torch_engine.planning.memory import estimate
 from training_hub.backends.torch_engine.tensors import to_device
 
 pytest.importorskip("peft")

@@ -21,13 +21,13 @@ from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEnt
 from training_hub.backends.torch_engine.objectives.distillation import Distillation
 from training_hub.backends.torch_engine.objectives.divergence import KINDS, Divergence
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN
+from training_hub.backends.torch_engine.planning.work import work_of
 from training_hub.backends.torch_engine.teacher.facts import common_vocabulary
 from training_hub.backends.torch_engine.teacher.form import Form
 from training_hub.backends.torch_engine.teacher.kept import Kept
 from training_hub.backends.torch_engine.teacher.online import Online
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
 from training_hub.backends.torch_engine.tensors import to_device
-from training_hub.backends.torch_engine.work import work_of
 from training_hub.data import targets as target_files
 from training_hub.data.tokenizer import ChatTokenizer
 from training_hub.errors import RecipeError

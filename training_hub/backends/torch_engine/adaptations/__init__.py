@@ -10,7 +10,7 @@ from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.adaptations.lora import problems as lora_problems
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
-from training_hub.backends.torch_engine.rounding import problems as rounding_problems
+from training_hub.backends.torch_engine.loading.rounding import problems as rounding_problems
 from training_hub.recipe import Recipe
 
 ADAPTATIONS: dict[str, Callable[[Recipe], Adaptation]] = {

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
-from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.freezing import freeze
-from training_hub.backends.torch_engine.model_files import ModelFiles
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Settled, Written
+from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.recipe.freezing import Freezing
 from training_hub.types import Console, Proof
 

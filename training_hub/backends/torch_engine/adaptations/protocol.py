@@ -9,9 +9,9 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
-from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.layouts import Layout
-from training_hub.backends.torch_engine.model_files import ModelFiles
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Settled, Written
+from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.types import Console, Proof
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from training_hub.backends.torch_engine.fused import one_input
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
 from training_hub.backends.torch_engine.fused.products import add_product_, linear
-from training_hub.backends.torch_engine.quantization import dense
+from training_hub.backends.torch_engine.loading.quantization import dense
 
 ADAPTER = "default"
 CLASSES = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from training_hub.backends import Given
 from training_hub.backends.shared.materials import Limits
 from training_hub.backends.shared.model_folder import folder_problems, hub_problem, is_folder
-from training_hub.backends.torch_engine.model_config import read_limits
+from training_hub.backends.torch_engine.loading.model_config import read_limits
 from training_hub.backends.torch_engine.teacher.prompted import Prompted, prompted_rows
 from training_hub.data.store import TokenStore
 from training_hub.data.templates import ChatTemplate

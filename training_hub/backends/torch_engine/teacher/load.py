@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from training_hub.backends.torch_engine.model import choose_dtype
-from training_hub.backends.torch_engine.model_config import read_blank_model
+from training_hub.backends.torch_engine.loading.model import choose_dtype
+from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.backends.torch_engine.objectives.head import chunk_rows
+from training_hub.backends.torch_engine.planning.work import Work, work_of
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher
 from training_hub.backends.torch_engine.teacher.form import Form
-from training_hub.backends.torch_engine.work import Work, work_of
 from training_hub.data.store import TokenStore
 from training_hub.recipe import Recipe
 from training_hub.types import Pack

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from training_hub.backends.torch_engine.model import choose_dtype, load_model
+from training_hub.backends.torch_engine.loading.model import choose_dtype, load_model
 from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy, decoder_states, model_logits
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.objectives.targets import WholeTargets

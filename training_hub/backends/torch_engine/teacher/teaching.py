@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
-from training_hub.backends.torch_engine.model import choose_dtype
+from training_hub.backends.torch_engine.loading.model import choose_dtype
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.objectives.targets import Targets, WholeTargets
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher

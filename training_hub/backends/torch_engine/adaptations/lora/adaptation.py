@@ -28,11 +28,11 @@ from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, A
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
-from training_hub.backends.torch_engine.base_weights import OpenBase, Settled, Written
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
+from training_hub.backends.torch_engine.loading.quantization import num_numbers, spared_bytes
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
-from training_hub.backends.torch_engine.quantization import num_numbers, spared_bytes
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Settled, Written
 from training_hub.errors import RecipeError
 from training_hub.folders import remove
 from training_hub.recipe import Recipe

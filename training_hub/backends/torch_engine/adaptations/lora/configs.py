@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from training_hub.backends.torch_engine.adaptations.lora import library
-from training_hub.backends.torch_engine.quantization import problems as quantization_problems
+from training_hub.backends.torch_engine.loading.quantization import problems as quantization_problems
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import CONFIG_FILE, WEIGHTS_FILE

@@ -16,9 +16,9 @@ from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.layouts.cut import route_of
-from training_hub.backends.torch_engine.model import read_whole
-from training_hub.backends.torch_engine.quantization import multiply_dense, quantiser
-from training_hub.backends.torch_engine.rounding import round_in_forward
+from training_hub.backends.torch_engine.loading.model import read_whole
+from training_hub.backends.torch_engine.loading.quantization import multiply_dense, quantiser
+from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import ORIGIN_FILE, WEIGHTS_FILE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from training_hub.backends.torch_engine.quiet import quiet
+from training_hub.backends.torch_engine.loading.quiet import quiet
 
 __all__ = ["MISSING", "is_installed", "load", "quiet"]
 

@@ -30,11 +30,11 @@ from training_hub.backends.torch_engine.adaptations.osft.spaces import (
 )
 from training_hub.backends.torch_engine.adaptations.osft.table import Row, told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
-from training_hub.backends.torch_engine.base_weights import UNREAD, BaseWeights, OpenBase, Settled, Written
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.stages import DEGREE
-from training_hub.backends.torch_engine.model_files import ModelFiles
 from training_hub.backends.torch_engine.parallel import shared_out
+from training_hub.backends.torch_engine.saving.base_weights import UNREAD, BaseWeights, OpenBase, Settled, Written
+from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.data.cache import cache_folder
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe

@@ -1,0 +1,109 @@
+"""A divided model is read slice by slice: here as one of four processes, of which the others are not there.
+
+torch's "fake" group lets collectives return at once, with whatever lay in their memory; reading needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
+
+from tests.invariants.run import recipe
+from tests.invariants.test_families import folder_of
+from training_hub.backends.torch_engine.layouts import Layout
+from training_hub.backends.torch_engine.layouts.fully_sharded import shard
+from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
+from training_hub.backends.torch_engine.loading.blank import fill, wanted_shapes
+from training_hub.backends.torch_engine.loading.dividing import load_blank
+from training_hub.backends.torch_engine.loading.model import LoadedModel
+from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
+from training_hub.backends.torch_engine.saving.tensor_files import opened
+from training_hub.errors import RecipeError
+from training_hub.recipe.parallelism import Degrees, Parallelism
+
+CPU = torch.device("cpu")
+RANK, SIZE = 1, 4
+
+
+@pytest.fixture
+def four() -> Iterator[DeviceMesh]:
+    """This process and three that are not there; begun when the test's models have been saved."""
+    dist.init_process_group("fake", rank=RANK, world_size=SIZE, store=FakeStore())
+    yield init_device_mesh("cpu", (SIZE,), mesh_dim_names=("dp_shard",))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def folder(request, tiny_model_folder, tmp_path) -> Path:
+    return folder_of(getattr(request, "param", "llama"), tiny_model_folder, tmp_path / "model")
+
+
+def divided(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False) -> tuple[LoadedModel, int]:
+    """The model of `folder` as this process holds it, and the numbers that were read for that."""
+    wanted = recipe(folder, Path("none.jsonl"), Path("none"))
+    blank = load_blank(wanted, CPU, dtype)
+    assert isinstance(blank, LoadedModel), blank
+    assert all(parameter.is_meta for parameter in blank.model.parameters())
+    degrees = Degrees(dp_shard=SIZE)
+    asked = Parallelism(data_parallel_shard_degree=SIZE, enable_cpu_offload=offload)
+    for parameter in blank.model.parameters():
+        parameter.requires_grad_()
+    shapes = wanted_shapes(blank.model)
+    Layout(degrees=degrees, mesh=mesh, asked=asked).divide(blank.model, dtype)
+    with opened(blank.files) as files:
+        fill(blank.model, ExpertFiles(files, shapes), CPU, is_offloaded=offload)
+        return blank, files.numbers_read
+
+
+@pytest.mark.parametrize("folder", ["llama", "qwen3", "mixtral", "qwen3-moe", "gemma3"], indirect=True)
+def test_a_process_reads_its_slices_and_nothing_else(folder, four):
+    found, numbers_read = divided(folder, four, torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = dict(plain.named_parameters())
+    held = 0
+    for name, parameter in found.model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert torch.equal(local_of(parameter), weights[name][cut_of(parameter).slices]), name
+        held += local_of(parameter).numel()
+    assert held == numbers_read <= 1.1 * sum(weight.numel() for weight in weights.values()) / SIZE
+    buffers = dict(plain.named_buffers())
+    assert buffers
+    for name, buffer in found.model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), f"{name}, which is lost where a model is made without contents"
+
+
+def test_slices_are_float32_masters_that_begin_from_the_files(folder, four):
+    found, _ = divided(folder, four, torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, weight in plain.named_parameters():
+        parameter = found.model.get_parameter(name)
+        assert parameter.dtype == torch.float32
+        assert torch.equal(local_of(parameter), weight[cut_of(parameter).slices])
+
+
+def test_slices_may_stay_in_the_memory_of_the_cpu(folder, four):
+    found, _ = divided(folder, four, torch.float32, offload=True)
+    logits = found.model(input_ids=torch.arange(5)[None], use_cache=False).logits
+    assert logits.shape[:2] == (1, 5)
+
+
+def test_experts_of_which_processes_could_use_others_are_refused(four):
+    model = torch.nn.Module()
+    model.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    with pytest.raises(RecipeError, match="experts of Module is a list of modules, of which"):
+        shard(model, four, Parallelism(data_parallel_shard_degree=SIZE), torch.float32)
+
+
+def test_files_that_name_weights_otherwise_are_read_whole(tiny_model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder).model
+    base.save_pretrained(tmp_path / "base")
+    told = load_blank(recipe(tmp_path / "base", Path("none.jsonl"), Path("none")), CPU, torch.float32)
+    assert told == "its files call weights otherwise than it does"

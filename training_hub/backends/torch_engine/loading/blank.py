@@ -1,0 +1,121 @@
+"""A model without contents, and its weights read piece by piece: no process ever holds what it does not keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of, whole_cut
+from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LARGE = 2**16
+"""Numbers of a tensor of ones or zeros above which it is a weight; below it may be part of what a buffer is made of."""
+
+
+class _WithoutContents(TorchFunctionMode):
+    """Gives a place on the meta device to what will be read from files; what is computed is computed.
+
+    Modules ask for weights with torch.empty. Frequencies of rotary positions and other buffers are computed, and would
+    be lost on the meta device.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = dict(options or {})
+        is_weight = function is torch.empty
+        if function in (torch.zeros, torch.ones):
+            sizes = arguments[0] if len(arguments) == 1 and not isinstance(arguments[0], int) else arguments
+            is_weight = bool(sizes) and torch.Size(sizes).numel() > LARGE
+        return function(*arguments, **({**options, "device": "meta"} if is_weight else options))
+
+
+def without_contents(make: Any) -> PreTrainedModel:
+    """The model that `make` makes, with parameters on the meta device and buffers as they are computed."""
+    with _WithoutContents(), torch.no_grad():
+        model: PreTrainedModel = make()
+    blank: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = blank.setdefault(id(parameter), nn.Parameter(parameter.detach().to("meta"), False))
+                module._parameters[name] = empty
+    return model
+
+
+def lost_buffers(model: nn.Module) -> list[str]:
+    """Buffers that have no contents, since they were not computed."""
+    return [name for name, buffer in model.named_buffers() if buffer.is_meta]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]
+
+
+def wanted_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What the model wants of its files, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def loading_report(
+    model: nn.Module, files: ExpertFiles, whole: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """What transformers would say of these files: keys missing, unexpected and of another shape.
+
+    whole: what the model wanted before layers of other processes were taken from it."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wanted = wanted_shapes(model) if whole is None else whole
+    found = files.shapes
+    return {
+        "missing_keys": sorted(wanted.keys() - found.keys() - tied),
+        "unexpected_keys": sorted(found.keys() - wanted.keys()),
+        "mismatched_keys": [
+            (name, found[name], shape) for name, shape in sorted(wanted.items()) if found.get(name, shape) != shape
+        ],
+    }
+
+
+@torch.no_grad()
+def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloaded: bool) -> None:
+    """Give a divided model on the meta device its weights: this process's pieces, in the format that each has there.
+
+    What trains may be wider there than what is computed in: it begins from the files' own numbers. Buffers come to
+    `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
+    """
+    buffers = dict(model.named_buffers())
+    same = _names_by_weight(model)
+    model.to_empty(device="cpu" if is_offloaded else device)
+    for first, *others in same:  # torch has made each of tied weights anew
+        for other in others:
+            owner, _, leaf = other.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = model.get_parameter(first)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        kept = files.read(name, whole_cut(buffer.shape)).to(buffer.dtype) if name in files.shapes else buffer
+        model.get_submodule(owner)._buffers[leaf] = kept.to(device)
+    names = dict(model.named_parameters(remove_duplicate=False))
+    done: set[int] = set()
+    for name, parameter in names.items():
+        if name in files.shapes and id(parameter) not in done:
+            done.add(id(parameter))
+            local_of(parameter).copy_(files.read(name, cut_of(parameter)))
+
+
+def _names_by_weight(model: nn.Module) -> list[list[str]]:
+    """The names of each weight; tied ones have several."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return list(found.values())

@@ -1,0 +1,175 @@
+"""From a recipe to a model that lies divided over processes, whole in none of them where its files allow that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training_hub.algorithms import find_algorithm
+from training_hub.backends.shared.model_folder import is_folder
+from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
+from training_hub.backends.torch_engine.attention import register_attention, varlen_problem
+from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
+from training_hub.backends.torch_engine.fused.swap import stay_on_kernels, swap
+from training_hub.backends.torch_engine.layouts import Layout
+from training_hub.backends.torch_engine.layouts.fully_sharded import slices_bytes
+from training_hub.backends.torch_engine.layouts.pieces import local_of
+from training_hub.backends.torch_engine.loading.blank import (
+    fill,
+    loading_report,
+    lost_buffers,
+    wanted_shapes,
+    weight_files,
+    without_contents,
+)
+from training_hub.backends.torch_engine.loading.model import (
+    LoadedModel,
+    attach_attention,
+    attention_names,
+    attention_notes,
+    load_model,
+    model_notes,
+    named,
+    unexpected_notes,
+)
+from training_hub.backends.torch_engine.loading.model_config import read_config
+from training_hub.backends.torch_engine.loading.quantization import NONE, part
+from training_hub.backends.torch_engine.loading.rounding import round_in_forward, unrounded
+from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, base_of
+from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
+from training_hub.backends.torch_engine.saving.tensor_files import opened
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+from training_hub.errors import BackendError, RecipeError, TrainingError
+from training_hub.recipe import Recipe
+from training_hub.types import Console
+
+
+def load_for(
+    layout: Layout,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    model: Any,
+    lengths: Sequence[int],
+    console: Console,
+) -> LoadedModel:
+    """The recipe's model, or the live `model` given instead; without contents where it is to be divided and its files
+    can be read in pieces. Raises RecipeError where a live model was to be divided."""
+    if not layout.is_divided:
+        return load_model(recipe, device, dtype, model, lengths)
+    _refuse_slices_of_bytes(layout, recipe)
+    if model is not None:
+        raise RecipeError(
+            "parallelism.data_parallel_shard_degree: a model that was handed over is whole in each process. Give its "
+            "folder as model.path, or write 1."
+        )
+    is_full = find_algorithm(recipe.algorithm).adaptation == "full"
+    blank = load_blank(recipe, device, dtype) if is_full else "what trains is made beside whole weights"
+    if isinstance(blank, LoadedModel):
+        return blank
+    console.say(f"model: each process reads all of it before it is divided, since {blank}")
+    return load_model(recipe, device, dtype, None, lengths)
+
+
+def _refuse_slices_of_bytes(layout: Layout, recipe: Recipe) -> None:
+    kept = recipe.model.quantization
+    if kept == NONE or not layout.is_sharded or layout.mesh is None or slices_bytes(layout.mesh):
+        return
+    raise RecipeError(
+        f"parallelism.data_parallel_shard_degree: torch {torch.__version__} makes no slices of {kept} weights, which "
+        "are bytes. Write 1, or model.quantization: none, or install a newer one: pip install -U torch."
+    )
+
+
+def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> LoadedModel | str:
+    """The recipe's model without contents, on our kernels; or why it must be read whole."""
+    import transformers
+
+    register_attention()
+    chosen = recipe.model
+    if not is_folder(chosen.path):
+        return "it is a name on the hub"
+    config, original = read_config(chosen)
+    options = {"dtype": dtype, "trust_remote_code": chosen.trust_remote_code}
+    model = without_contents(lambda: transformers.AutoModelForCausalLM.from_config(config, **options))
+    files = tuple(weight_files(Path(chosen.path).expanduser()))
+    with opened(files) as tensors:
+        info = loading_report(model, ExpertFiles(tensors, wanted_shapes(model)))
+    lost = lost_buffers(model)
+    if lost:
+        return f"its buffers {named(lost)} are not computed anew"
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return "its files call weights otherwise than it does"
+    if dtype in TYPES and problem_on(device) is None and not recipe.training.compile:
+        swap(model)
+    told = [*unexpected_notes(info["unexpected_keys"]), *filter(None, [round_in_forward(model, recipe.qat)])]
+    return LoadedModel(model, original, "", tuple(told), files, base_of(chosen, model))
+
+
+def divide(
+    layout: Layout,
+    loaded: LoadedModel,
+    adaptation: Adaptation,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+) -> tuple[LoadedModel, Layout]:
+    """The model, in place, divided over the processes, all of which must call it; one without contents gets its
+    weights, and is then looked at as `load_model` does. And the layout, which knows more now.
+
+    Raises TrainingError for weights that are not finite, RecipeError where the model cannot be divided so."""
+    model = loaded.model
+    if not loaded.files:
+        if layout.is_sharded:
+            part(model)
+        # What was drawn at random, or found by another library, before each keeps a piece of it.
+        layout.group.spread(model.state_dict().values())
+        if layout.degrees.pp == 1:  # else each has found what belongs to its own stages
+            layout.group.spread([*adaptation.weights().values(), *adaptation.saved().values()])
+        layout = layout.divide(model, dtype, adaptation.undivided)
+        _begin_exactly(model, loaded.base, dtype)
+        adaptation.divided()
+        layout.spread(model)
+        return loaded, layout
+    wanted, numbers = wanted_shapes(model), sum(parameter.numel() for parameter in model.parameters())
+    layout = layout.divide(model, dtype)
+    problem = varlen_problem(device, dtype)
+    if recipe.model.attention == "varlen" and problem:
+        raise BackendError(problem)
+    with opened(loaded.files) as files:
+        fill(model, ExpertFiles(files, wanted), device, is_offloaded=recipe.parallelism.enable_cpu_offload)
+        share = f"each process reads its own slices of the weights; here {files.numbers_read / numbers:.1%}"
+    broken = nonfinite_tensors({name: local_of(weight) for name, weight in model.named_parameters()})
+    refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
+    model.eval()
+    names, tried = attention_names(recipe.model.attention, model, lengths, device, dtype)
+    with unrounded(model):  # where rounding would make much of little differences
+        attention = attach_attention(model, names, dtype)
+        kernels = stay_on_kernels(model, dtype)
+    notes = [*loaded.notes, share, *tried, *attention_notes(attention, names), *model_notes(model)]
+    notes += [kernels] if kernels else []
+    layout.spread(model)
+    return replace(loaded, attention=attention, notes=tuple(notes), files=()), layout
+
+
+@torch.no_grad()
+def _begin_exactly(model: nn.Module, base: BaseWeights, dtype: torch.dtype) -> None:
+    """Give what trains, and has become wider than `dtype` by being divided, the numbers that it came with."""
+    with base.opened() as came:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dtype != dtype:
+                exact = came.finer(name, parameter, dtype)
+                if exact is not None:
+                    local_of(parameter).copy_(exact)
+
+
+def refuse_broken_model(recipe: Recipe, problems: Sequence[str]) -> None:
+    """Raise TrainingError where the model came with numbers that are not finite."""
+    if problems:
+        raise TrainingError([*problems, f"{recipe.model.path} came with them. Download or convert it again."])

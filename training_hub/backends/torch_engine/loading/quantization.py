@@ -1,0 +1,211 @@
+"""Frozen weights in fewer bits, through the libraries that do it: int4 by bitsandbytes, int8 by torchao.
+
+int4 is NF4 with its scales quantised once more (Dettmers et al. 2023, arXiv:2305.14314): 4.13 bits for each weight of a
+linear layer. int8 is one number from -127 to 127 and a scale for each row. Both multiply in the model's format. Head
+and embeddings stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
+from training_hub.backends.torch_engine.loading.quiet import quiet
+from training_hub.recipe.sections import Model
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a number of bits is had. bits: of one weight of a linear layer, scales included."""
+
+    package: str
+    bits: float
+
+
+METHODS = {"int4": Method("bitsandbytes", 4 + 8 / 64 + 32 / (64 * 256)), "int8": Method("torchao", 8.0)}
+"""By name. On a CPU with AVX512_BF16, LoRA on a Llama of width 512 in bfloat16, processor time of a step over that of
+unquantised weights: NF4 of bitsandbytes 1.01, int8 of torchao 1.01, int8 of bitsandbytes (LLM.int8) 1.18, with casts to
+float16 on the way. torchao's own int4 needs a GPU."""
+
+
+def problems(chosen: Model) -> list[str]:
+    """What keeps the model from being quantised here, with its remedy."""
+    method = METHODS.get(chosen.quantization)
+    if method is None or all(find_spec(name) is not None for name in (method.package, "accelerate")):
+        return []
+    return [
+        f"model.quantization: {chosen.quantization} needs {method.package}, which is not installed: "
+        f"pip install 'training-hub[{method.package}]'. Or write model.quantization: none."
+    ]
+
+
+def loading_options(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What transformers' from_pretrained takes beside, to quantise each weight as it is read."""
+    if quantization == NONE:
+        return {}
+    import transformers
+
+    with quiet():
+        import_module(METHODS[quantization].package)
+    config: Any
+    if quantization == "int4":
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+PACKED = "training_hub_packed"
+"""Attribute of a quantised layer whose weight has been parted: what makes numbers of its bytes."""
+
+
+def quantiser(quantization: str) -> dict[str, str]:
+    """Name and version of what quantises, for the files of a run."""
+    method = METHODS.get(quantization)
+    return {method.package: version(method.package)} if method else {}
+
+
+def num_numbers(parameter: Tensor) -> int:
+    """How many weights a parameter holds; one of bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+def spared_bytes(model: Any, quantization: str, itemsize: int) -> int:
+    """Bytes by which the frozen weights of linear layers are smaller than in a format of `itemsize` bytes.
+
+    From shapes: `model` may be quantised already, or lie on the meta device.
+    """
+    method = METHODS.get(quantization)
+    if method is None:
+        return 0
+    numbers = sum(num_numbers(weight) for weight in _frozen_matrices(model))
+    return int(numbers * (itemsize - method.bits / 8))
+
+
+def _frozen_matrices(model: Any) -> Iterator[Tensor]:
+    # The head stays as it is, and so does one that PEFT keeps beside a copy that trains.
+    left = {id(module) for module in model.get_output_embeddings().modules()}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module) not in left and not module.weight.requires_grad:
+            yield module.weight
+
+
+def plain_like(module: nn.Module) -> nn.Linear | None:
+    """An empty layer on the meta device of the shape of a linear layer of bitsandbytes; None for other modules."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is None or not isinstance(module, nn.Linear):
+        return None
+    made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    return made.requires_grad_(False)
+
+
+def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """[N, M]: the weight of a linear layer as it multiplies; made from its 4 or 8 bits in memory of its own."""
+    weight: Any = layer.weight
+    unpack: Callable[[Tensor], Tensor] | None = getattr(layer, PACKED, None)
+    if unpack is not None:
+        return unpack(weight.data).to(dtype)
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    if is_quantised(weight):
+        return weight.dequantize().to(dtype)
+    return weight
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is kept in fewer bits."""
+    return getattr(weight, "quant_state", None) is not None or type(weight).__module__.startswith("torchao")
+
+
+def part(model: nn.Module) -> None:
+    """Part quantised weights into bytes, which become ordinary parameters that can be divided, and what makes numbers
+    of them (scales, 1/32 of their size in int4), which stays whole; in place.
+
+    Such layers must multiply by their dense weights already.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            bytes_of, unpack = _parts(module.weight)
+            setattr(module, PACKED, unpack)
+            module.weight = nn.Parameter(bytes_of, requires_grad=False)
+
+
+def _parts(weight: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The bytes of a quantised weight, and what makes its numbers of them."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return weight.data, lambda packed: dequantize_4bit(packed, state)
+    names, about = weight.__tensor_flatten__()
+    kind, inner = type(weight.data), {name: getattr(weight, name) for name in names}
+    largest = max(inner, key=lambda name: inner[name].numel())
+
+    def unpack(packed: Tensor) -> Tensor:
+        whole: Any = kind.__tensor_unflatten__({**inner, largest: packed}, about, None, None)
+        return whole.dequantize()
+
+    return inner[largest], unpack
+
+
+def multiply_dense(model: nn.Module) -> None:
+    """Let quantised layers multiply by their dense weights, in place.
+
+    What bitsandbytes does in evaluation mode on a CPU with AVX512_BF16 (another layout of the weight, a product of its
+    own) has no gradient, and says so by a warning only; this is the same arithmetic in every mode.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not isinstance(module, OnKernels) and is_quantised(module.weight):
+            exchange(model, name, module, _dense_forward)
+
+
+def _dense_forward(own: Any) -> Forward:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = _Frozen.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+    return forward
+
+
+class _Frozen(torch.autograd.Function):
+    """x W^T for a weight that is made dense for each product, and never kept so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return x @ dense(layer, x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0] @ dense(ctx.layer, upstream[0].dtype), None
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module) -> None:
+    """Put ordinary float32 layers with the same numbers in the place of quantised ones, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            made.weight = nn.Parameter(dense(module, torch.float32), requires_grad=False)
+            made.bias = module.bias
+            model.set_submodule(name, made)

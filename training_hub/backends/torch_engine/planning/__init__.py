@@ -1,0 +1,1 @@
+"""What a run will need, before a weight is read: memory, room on disk, operations."""

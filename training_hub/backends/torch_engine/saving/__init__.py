@@ -1,0 +1,1 @@
+"""What a run writes: checkpoints of its steps, and the final model."""
