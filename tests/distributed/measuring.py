@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends import Given
+from training_hub.backends.torch_engine.assembly import assemble
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.checkpointing import checkpoint_layers
-from training_hub.backends.torch_engine.engine import assemble
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
 from training_hub.backends.torch_engine.layouts import layout_of

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import CONVERSATIONS
 from tests.invariants.run import recipe
 from training_hub.backends import Given
-from training_hub.backends.torch_engine.engine import assemble
+from training_hub.backends.torch_engine.assembly import assemble
 from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.loop import evaluate
 from training_hub.backends.torch_engine.materials import load_materials

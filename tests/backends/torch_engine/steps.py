@@ -13,7 +13,8 @@ from tests.invariants.run import recipe
 from training_hub.backends import Given
 from training_hub.backends.torch_engine import engine as engines
 from training_hub.backends.torch_engine.loading.model import load_model
-from training_hub.backends.torch_engine.loop import Run, accumulate
+from training_hub.backends.torch_engine.loop import accumulate
+from training_hub.backends.torch_engine.run import Run
 from training_hub.monitoring.console import SilentConsole
 from training_hub.types import Batch
 

@@ -11,73 +11,56 @@ from typing import Any
 
 import torch
 
-from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given, OwnMetrics, Watcher
 from training_hub.backends.shared.model_folder import hub_problem
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
 from training_hub.backends.shared.proofs import refuse
 from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.voice import Voice
-from training_hub.backends.shared.watch import Watch
-from training_hub.backends.torch_engine.adaptations import ADAPTATIONS, adaptation_problems
-from training_hub.backends.torch_engine.adaptations.osft import Osft
-from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
-from training_hub.backends.torch_engine.answers.exam import exam_of
+from training_hub.backends.torch_engine.adaptations import adaptation_problems
 from training_hub.backends.torch_engine.answers.scoring import examine, examine_together, score
 from training_hub.backends.torch_engine.answers.voice import open_voice
-from training_hub.backends.torch_engine.by_source import BySource, sets_of
-from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers, free_gib, way_problem
-from training_hub.backends.torch_engine.compiling import LIVE, budgeted, compile_blocks
-from training_hub.backends.torch_engine.freezing import Thaw, turns_of
+from training_hub.backends.torch_engine.assembly import assemble, forget_activations
+from training_hub.backends.torch_engine.checkpointing import free_gib, way_problem
+from training_hub.backends.torch_engine.compiling import LIVE, budgeted
 from training_hub.backends.torch_engine.fused import eight_bit
-from training_hub.backends.torch_engine.layouts import WHOLE, Layout, layout_of
+from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.beforehand import process_problems
-from training_hub.backends.torch_engine.loading.dividing import divide, load_for, refuse_broken_model
+from training_hub.backends.torch_engine.loading.dividing import load_for
 from training_hub.backends.torch_engine.loading.model import (
     LoadedModel,
     choose_device,
     choose_dtype,
     folder_problems,
     load_model,
-    named,
 )
 from training_hub.backends.torch_engine.loading.rounding import round_no_more
-from training_hub.backends.torch_engine.loop import Run, dry_step, evaluate, plain_numbers, train
+from training_hub.backends.torch_engine.loop import dry_step, plain_numbers, train
 from training_hub.backends.torch_engine.materials import Materials, first_lengths, load_materials, stop_ids
 from training_hub.backends.torch_engine.merging import merge_for
-from training_hub.backends.torch_engine.objectives import make_objective
-from training_hub.backends.torch_engine.objectives.cross_entropy import cross_entropy
-from training_hub.backends.torch_engine.objectives.distillation import Teaching
-from training_hub.backends.torch_engine.optim import Masters, Updater
-from training_hub.backends.torch_engine.optimizers.library import problems, table_names
+from training_hub.backends.torch_engine.optimizers.library import problems
 from training_hub.backends.torch_engine.outcome import speed_lines
 from training_hub.backends.torch_engine.parallel import Group, joined
-from training_hub.backends.torch_engine.planning.beforehand import Outline, facts_of, outline, starting_step
+from training_hub.backends.torch_engine.planning.beforehand import Outline, outline, starting_step
 from training_hub.backends.torch_engine.planning.plan import (
     describe,
-    feed_settings,
     load_beside,
     memory_of,
     plan,
     summary,
 )
 from training_hub.backends.torch_engine.planning.work import Scale, measured_peak, no_operations, work_of
-from training_hub.backends.torch_engine.preflight import can_pack
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
-from training_hub.backends.torch_engine.saving.checkpoints import Checkpoints
+from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.final import finish, saved_dtype, write_model
-from training_hub.backends.torch_engine.saving.staging import staging_of
 from training_hub.backends.torch_engine.saving.steps import resume, settle, settled
 from training_hub.backends.torch_engine.teacher.facts import chosen_teacher, teacher_problems
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
-from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.together import refuse_other_data, same_start
 from training_hub.data.agreement import agreement
-from training_hub.data.feed import Feed, packs_validation
 from training_hub.errors import RecipeError, TrainingError
-from training_hub.evaluation.best import Best
 from training_hub.evaluation.judging import objections as metric_objections
 from training_hub.evaluation.predictions import Sitting
 from training_hub.folders import write_json
@@ -292,85 +275,6 @@ class TorchEngine:
             seconds=seconds,
             reason=reason,
             **told(run, folder),
-        )
-
-
-def assemble(
-    recipe: Recipe,
-    loaded: LoadedModel,
-    materials: Materials,
-    device: torch.device,
-    dtype: torch.dtype,
-    console: Console,
-    teaching: Teaching | None = None,
-    layout: Layout = WHOLE,
-) -> Run:
-    """The run at step 0."""
-    if not loaded.files:
-        refuse_broken_model(recipe, nonfinite_tensors(loaded.model.state_dict()))
-    adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
-    model = adaptation.attach(loaded.model)
-    if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
-        adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
-    if isinstance(adaptation, Osft):
-        adaptation.share_work(layout)
-        adaptation.begin_as_it_came(loaded.base)
-    adaptation.begin(console)
-    turns = turns_of(model, recipe.freezing)
-    if layout.is_divided:
-        loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
-    plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
-    layout.refuse_other_numbers(model, plain, dtype)
-    for line in (*loaded.notes, *([note] if note else [])):
-        console.say(f"model: {line}")
-    asked = (recipe.data.packing, packs_validation(recipe.data))
-    may_pack = any(asked) and can_pack(model, plain, dtype, console)
-    if recipe.training.compile:
-        console.say(f"model: {compile_blocks(model)}")
-    store = materials.prepared.train
-    are_split, let_go = recipe.optimizer.state != "full", partial(layout.let_go, model)
-    masters = Masters(
-        model.named_parameters(), adaptation, are_split=are_split, are_held=layout.is_backward_whole, published=let_go,
-        base=loaded.base,
-    )  # fmt: skip
-    if masters.rounded:
-        console.say(f"model: begins from rounded weights, since it has others than its files: {named(masters.rounded)}")
-    run = Run(
-        recipe=recipe,
-        model=model,
-        objective=make_objective(recipe, plain, teaching),
-        plain=plain,
-        adaptation=adaptation,
-        updater=Updater(masters, recipe.optimizer, recipe.training.max_norm, table_names(model), layout),
-        feed=Feed(store, feed_settings(recipe, int(store.lengths.max()), device, asked[0] and may_pack)),
-        validation=materials.prepared.validation,
-        checkpoints=Checkpoints(Path(recipe.output) / "checkpoints", recipe.checkpoint.keep_last),
-        device=device,
-        console=console,
-        facts={**facts_of(materials, loaded.model), "versions": versions("torch")},
-        best=Best(recipe.evaluation),
-        exam=exam_of(recipe, materials),
-        thaw=Thaw(model, turns) if turns.interval is not None else None,
-        layout=layout,
-        staging=staging_of(recipe.checkpoint.async_mode, device),
-        packs_validation=asked[1] and may_pack,
-        validation_sets=sets_of(materials.prepared, device),
-    )
-    adaptation.expect_steps(run.feed.total_steps)
-    sources = [one["name"] for one in materials.prepared.report["sources"]]
-    if len(sources) > 1 and recipe.loss.by_source:
-        run.by_source = BySource(sources, store, device)
-    if materials.watch is not None:
-        run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
-    return run
-
-
-def forget_activations(run: Run, how: str) -> None:
-    """Checkpoint the activations of the run's layers. Raises RecipeError where the model has no layers that can."""
-    if not checkpoint_layers(run.model, how) and how != NONE:
-        raise RecipeError(
-            f"training.activation_checkpointing: {how}, but the layers of {type(run.model).__name__} have none in "
-            "transformers. Write none."
         )
 
 

@@ -6,91 +6,33 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from transformers import PreTrainedModel
 
 from training_hub.backends.shared.due import is_evaluation_due, is_saving_due, measured
 from training_hub.backends.shared.errors import Lost, interrupted, listed, not_finite
 from training_hub.backends.shared.exam import Exam
 from training_hub.backends.shared.packs import reported
 from training_hub.backends.shared.signals import StopRequest
-from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.answers import exam as asking
 from training_hub.backends.torch_engine.by_source import BySource
-from training_hub.backends.torch_engine.freezing import Thaw
-from training_hub.backends.torch_engine.layouts import WHOLE, Layout
-from training_hub.backends.torch_engine.optim import Updater
-from training_hub.backends.torch_engine.parallel import Group
-from training_hub.backends.torch_engine.planning.work import Scale
-from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER, StepProfile
-from training_hub.backends.torch_engine.saving.checkpoints import Checkpoints
-from training_hub.backends.torch_engine.saving.staging import Staging
+from training_hub.backends.torch_engine.profile import DATA, OPTIMIZER
+from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.steps import save, settle
-from training_hub.backends.torch_engine.saving.writing import Writer
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.backends.torch_engine.waiting import DataWait
-from training_hub.data.feed import Feed, validation_packs
+from training_hub.data.feed import validation_packs
 from training_hub.data.packing import pack
 from training_hub.data.store import TokenStore
 from training_hub.errors import TrainingError
-from training_hub.evaluation.best import Best
 from training_hub.evaluation.metrics import perplexity
 from training_hub.monitoring.throughput import ThroughputMeter, memory_gib
-from training_hub.recipe import Recipe
 from training_hub.recipe.schedule import learning_rate
-from training_hub.types import Batch, Console, Pack, StepReport
-
-
-@dataclass
-class Run:
-    """A run in progress: its parts, and the little that changes: the step it has reached, its best evaluation, and how
-    many steps up to now were left out without a break; stop_reason is what a watcher of the user's ends it for.
-
-    objective: what is minimised. plain: cross-entropy, by which validation and watch measure whatever is minimised.
-    staging: copies from which `writer` writes a checkpoint while training goes on; None where that stands still.
-    """
-
-    recipe: Recipe
-    model: PreTrainedModel
-    objective: Callable[..., Any]
-    plain: Callable[..., Any]
-    adaptation: Any
-    updater: Updater
-    feed: Feed
-    validation: TokenStore | None
-    checkpoints: Checkpoints
-    device: torch.device
-    console: Console
-    facts: dict[str, Any]
-    best: Best
-    engine: str = "torch"
-    step: int = 0
-    skipped_in_row: int = 0
-    saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = 0
-    staging: Staging | None = None
-    writer: Writer = field(default_factory=Writer)
-    validation_before: float | None = None
-    watch: Watch | None = None
-    exam: Exam | None = None
-    scale: Scale | None = None
-    profile: StepProfile | None = None
-    by_source: BySource | None = None
-    thaw: Thaw | None = None
-    layout: Layout = WHOLE
-    validation_sets: BySource | None = None
-    packs_validation: bool = True
-    stop_reason: str = ""
-
-    @property
-    def group(self) -> Group:
-        """All processes of the run."""
-        return self.layout.group
+from training_hub.types import Batch, Pack, StepReport
 
 
 def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:

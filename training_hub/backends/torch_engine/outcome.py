@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from training_hub.backends.shared.outcome import final_metrics
-from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.profile import table as split_table
+from training_hub.backends.torch_engine.run import Run
 from training_hub.monitoring.jsonl import read_metrics
 from training_hub.monitoring.throughput import speed_line
 from training_hub.recipe.folder import RunFolder

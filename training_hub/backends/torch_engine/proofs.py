@@ -33,11 +33,11 @@ from training_hub.backends.shared.proofs import (
     stop_proofs,
     text_proof,
 )
-from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.objectives import on_excerpts, plain_total
 from training_hub.backends.torch_engine.optim import build_optimizer
 from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.backends.torch_engine.preflight import evaluating, packed_equals_alone
+from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.tensors import PackTensors, to_device
 from training_hub.data.agreement import Agreement
 from training_hub.data.packing import pack

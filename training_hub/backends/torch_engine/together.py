@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.materials import Materials
 from training_hub.backends.torch_engine.parallel import Group
+from training_hub.backends.torch_engine.run import Run
 from training_hub.errors import DataError
 
 

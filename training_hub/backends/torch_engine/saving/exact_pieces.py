@@ -10,7 +10,7 @@ from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 from training_hub.backends.torch_engine.saving.growing_file import About
 
 if TYPE_CHECKING:
-    from training_hub.backends.torch_engine.loop import Run
+    from training_hub.backends.torch_engine.run import Run
 
 
 class Exact:

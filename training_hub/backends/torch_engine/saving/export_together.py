@@ -36,7 +36,7 @@ from training_hub.errors import DiskError, TrainingError
 from training_hub.folders import FileFacts, facts_of_file, write_json, write_whole
 
 if TYPE_CHECKING:
-    from training_hub.backends.torch_engine.loop import Run
+    from training_hub.backends.torch_engine.run import Run
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "1000000TB"

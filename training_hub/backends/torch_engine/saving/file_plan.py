@@ -16,7 +16,7 @@ from training_hub.backends.torch_engine.saving.final_file import Parts, parts_of
 from training_hub.backends.torch_engine.saving.growing_file import About
 
 if TYPE_CHECKING:
-    from training_hub.backends.torch_engine.loop import Run
+    from training_hub.backends.torch_engine.run import Run
 
 PATTERN = "model{suffix}.safetensors"
 

@@ -16,8 +16,8 @@ from training_hub.backends.torch_engine.layouts.pieces import local_of, whole_of
 from training_hub.backends.torch_engine.loading.model import LoadedModel
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.loading.rounding import RoundingModel
-from training_hub.backends.torch_engine.loop import Run
 from training_hub.backends.torch_engine.materials import Materials, rows_kept_back, stop_ids
+from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, Written
 from training_hub.backends.torch_engine.saving.export import (
     WholeModel,

@@ -26,7 +26,7 @@ from training_hub.errors import LaunchError
 from training_hub.recipe.load import dump
 
 if TYPE_CHECKING:
-    from training_hub.backends.torch_engine.loop import Run
+    from training_hub.backends.torch_engine.run import Run
 
 LOOK_SECONDS = 0.05
 
