@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tests.backends.torch_engine.tiny_models import tiny_model
 from training_hub.backends.torch_engine.adaptations.full import Full
+from training_hub.backends.torch_engine.saving import export as export_module
 from training_hub.backends.torch_engine.saving.base_weights import Written
 from training_hub.backends.torch_engine.saving.export import WholeModel, export, is_rounding
-from training_hub.backends.torch_engine.saving.steps import export as export_module
 from training_hub.errors import TrainingError
 
 
