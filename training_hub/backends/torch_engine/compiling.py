@@ -9,7 +9,7 @@ split over processes are a part of what is compiled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 OF_A_PACK = ("document_lengths", "context_share", "max_length_q", "max_length_k")
 """Keywords by which attention is told how a pack is made up."""
+
+VERSIONS = 64
+"""How many versions of one code the compiler may make: layers of every kind run through one function of transformers',
+with gradients and without, as plain modules, ours, and in slices. torch's own limit is 8."""
 
 LIVE = (
     "training.compile: a model that was handed over would stay compiled. Give its folder as model.path, or write false."
@@ -70,13 +74,15 @@ def uncompiled(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def budgeted(asked: Training) -> Iterator[None]:
-    """Within, what is compiled keeps for its backward pass what the recipe's budget allows."""
-    if asked.activation_checkpointing != MEMORY_BUDGET:
+    """Within, what is compiled keeps for its backward pass what the recipe's budget allows, and may have VERSIONS."""
+    if not asked.compile:
         yield
         return
     from torch._functorch import config
 
-    with config.patch(activation_memory_budget=asked.activation_memory_budget):
+    budget = asked.activation_memory_budget if asked.activation_checkpointing == MEMORY_BUDGET else None
+    kept = nullcontext() if budget is None else config.patch(activation_memory_budget=budget)
+    with kept, torch._dynamo.config.patch(recompile_limit=VERSIONS):
         yield
 
 
