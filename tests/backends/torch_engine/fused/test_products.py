@@ -56,3 +56,14 @@ def test_a_gpu_adds_products_of_bfloat16_to_a_float32_sum_in_place() -> None:
     assert float((total.double() - wanted).norm() / wanted.norm()) < 1e-5
     wanted = left.double().T @ right.double()
     assert float((product(left.T, right).double() - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_of_no_rows_there_is_a_product_too() -> None:
+    """As of a pack in which nothing is trained: the last layer goes on with no token of it."""
+    weight, holder = nn.Parameter(torch.randn(64, 32).bfloat16()), torch.zeros(64, 32)
+    hold_gradient(weight, holder)
+    x = torch.randn(1, 0, 32).bfloat16().requires_grad_()
+    made = linear(x, weight)
+    made.sum().backward()
+    assert made.shape == (1, 0, 64) and x.grad is not None and x.grad.shape == x.shape
+    assert holder.grad is not None and not holder.grad.any()

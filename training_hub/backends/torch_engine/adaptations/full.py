@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.freezing import freeze
-from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Settled, Written
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.recipe.freezing import Freezing
 from training_hub.types import Console, Proof
@@ -49,9 +49,7 @@ class Full(OfParameters):
     files: ModelFiles | None = None
     """How the final model is written and read again: as a whole one."""
 
-    def export(
-        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
-    ) -> dict[str, Tensor]:
+    def export(self, weights: dict[str, Tensor], written: Written, came: OpenBase | None = None) -> dict[str, Tensor]:
         """The state dict to write, on the CPU: `weights` (by parameter name, as the optimizer moves them) as `written`.
 
         Tied weights stand under each of their names and share one tensor, which is how transformers recognises them;

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.layouts import Layout
-from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Settled, Written
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.types import Console, Proof
 
@@ -105,9 +105,7 @@ class Adaptation(Protocol):
         """Take over what `saved` gave; `weights` have been taken over before."""
         ...
 
-    def export(
-        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
-    ) -> dict[str, Tensor]:
+    def export(self, weights: dict[str, Tensor], written: Written, came: OpenBase | None = None) -> dict[str, Tensor]:
         """The state dict to write. came: the weights as they came, for a whole model of which some have not moved."""
         ...
 

@@ -57,7 +57,7 @@ class _EightBitLinear(torch.autograd.Function):
         low_TK, scales_T = quantize_rows(x.reshape(-1, x.shape[-1]))
         low_NK, scales_N = quantize_rows(weight)
         result = _product(low_TK, scales_T, low_NK.T, scales_N, x.dtype)
-        return (result if bias is None else result + bias).view(*x.shape[:-1], -1)
+        return (result if bias is None else result + bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (is_held or is_faster(x, weight)):
         return plain_linear(x, weight, bias)
     # Its shape is given back out here: autograd lets nobody add to a view that a function of ours returns.
-    result: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    result: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
     return result
 
 

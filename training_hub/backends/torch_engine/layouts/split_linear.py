@@ -106,7 +106,9 @@ class _Product(torch.autograd.Function):
         kept, weight = ctx.saved_tensors
         upstream_TN = upstream[0].flatten(0, -2)
         x_TD = ctx.entered.again(kept).flatten(0, -2)
-        of_x = (upstream_TN @ weight).view(*upstream[0].shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        of_x = (
+            (upstream_TN @ weight).view(*upstream[0].shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        )
         of_bias = upstream_TN.sum(0) if ctx.needs_input_grad[3] else None
         return of_x, None, upstream_TN.T @ x_TD, of_bias, None
 

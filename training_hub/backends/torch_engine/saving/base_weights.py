@@ -123,17 +123,6 @@ class OpenBase:
         return self._files.dtype(key) if self._files.shapes.get(key) == shape else None
 
 
-class Settled:
-    """What has been found to have moved, or not, before it was given the format of the final model."""
-
-    def __init__(self, unmoved: Collection[str]):
-        self._unmoved = unmoved
-
-    def unmoved(self, names: Sequence[str], held: Tensor, written: Written) -> Tensor | None:
-        """`held`, where it is as it came."""
-        return held if any(name in self._unmoved for name in names) else None
-
-
 def is_finer(came: torch.dtype | None, held: torch.dtype) -> bool:
     """Whether numbers in format `came` are lost in part where they are `held`."""
     return came is not None and held.is_floating_point and torch.promote_types(came, held) != held

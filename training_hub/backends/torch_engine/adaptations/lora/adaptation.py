@@ -32,7 +32,7 @@ from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.loading.quantization import num_numbers, spared_bytes
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
-from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Settled, Written
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.errors import RecipeError
 from training_hub.folders import remove
 from training_hub.recipe import Recipe
@@ -167,9 +167,7 @@ class Lora(OfParameters):
         )
         return [Proof(name, "fallback", measured, f"{limit:.0e}", remedy)]
 
-    def export(
-        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
-    ) -> dict[str, Tensor]:
+    def export(self, weights: dict[str, Tensor], written: Written, came: OpenBase | None = None) -> dict[str, Tensor]:
         """The adapter under PEFT's names, on the CPU: `weights` by parameter name, as the optimizer moves them. One
         that started from a part of the weights becomes a LoRA of twice the rank on the weights as they came.
         """

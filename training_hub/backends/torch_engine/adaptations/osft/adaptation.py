@@ -33,7 +33,7 @@ from training_hub.backends.torch_engine.adaptations.osft.targets import Target, 
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.stages import DEGREE
 from training_hub.backends.torch_engine.parallel import shared_out
-from training_hub.backends.torch_engine.saving.base_weights import UNREAD, BaseWeights, OpenBase, Settled, Written
+from training_hub.backends.torch_engine.saving.base_weights import UNREAD, BaseWeights, OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.data.cache import cache_folder
 from training_hub.errors import RecipeError
@@ -237,9 +237,7 @@ class Osft:
         """Take over what `saved` gave."""
         self._spaces.load(tensors)
 
-    def export(
-        self, weights: dict[str, Tensor], written: Written, came: OpenBase | Settled | None = None
-    ) -> dict[str, Tensor]:
+    def export(self, weights: dict[str, Tensor], written: Written, came: OpenBase | None = None) -> dict[str, Tensor]:
         """The state dict to write, as Full gives it: an ordinary dense model."""
         whole = {name: p for name, p in self._spaces.parameters.items() if name not in weights}
         lost = [name for name, p in whole.items() if p.dtype != written.dtype or self._spaces.is_finer(name)]
