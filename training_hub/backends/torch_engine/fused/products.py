@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_faster(x: Tensor, weight_NK: Tensor) -> bool:
     """Whether another way than torch's is the faster one to multiply x [..., K] by this weight."""
-    if type(x) not in (Tensor, nn.Parameter):  # its rows may lie over processes
+    if not x.is_cpu or type(x) not in (Tensor, nn.Parameter):  # its rows may lie over processes
         return False
     x_TK = x.reshape(-1, x.shape[-1])
     return panels.pays(x_TK, weight_NK.T) or onednn.pays(x_TK, weight_NK.T)
