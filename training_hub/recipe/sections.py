@@ -370,8 +370,9 @@ class Monitoring(Section):
     """Report every so many steps; metrics.jsonl always has every step."""
 
     profile: bool = False
-    """Take three steps after the second apart: seconds of matrix products, attention, elementwise work, loss head,
-    optimizer and waiting for data, shown at the end and written to `profile.json`. Slows those three steps."""
+    """Take up to three steps after the second apart: seconds of matrix products, attention, elementwise work, loss
+    head, optimizer and waiting for data, shown at the end and written to `profile.json`. Of steps with more than two
+    packs fewer are taken, since what is noted of them has to be read. Slows those steps."""
 
     tensorboard: bool | str = False
     """Write TensorBoard files to `tensorboard` in the output folder, or to this folder."""

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def profiled(tmp_path: Path, step) -> dict:
-    watch = StepProfile(1, 1, CPU, tmp_path / "profile.json")
+    watch = StepProfile(1, 1, 1, CPU, tmp_path / "profile.json")
     with watch.step(1):
         step()
     assert watch.split is not None
@@ -102,8 +102,13 @@ def test_products_outside_every_range_are_matrix_products(tmp_path: Path):
     [(1, [5]), (2, [5, 6]), (3, [5, 6, 7]), (4, [6, 7, 8]), (5, [7, 8, 9]), (100, [7, 8, 9])],
 )
 def test_steps_after_the_warm_up_are_taken_where_there_are_enough(ahead: int, taken: list[int], tmp_path: Path):
-    assert list(StepProfile(5, ahead, CPU, tmp_path / "profile.json").steps) == taken
+    assert list(StepProfile(5, ahead, 1.5, CPU, tmp_path / "profile.json").steps) == taken
     assert len(taken) <= TAKEN
+
+
+@pytest.mark.parametrize(("packs", "taken"), [(2, [7, 8, 9]), (3, [7, 8]), (3.5, [7]), (64, [7])])
+def test_of_large_steps_fewer_are_taken_apart_but_one(packs: float, taken: list[int], tmp_path: Path):
+    assert list(StepProfile(5, 100, packs, CPU, tmp_path / "profile.json").steps) == taken
 
 
 def test_the_table_shows_the_largest_part_first(tmp_path: Path):

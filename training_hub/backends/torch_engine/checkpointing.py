@@ -25,6 +25,9 @@ Each takes less memory than the one before, and more time."""
 OFFLOAD = "offload"
 """Of a layer its input is kept, beside the device: in page-locked memory of the host."""
 
+KEEPS_PRODUCTS = "training_hub_keeps_products"
+"""Attribute of a module within a layer whose products are kept: nobody may add to what one of them has made."""
+
 MEMORY_BUDGET = "memory_budget"
 """Compiled blocks keep what the compiler finds cheapest within a budget; layers themselves do nothing."""
 
@@ -56,6 +59,8 @@ def checkpoint_layers(model: nn.Module, how: str, contexts: Contexts | None = No
     for layer in layers:
         layer.gradient_checkpointing = how not in (NONE, MEMORY_BUDGET)
         layer._gradient_checkpointing_func = partial(_inputs_away, away or to_host, run) if how == OFFLOAD else run
+        for module in layer.modules():
+            setattr(module, KEEPS_PRODUCTS, how == SELECTIVE)
     return bool(layers)
 
 

@@ -173,7 +173,8 @@ class TorchEngine:
         asked = beside.operations if beside is not None else no_operations
         run.scale = Scale(work_of(shapes), measured_peak(device, dtype) * layout.degrees.sharers, asked)
         if recipe.monitoring.profile and group.is_main:
-            run.profile = StepProfile(run.step + 1, run.feed.total_steps - run.step, device, folder.path / FILE_NAME)
+            packs, ahead = planned["run"]["packs_per_step"], run.feed.total_steps - run.step
+            run.profile = StepProfile(run.step + 1, ahead, packs, device, folder.path / FILE_NAME)
         model_path = self._run(run, loaded, materials, given, planned["memory_gib"], folder)
         return self._result(run, folder, planned, model_path, time.perf_counter() - began)
 

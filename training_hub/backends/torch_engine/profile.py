@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ PARTS = (PRODUCTS, ATTENTION, ELEMENTWISE, HEAD, OPTIMIZER, DATA, OTHER)
 SKIPPED, TAKEN = 2, 3
 """Steps of a process that warm up, and those after them that are taken apart."""
 
+PACKS = 6
+"""Of steps that have more packs than this together fewer are taken apart, and one at least: what the profiler notes of
+a pack of a model of 32 layers takes about 5 seconds to be read."""
+
 LISTED = 15
 """Operations listed by name, those with the most time first."""
 
@@ -46,15 +51,16 @@ Split = dict[str, Any]
 
 
 class StepProfile:
-    """Takes TAKEN steps apart, after SKIPPED that warm up; fewer where the run ends before.
+    """Takes TAKEN steps apart, after SKIPPED that warm up; fewer where the run ends before, or steps are large.
 
-    `ahead`: steps the run will still do, from `next_step` on. What was found is written to `file` at once, and stands
-    in `split`. Costs time in the steps taken apart, none in others.
+    `ahead`: steps the run will still do, from `next_step` on; `packs`: how many a step has. What was found is written
+    to `file` at once, and stands in `split`. Costs time in the steps taken apart and after them, none in others.
     """
 
-    def __init__(self, next_step: int, ahead: int, device: torch.device, file: Path):
-        skipped = max(0, min(SKIPPED, ahead - TAKEN))
-        self.steps = range(next_step + skipped, next_step + min(ahead, skipped + TAKEN))
+    def __init__(self, next_step: int, ahead: int, packs: float, device: torch.device, file: Path):
+        taken = max(1, min(TAKEN, int(PACKS / max(packs, 1))))
+        skipped = max(0, min(SKIPPED, ahead - taken))
+        self.steps = range(next_step + skipped, next_step + min(ahead, skipped + taken))
         self._device, self._file = device, file
         self._profiler: profile | None = None
         self.split: Split | None = None
@@ -108,7 +114,7 @@ def split(events: Iterable[Any], device: str) -> Split:
         seconds[part] += taken
         operations[event.name, part] += taken
         calls[event.name, part] += 1
-        if part not in (PRODUCTS, ELEMENTWISE) and PRODUCT.search(event.name):
+        if part not in (PRODUCTS, ELEMENTWISE) and _is_product(event.name):
             within[part] += taken
     total = sum(span.end - span.start for span in steps) / 1e6 / count
     seconds[OTHER] = max(0.0, total - sum(seconds.values()))
@@ -140,7 +146,7 @@ class _Places:
         named = _named_part(event) or self._by_forward(event)
         if named is not None:
             return named
-        if PRODUCT.search(event.name):
+        if _is_product(event.name):
             return PRODUCTS
         return None if event.name.startswith("autograd::engine") else ELEMENTWISE
 
@@ -154,11 +160,21 @@ class _Places:
 
 def _named_part(event: Any) -> str | None:
     while event is not None:
-        for part, pattern in NAMED:
-            if pattern.search(event.name):
-                return part
+        part = _part_called(event.name)
+        if part is not None:
+            return part
         event = event.cpu_parent
     return None
+
+
+@cache
+def _part_called(name: str) -> str | None:
+    return next((part for part, pattern in NAMED if pattern.search(name)), None)
+
+
+@cache
+def _is_product(name: str) -> bool:
+    return bool(PRODUCT.search(name))
 
 
 def _own_seconds(event: Any, part: str | None, device: str) -> float:

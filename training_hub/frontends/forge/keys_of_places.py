@@ -266,7 +266,7 @@ PLACE: Mapping[str, Key] = MappingProxyType(
         ),
         "profiling.enable_profiling": Key(
             False,
-            "Take three steps apart (monitoring.profile).",
+            "Take steps apart (monitoring.profile).",
             FLAG,
             path="monitoring.profile",
         ),

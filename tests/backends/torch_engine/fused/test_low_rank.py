@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
+from training_hub.backends.torch_engine.checkpointing import checkpoint_layers
 from training_hub.backends.torch_engine.fused.low_rank import project, run_adapters_fused
-from training_hub.backends.torch_engine.fused.swap import OnKernels, swap
+from training_hub.backends.torch_engine.fused.swap import OnKernels, multiply_in_eight_bits, swap
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.tensors import to_device
 
@@ -72,6 +73,44 @@ def test_in_bfloat16_they_are_no_further_from_the_truth_than_pefts():
     # Fewer roundings; which way those that are left go is chance.
     assert errors[0] <= 1.1 * errors[1]
     assert errors[0] / len(truth) < 0.1
+
+
+def test_beside_products_in_8_bits_the_layers_are_pefts_too():
+    torch.manual_seed(0)
+    plain = torch.nn.ModuleDict({name: torch.nn.Linear(64, size, name == "b") for name, size in (("a", 48), ("b", 32))})
+    config = peft.LoraConfig(r=4, target_modules=["a", "b"], init_lora_weights=False)
+    x, upstream = torch.randn(20, 64), torch.randn(20, 48 + 32)
+    found = []
+    for in_eight_bits, is_fused in ((True, True), (True, False), (False, True)):
+        model = copy.deepcopy(plain)
+        if in_eight_bits:
+            assert multiply_in_eight_bits(model) == 2
+        torch.manual_seed(1)
+        layers = peft.get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model
+        if is_fused:
+            run_adapters_fused(layers)
+        given = x.clone().requires_grad_()
+        made = torch.cat(project(given, (layers["a"], layers["b"])), -1)
+        made.backward(upstream)
+        found.append([made.detach(), given.grad, *(p.grad for p in layers.parameters() if p.requires_grad)])
+    for ours, theirs in zip(*found[:2], strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    assert all((found[0][place] - found[2][place]).norm() > 1e-3 * found[2][place].norm() for place in (0, 1))
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_layers_that_forget_make_the_same_again(family, how):
+    model = adapted(family, torch.float64)
+    swap(model)
+    run_adapters_fused(model)
+    loss, gradients = loss_and_gradients(model)
+    assert checkpoint_layers(model, how)
+    again, others = loss_and_gradients(model)
+    # Selective keeps a product as it was, so the parts of a sum are added in the other order.
+    assert again == pytest.approx(loss, rel=CLOSE[torch.float64])
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).norm() <= CLOSE[torch.float64] * gradient.norm(), name
 
 
 def test_finite_differences_agree():

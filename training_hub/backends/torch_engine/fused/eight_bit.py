@@ -54,16 +54,14 @@ class _EightBitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        low_TK, scales_T = quantize_rows(x.reshape(-1, x.shape[-1]))
-        low_NK, scales_N = quantize_rows(weight)
-        result = _product(low_TK, scales_T, low_NK.T, scales_N, x.dtype)
-        return (result if bias is None else result + bias).view(*x.shape[:-1], len(weight))
+        result = multiply(quantize_rows(x.reshape(-1, x.shape[-1])), weight, bias)
+        return result.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         upstream_TN = upstream[0].reshape(-1, weight.shape[0])
-        of_x = _of_input(upstream_TN, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_x = of_input(upstream_TN, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         of_bias = upstream_TN.sum(0) if ctx.needs_input_grad[2] else None
         x_TK = x.reshape(-1, weight.shape[1])
         if not ctx.needs_input_grad[1]:
@@ -74,8 +72,17 @@ class _EightBitLinear(torch.autograd.Function):
         return of_x, None, of_bias
 
 
-def _of_input(upstream_TN: Tensor, weight: Tensor) -> Tensor:
-    """upstream @ weight. The weight's scales belong to the sum over N here, so upstream takes them before its own."""
+def multiply(low_TK: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[T, N] in the format of weight [N, K]: x @ weight transposed + bias, of the rows of x as `quantize_rows` made
+    them. Without a gradient."""
+    low_NK, scales_N = quantize_rows(weight)
+    result = _product(*low_TK, low_NK.T, scales_N, weight.dtype)
+    return result if bias is None else result + bias
+
+
+def of_input(upstream_TN: Tensor, weight: Tensor) -> Tensor:
+    """upstream @ weight, without a gradient. The weight's scales belong to the sum over N here, so upstream takes them
+    before its own."""
     low_NK, scales_N = quantize_rows(weight)
     low_TN, scales_T = quantize_rows(upstream_TN, scales_N)
     ones_K = torch.ones_like(scales_N[:1]).expand(weight.shape[1]).contiguous()

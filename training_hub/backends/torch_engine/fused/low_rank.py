@@ -1,8 +1,9 @@
 """Linear layers with a low-rank adapter beside a frozen weight, in as few products as there are.
 
 y = x W^T + b + s (x A^T) B^T, where PEFT makes x A^T, times B^T, times s, and adds that to x W^T: four passes over a
-tensor as large as y where one product that adds to it does. Layers that read the same x (query, key and value; gate and
-up) take all their A in one product, and their parts of dx are added up by the products that make them.
+tensor as large as y. Here the adapter's part is written first and the product with W adds itself to it, which costs
+that product next to nothing. Layers that read the same x (query, key and value; gate and up) take all their A in one
+product, and their parts of dx are added up by the products that make them.
 """
 
 # T tokens, M inputs, N outputs, R ranks of all adapters that read one x
@@ -17,12 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training_hub.backends.torch_engine.fused import one_input
+from training_hub.backends.torch_engine.checkpointing import KEEPS_PRODUCTS
+from training_hub.backends.torch_engine.fused import eight_bit, one_input
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
-from training_hub.backends.torch_engine.fused.products import add_product_, linear
+from training_hub.backends.torch_engine.fused.products import add_product_, is_faster, linear
 from training_hub.backends.torch_engine.loading.quantization import dense
 
 ADAPTER = "default"
+EIGHT_BIT = "_eight_bit_linear"
+"""What makes the forward of a layer that multiplies in 8-bit floating point (`swap.multiply_in_eight_bits`)."""
+
 CLASSES = (
     "peft.tuners.lora.layer.Linear",
     "peft.tuners.lora.bnb.Linear4bit",
@@ -88,8 +93,8 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     if layer.disable_adapters or layer.merged_adapters or layer.active_adapters != [ADAPTER] or layer.lora_variant:
         return False
     kind = type(layer.base_layer)
-    if kind is not nn.Linear and getattr(kind, "made_by", "") not in ("_linear", "_dense_forward"):
-        return False  # its product is another one: in 8-bit floating point, or of rounded numbers
+    if kind is not nn.Linear and getattr(kind, "made_by", "") not in ("_linear", "_dense_forward", EIGHT_BIT):
+        return False  # its product is another one, of rounded numbers
     if isinstance(layer.base_layer.weight, DTensor):
         return False  # it has a part of it, and its hooks put the parts together
     has_dropout = layer.training and not isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
@@ -111,11 +116,15 @@ class _LowRank(torch.autograd.Function):
         x_TM = x.reshape(-1, x.shape[-1])
         downs, ups = factors[0::2], factors[1::2]
         low_TR = x_TM @ _stacked(downs).T
+        in_eight_bits = eight_bit.quantize_rows(x_TM) if any(map(_is_eight_bit, bases)) else None
         outputs = []
         for base, scale, up_NR, part in zip(bases, scales, ups, _parts(low_TR, downs), strict=True):
-            # Not in place: selective checkpointing keeps the first product, and what is kept must stay as it is.
-            y_TN = linear(x_TM, dense(base, x.dtype), base.bias)
-            outputs.append(torch.addmm(y_TN, part, up_NR.T, alpha=scale).view(*x.shape[:-1], len(up_NR)))
+            if in_eight_bits is not None and _is_eight_bit(base):
+                y_TN = eight_bit.multiply(in_eight_bits, base.weight, base.bias)
+                y_TN.addmm_(part, up_NR.T, alpha=scale)
+            else:
+                y_TN = _beside(base, x_TM, scale * part, up_NR)
+            outputs.append(y_TN.view(*x.shape[:-1], len(up_NR)))
         ctx.save_for_backward(x_TM, low_TR, *factors)
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
         ctx.set_materialize_grads(False)
@@ -143,9 +152,27 @@ class _LowRank(torch.autograd.Function):
 def _of_input(ctx: Any, gradients: list[Tensor | None], low_grad_TR: Tensor, downs: Sequence[Tensor]) -> Tensor:
     total_TM = low_grad_TR @ _stacked(downs)
     for g_TN, base in zip(gradients, ctx.bases, strict=True):
-        if g_TN is not None:
+        if g_TN is None:
+            continue
+        if _is_eight_bit(base):
+            total_TM += eight_bit.of_input(g_TN, base.weight)
+        else:
             add_product_(total_TM, g_TN, dense(base, g_TN.dtype))
     return total_TM.view(ctx.shape)
+
+
+def _beside(base: Any, x_TM: Tensor, part_TK: Tensor, up_NK: Tensor) -> Tensor:
+    """[T, N]: x W^T + b + part @ up^T."""
+    weight = dense(base, x_TM.dtype)
+    if getattr(base, KEEPS_PRODUCTS, False) or is_faster(x_TM, weight):
+        return torch.addmm(linear(x_TM, weight, base.bias), part_TK, up_NK.T)
+    # The smaller part is rounded first, and the sum once more.
+    y_TN = part_TK @ up_NK.T if base.bias is None else torch.addmm(base.bias, part_TK, up_NK.T)
+    return y_TN.addmm_(x_TM, weight.T)
+
+
+def _is_eight_bit(base: Any) -> bool:
+    return getattr(type(base), "made_by", "") == EIGHT_BIT
 
 
 def _stacked(downs: Sequence[Tensor]) -> Tensor:
