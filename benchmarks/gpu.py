@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-WARM_UP = 3
 
 LLAMA_1B = {
     "model_type": "llama",
@@ -85,7 +85,10 @@ AT_ONCE = {"8b-full": 2}
 def main() -> None:
     options = read_options()
     if options.one:
-        print(json.dumps(train(options.one, options)))
+        get_ready(options)
+        with redirect_stdout(sys.stderr):  # what a run says of its steps is no result
+            made = train(options.one, options)
+        print(json.dumps(made))
         return
     names = options.workloads or (["1b-full"] if options.tiny else WORKLOADS)
     if options.tiny:
@@ -101,7 +104,7 @@ def main() -> None:
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    """The result of a workload, or what kept it from having one."""
+    """The result of a workload, or what kept it from having one. What it says of its steps is shown as it comes."""
     environment = {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         **os.environ,
@@ -110,11 +113,34 @@ def in_a_process(name: str) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--one", name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        return {"workload": name, "error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "died"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    last = "died"
+    with (
+        tempfile.TemporaryFile("w+") as printed,
+        subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stderr is not None
+        for said in process.stderr:
+            sys.stderr.write(said)
+            last = said.strip() or last
+        if process.wait():
+            return {"workload": name, "error": last}
+        printed.seek(0)
+        return json.loads(printed.read().strip().splitlines()[-1])
+
+
+def get_ready(options: argparse.Namespace) -> None:
+    """All that takes time and no GPU; then wait for the file that says it is our turn, if there is to be one."""
+    from importlib import import_module
+
+    from transformers.models.llama import modeling_llama  # noqa: F401
+    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+
+    import training_hub.backends.torch_engine.engine  # noqa: F401
+
+    if options.one.endswith("lora"):
+        import_module("peft")
+    while options.after is not None and not Path(options.after).exists():
+        time.sleep(0.05)
 
 
 def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +167,9 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
         profile = Path(folder, "out", "profile.json")
         split = json.loads(profile.read_text()) if profile.exists() else None
     taken_apart = split["steps"] if split else []
-    measured = [row for row in result.history[WARM_UP:] if row["step"] not in taken_apart]
+    measured = [row for row in result.history[options.warm_up :] if row["step"] not in taken_apart]
+    if not measured:
+        return {"workload": name, "error": f"of {len(result.history)} steps none was left to measure: ask for more"}
     seconds = sum(row["step_seconds"] for row in measured)
     tokens = sum(row["tokens"] for row in measured)
     on_gpu = torch.cuda.is_available()
@@ -154,6 +182,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "fraction_of_peak": sum(row["peak_fraction"] * row["step_seconds"] for row in measured) / seconds,
         "peak_tflops": result.metrics["peak_tflops"],
         "losses": [row["loss"] for row in result.history],
+        "step_seconds": [row["step_seconds"] for row in measured],
         "split": split,
         "parameters": result.plan["parameters"],
         "length": length,
@@ -186,7 +215,7 @@ def recipe(name: str, folder: str, rows: int, length: int, options: argparse.Nam
         "optimizer.lr": 1e-5,
         "checkpoint.final": False,
         "checkpoint.minutes": None,
-        "monitoring.console": "off",
+        "monitoring.console": "plain",
         "monitoring.profile": options.profile,
         **OWN.get(name, {}),
     }
@@ -232,10 +261,12 @@ def read_options() -> argparse.Namespace:
     reader.add_argument("--length", type=int, default=4096, help="tokens of each row")
     reader.add_argument("--rows", type=int, default=16, help="rows of one optimizer step")
     reader.add_argument("--rows-at-once", type=int, help="rows that go through the GPU together; default: 4, 8b-full 2")
-    reader.add_argument("--steps", type=int, default=13, help=f"the first {WARM_UP} are not counted")
+    reader.add_argument("--steps", type=int, default=13, help="steps of a run")
+    reader.add_argument("--warm-up", type=int, default=3, help="the first of them, which are not counted")
     reader.add_argument("--profile", action="store_true", help="take three steps apart (monitoring.profile)")
     reader.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="other settings")
     reader.add_argument("--output", default=str(HERE / "gpu.jsonl"), help="file to which a line each is appended")
+    reader.add_argument("--after", metavar="FILE", help="get ready, but leave the GPU alone until this file is there")
     reader.add_argument("--one", help=argparse.SUPPRESS)
     options = reader.parse_args()
     unknown = set(options.workloads) - set(WORKLOADS)

@@ -71,7 +71,10 @@ def test_what_cannot_be_trained_is_a_line_too(tmp_path: Path):
     assert "optimizer.beta9" in made["error"]
 
 
-CHECKS = ["tests", "1.7b-full", "8b-full", "8b-lora", "8b-full in 8 bits", "parts", "1b-full taken apart"]
+CHECKS = [
+    *("8b-full", "8b-lora", "1.7b-full", "tests", "8b-lora in 8 bits", "8b-full in 8 bits", "8b-full in full packs"),
+    *("8b-lora taken apart", "8b-full taken apart", "1b-full", "parts"),
+]
 
 
 @pytest.mark.slow
@@ -79,7 +82,8 @@ def test_all_that_waits_for_a_gpu_is_tried_in_one_command(tmp_path: Path):
     run("gpu_checks.py", "--tiny", "--output", str(tmp_path))
     assert [(one["name"], one["ended"]) for one in lines(tmp_path / "checks.jsonl")] == [(n, "done") for n in CHECKS]
     assert [one["workload"] for one in lines(tmp_path / "gpu.jsonl")] == [
-        "tiny-full", "tiny-full", "tiny-lora", "tiny-full", "tiny-full",
+        *("tiny-full", "tiny-lora", "tiny-full", "tiny-lora", "tiny-full"),
+        *("tiny-full", "tiny-lora", "tiny-full", "tiny-full"),
     ]  # fmt: skip
     parts = {one["part"]: one for one in lines(tmp_path / "parts.jsonl")}
     assert {"sum and norm, one pass, backward", "small model, eager", "small model, recorded"} <= parts.keys()
@@ -101,11 +105,24 @@ def test_checks_for_which_there_is_no_time_are_named(tmp_path: Path):
 
 def test_a_check_that_hangs_or_fails_says_so(tmp_path: Path):
     checks, log = script("gpu_checks.py"), tmp_path / "log.txt"
-    hangs = checks.run(checks.Check("hangs", ("-c", "import time; time.sleep(3600)"), 60), 0.1, log)
-    assert hangs.ended == "took too long"
-    fails = checks.run(checks.Check("fails", ("-c", "raise SystemExit('no such card')"), 60), 60, log)
-    assert (fails.ended, fails.said) == ("failed", "no such card")
+    hangs = checks.begin(checks.Check("hangs", ("-c", "import time; time.sleep(3600)"), 60), tmp_path)
+    assert checks.finish(hangs, 0.1, log).ended == "took too long"
+    fails = checks.begin(checks.Check("fails", ("-c", "raise SystemExit('no such card')"), 60), tmp_path)
+    outcome = checks.finish(fails, 60, log)
+    assert (outcome.ended, outcome.said) == ("failed", "no such card")
     assert "== hangs" in log.read_text() and "no such card" in log.read_text()
+    assert list(tmp_path.iterdir()) == [log]
+
+
+def test_a_check_that_gets_ready_leaves_the_gpu_alone_until_its_turn(tmp_path: Path):
+    checks, log = script("gpu_checks.py"), tmp_path / "log.txt"
+    waits = (
+        "import sys, time, pathlib; turn = pathlib.Path(sys.argv[sys.argv.index('--after') + 1])\n"
+        "while not turn.exists(): time.sleep(0.01)\nprint('our turn')"
+    )
+    begun = checks.begin(checks.Check("waits", ("-c", waits), 60, waits=True), tmp_path)
+    assert begun.process.poll() is None
+    assert checks.finish(begun, 60, log) == checks.Outcome("waits", "done", pytest.approx(0, abs=60), "our turn")
 
 
 def test_a_check_is_ended_with_all_that_it_started(tmp_path: Path):
