@@ -71,7 +71,7 @@ def held(group: Group, family: str, dtype: str, parallelism: dict[str, Any]) -> 
 
     layout.begin_pass(model, is_last=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total = CrossEntropy()(model, layout.tensors(pack)).total
+        total = CrossEntropy()(model, layout.tensors(model, pack)).total
     found["activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     total.backward()
     layout.end_passes(model)

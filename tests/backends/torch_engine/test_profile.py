@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval, Kernel
 from torch.profiler import record_function
 
 from tests.invariants.run import final_weights, train
 from training_hub.backends.torch_engine.profile import (
     ATTENTION,
     DATA,
+    ELEMENTWISE,
     HEAD,
     OPTIMIZER,
+    OTHER,
     PARTS,
     PRODUCTS,
     SKIPPED,
+    STEP,
     TAKEN,
     StepProfile,
+    split,
     table,
 )
 
@@ -117,3 +124,47 @@ def test_the_table_shows_the_largest_part_first(tmp_path: Path):
     assert "steps 1 to 1" in lines[0]
     assert lines[1].split()[:2] == ["matrix", "products"]
     assert len(lines) == 1 + len(PARTS)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a profiler notes on a GPU, of which none is at hand: as torch 2.11 hands it on."""
+
+    name: str
+    start: float
+    end: float
+    device_type: DeviceType = DeviceType.CPU
+    kernels: tuple[Kernel, ...] = ()
+    cpu_parent: Noted | None = None
+    sequence_nr: int = -1
+    fwd_thread: int = 0
+    is_user_annotation: bool = False
+
+    @property
+    def time_range(self) -> Interval:
+        return Interval(self.start, self.end)
+
+    @property
+    def self_device_time_total(self) -> float:
+        return sum(kernel.duration for kernel in self.kernels)
+
+    self_cpu_time_total = 0.0
+
+
+def test_on_a_gpu_each_kernel_counts_once_and_those_of_no_operation_too():
+    gemm, moved = Kernel("nvjet", 0, 400_000), Kernel("_adamw_step", 0, 100_000)
+    outer = Noted(OPTIMIZER, 500_000, 600_000)
+    noted = [
+        Noted(STEP, 0, 1_000_000),
+        Noted("aten::mm", 10, 20, kernels=(gemm,)),
+        Noted("Command Buffer Full", 15, 18, kernels=(gemm,)),  # its number is that of aten::mm, by chance
+        outer,
+        Noted("cuLaunchKernelEx", 500_010, 500_020, kernels=(gemm,), cpu_parent=outer),
+        Noted(gemm.name, 100, 400_100, DeviceType.CUDA),
+        Noted(moved.name, 550_000, 650_000, DeviceType.CUDA),
+        Noted(OPTIMIZER, 550_000, 650_000, DeviceType.CUDA, is_user_annotation=True),
+    ]
+    found = split(noted, "cuda")
+    assert found["seconds"] == pytest.approx(
+        {PRODUCTS: 0.4, OPTIMIZER: 0.1, OTHER: 0.5, **dict.fromkeys((ATTENTION, ELEMENTWISE, HEAD, DATA), 0.0)}
+    )

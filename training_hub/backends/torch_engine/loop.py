@@ -273,7 +273,7 @@ def _loss_alone(run: Run, index: int | None) -> float:
     """The loss of a sample; of any, and of no account, where other processes have more to ask about."""
     index = run.feed.store.shortest if index is None else index
     one = pack([run.feed.store[index]], [index])
-    return float(run.objective(run.model, run.layout.tensors(one)).total)
+    return float(run.objective(run.model, run.layout.tensors(run.model, one)).total)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -274,21 +274,29 @@ class Updater:
             self.early.finish()
         else:
             self.layout.group.sum_gradients(self.masters.weights.values())
-        weights = [weight for weight in self.masters.weights.values() if weight.grad is not None]
-        limit = self.max_norm if self.max_norm > 0 else float("inf")
-        return torch.nn.utils.clip_grad_norm_(weights, limit)
+        gradients = [weight.grad for weight in self.masters.weights.values() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._scale(gradients, norm)
+        return norm
 
     def _clip_pieces(self) -> Tensor:
         """The same where weights are divided."""
         masters = self.masters
         self.layout.sum_gradients(masters.weights, masters.sources)
         norm = self.layout.norm(masters.weights, masters.divided)
-        gradients = [weight.grad for weight in masters.weights.values() if weight.grad is not None]
-        if self.max_norm > 0 and gradients:
-            # As torch.nn.utils.clip_grad_norm_ does, which takes no weights of different meshes.
-            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        self._scale([weight.grad for weight in masters.weights.values() if weight.grad is not None], norm)
         return norm
+
+    def _scale(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """As torch.nn.utils.clip_grad_norm_ does, which takes no weights of different meshes; or have it done by an
+        optimizer that can as it reads them."""
+        if self.max_norm <= 0 or not gradients:
+            return
+        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device)
+        if isinstance(self.optimizer, CompactAdamW):
+            self.optimizer.scale_gradients(factor)
+        else:
+            torch._foreach_mul_(gradients, factor)
 
     def step(self, learning_rate: float) -> None:
         """Move the weights by their gradients, and forget the gradients."""

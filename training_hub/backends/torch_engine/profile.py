@@ -38,11 +38,17 @@ a pack of a model of 32 layers takes about 5 seconds to be read."""
 LISTED = 15
 """Operations listed by name, those with the most time first."""
 
+NO_OPERATION = re.compile(
+    r"^(?:cuda|cu|hip)[A-Z]|^(?:Command Buffer Full|Activity Buffer Request|Buffer Flush|Instrumentation|Resource)$"
+)
+"""Calls of the driver, and what CUPTI notes of itself. Their numbers are not those of operations, but torch (2.11)
+takes them for such, and so gives them kernels of operations a second time."""
+
 # How ranges, autograd functions (forward, and backward as NAMEBackward) and kernels of each part are called.
 NAMED = (
     (HEAD, re.compile(r"^loss head$|HeadLoss|linear_cross_entropy", re.IGNORECASE)),
     (ATTENTION, re.compile(r"^attention$|attention|attn", re.IGNORECASE)),
-    (OPTIMIZER, re.compile(r"^optimizer$|^Optimizer\.step#")),
+    (OPTIMIZER, re.compile(r"^optimizer$|^Optimizer\.step#|^_adamw_step$")),
     (DATA, re.compile(r"^data wait$")),
 )
 PRODUCT = re.compile(r"(?:^|::|_)(?:add|badd|b)?mm(?:$|_)|matmul|linear|einsum|addmv", re.IGNORECASE)
@@ -95,11 +101,13 @@ def split(events: Iterable[Any], device: str) -> Split:
     """What `events` of a profiler say of the steps among them, per step: seconds by part, and the slowest operations.
 
     seconds: by name of PARTS, adding up to seconds_per_step. matrix_products_within: products inside other parts.
-    On CUDA the time is that of the kernels each operation launched, in "data wait" that of the host.
+    On CUDA the time is that of the kernels each operation launched, in "data wait" that of the host. Kernels that no
+    operation launched count by their own names.
     """
-    events = [event for event in events if event.device_type == DeviceType.CPU]
-    steps = [event.time_range for event in events if event.name == STEP]
-    inside = [e for e in events if any(s.start <= e.time_range.start <= s.end for s in steps) and e.name != STEP]
+    events = [event for event in events if not _is_no_operation(event.name)]
+    steps = [event.time_range for event in events if event.name == STEP and event.device_type == DeviceType.CPU]
+    within_steps = [e for e in events if any(s.start <= e.time_range.start <= s.end for s in steps) and e.name != STEP]
+    inside = [event for event in within_steps if event.device_type == DeviceType.CPU]
     place = _Places(inside)
     count = max(1, len(steps))
     seconds: defaultdict[str, float] = defaultdict(float)
@@ -116,6 +124,10 @@ def split(events: Iterable[Any], device: str) -> Split:
         calls[event.name, part] += 1
         if part not in (PRODUCTS, ELEMENTWISE) and _is_product(event.name):
             within[part] += taken
+    for name, taken in _launched_by_none(within_steps).items():
+        part = _part_called(name) or (PRODUCTS if _is_product(name) else ELEMENTWISE)
+        seconds[part] += taken / count
+        operations[name, part] += taken / count
     total = sum(span.end - span.start for span in steps) / 1e6 / count
     seconds[OTHER] = max(0.0, total - sum(seconds.values()))
     slowest = sorted(operations.items(), key=lambda item: -item[1])[:LISTED]
@@ -129,6 +141,19 @@ def split(events: Iterable[Any], device: str) -> Split:
             for (name, part), taken in slowest
         ],
     }
+
+
+def _launched_by_none(events: Iterable[Any]) -> dict[str, float]:
+    """Seconds of kernels, by name, that belong to no operation: those which Triton launches outside of autograd."""
+    taken: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == DeviceType.CPU:
+            for kernel in event.kernels:
+                taken[kernel.name] -= kernel.duration
+        elif not event.is_user_annotation:
+            taken[event.name] += event.time_range.elapsed_us()
+    # What is left of a sum and its parts is not exactly 0.
+    return {name: microseconds / 1e6 for name, microseconds in taken.items() if microseconds > 1}
 
 
 class _Places:
@@ -170,6 +195,11 @@ def _named_part(event: Any) -> str | None:
 @cache
 def _part_called(name: str) -> str | None:
     return next((part for part, pattern in NAMED if pattern.search(name)), None)
+
+
+@cache
+def _is_no_operation(name: str) -> bool:
+    return bool(NO_OPERATION.search(name))
 
 
 @cache

@@ -23,18 +23,21 @@ WHOLE = ("rows", "width", "columns", "count", "heads", "half")
 
 LOW, EXACT = "*bf16", "*fp32"
 TILE = {"TILE": 2, "BLOCK": 2048}
+SUMS = {**TILE, "CHUNK": 16}
+WIDE = {"CHUNK": 16, "TILE": 1, "BLOCK": 8192}
 NORMS: dict[str, str] = {"inverse": EXACT, "partial": EXACT}
 LOSS = {"vocabulary": 128256, "BLOCK": 8192}
 TARGETS = {"targets": "*i64", "gradient": LOW}
 BYTES = dict.fromkeys(("mean", "square"), "*u8")
+MOVES = {"IS_SPLIT": True, "IS_8BIT": False, "HAS_FACTOR": True, "GROUP": 8}
 SPLIT = dict.fromkeys(("weight", "extra"), "*i16")
 
 KERNELS: dict[str, tuple[Any, str, dict[str, str], dict[str, Any]]] = {
     "norm": (triton_kernels._norm_forward, LOW, NORMS, TILE),
     "sum and norm": (triton_kernels._add_norm_forward, LOW, NORMS, TILE),
-    "norm backward": (triton_kernels._norm_backward, LOW, NORMS, {**TILE, "IS_BESIDE": False}),
-    "sum and norm backward": (triton_kernels._norm_backward, LOW, NORMS, {**TILE, "IS_BESIDE": True}),
-    "wide norm backward": (triton_kernels._norm_backward, LOW, NORMS, {"TILE": 1, "BLOCK": 8192, "IS_BESIDE": True}),
+    "norm backward": (triton_kernels._norm_backward, LOW, NORMS, {**SUMS, "IS_BESIDE": False}),
+    "sum and norm backward": (triton_kernels._norm_backward, LOW, NORMS, {**SUMS, "IS_BESIDE": True}),
+    "wide norm backward": (triton_kernels._norm_backward, LOW, NORMS, {**WIDE, "IS_BESIDE": True}),
     "gated unit": (triton_kernels._swiglu_forward, LOW, {}, {"BLOCK": 4096}),
     "gated unit backward": (triton_kernels._swiglu_backward, LOW, {}, {"BLOCK": 4096}),
     "positions": (triton_kernels._rotate, LOW, {}, {"back": False, "TILE": 32, "BLOCK": 64}),
@@ -46,9 +49,9 @@ KERNELS: dict[str, tuple[Any, str, dict[str, str], dict[str, Any]]] = {
         {"columns": 4096, "HAS_FACTORS": True, "BLOCK": 4096},
     ),
     "turned": (triton_eight_bit._turn, "*u8", {}, {"SIDE": 64}),
-    "step": (triton_step._step, EXACT, {}, {"IS_SPLIT": False, "IS_8BIT": False, "GROUP": 8}),
-    "split step": (triton_step._step, EXACT, SPLIT, {"IS_SPLIT": True, "IS_8BIT": False, "GROUP": 8}),
-    "8-bit step": (triton_step._step, EXACT, SPLIT | BYTES, {"IS_SPLIT": True, "IS_8BIT": True, "GROUP": 8}),
+    "step": (triton_step._adamw_step, EXACT, {}, {**MOVES, "IS_SPLIT": False}),
+    "split step": (triton_step._adamw_step, EXACT, SPLIT, MOVES),
+    "8-bit step": (triton_step._adamw_step, EXACT, SPLIT | BYTES, {**MOVES, "IS_8BIT": True}),
 }  # fmt: skip
 """By name: the kernel, the type of its tensors, that of some of them, and what is known when it is built."""
 

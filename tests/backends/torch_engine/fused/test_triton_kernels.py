@@ -49,7 +49,7 @@ def test_rms_norm(dtype: torch.dtype, offset: float, rows: int, width: int) -> N
     x, weight, upstream = (random(*shape, dtype=dtype) for shape in ((rows, width), (width,), (rows, width)))
     result, inverse = torch.empty_like(x), torch.empty(rows, device=DEVICE)
     triton_kernels.rms_norm_forward(x, weight, result, inverse, rows, width, 1e-5, offset)
-    of_x, partial = torch.empty_like(x), torch.empty(-(-rows // 64), width, device=DEVICE)
+    of_x, partial = torch.empty_like(x), torch.empty(-(-rows // functions.GPU_CHUNK), width, device=DEVICE)
     triton_kernels.rms_norm_backward(upstream, None, x, weight, inverse, of_x, partial, rows, width, offset)
     x_64, weight_64 = exact(x, weight)
     wanted = x_64 * (x_64.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight_64 + offset)
@@ -68,7 +68,7 @@ def test_a_sum_and_its_norm(dtype: torch.dtype, offset: float, rows: int, width:
     weight = random(width, dtype=dtype)
     total, result, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(rows, device=DEVICE)
     triton_kernels.add_norm_forward(x, delta, weight, total, result, inverse, rows, width, 1e-5, offset)
-    of_x, partial = torch.empty_like(x), torch.empty(-(-rows // 64), width, device=DEVICE)
+    of_x, partial = torch.empty_like(x), torch.empty(-(-rows // functions.GPU_CHUNK), width, device=DEVICE)
     triton_kernels.rms_norm_backward(upstream, beside, total, weight, inverse, of_x, partial, rows, width, offset)
     x_64, delta_64, weight_64 = exact(x, delta, weight)
     total_64 = x_64 + delta_64

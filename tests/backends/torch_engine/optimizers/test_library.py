@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 
-import bitsandbytes
-import galore_torch
-import lion_pytorch
 import pytest
-import schedulefree
 import torch
 from torch import nn
 
@@ -16,6 +12,11 @@ from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers import library
 from training_hub.backends.torch_engine.optimizers.library import KINDS, kept_bytes, table_names
 from training_hub.recipe.sections import Optimizer
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+galore_torch = pytest.importorskip("galore_torch")
+lion_pytorch = pytest.importorskip("lion_pytorch")
+schedulefree = pytest.importorskip("schedulefree")
 
 RATE = 3e-3
 NAMES = tuple(KINDS)

@@ -42,12 +42,14 @@ def test_one_kernel_moves_weights_and_moments_as_torchs_operations_do(shape, dty
         torch.manual_seed(step)
         gradient = torch.randn(shape).to(DEVICE) * torch.logspace(-4, 0, shape[1], device=DEVICE)
         plain.grad, fused.grad = gradient, gradient.clone()
+        factor = torch.tensor(0.3, device=DEVICE) if step % 2 else None
+        slow._factor = factor
         with torch.no_grad():
             slow.state[plain].update(slow.state[plain] or slow._fresh(plain))
             slow.state[plain]["step"] += 1
             slow._move_in_stretches(plain, plain_extra, slow.state[plain], slow.param_groups[0])
             fast.state[fused]["step"] += 1
-            step_in_one_(fused, fused_extra, fast.state[fused], fast.param_groups[0])
+            step_in_one_(fused, fused_extra, fast.state[fused], fast.param_groups[0], factor)
     wanted = plain if plain_extra is None else join(plain, plain_extra)
     found = fused if fused_extra is None else join(fused, fused_extra)
     # The order of a few float32 operations differs; a moment that lies between two bytes may then take the other one,

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = tl.constexpr(64)  # rows whose gradient of the weight is summed by one program, as in kernels.c
 NUMBERS = 4096
 """About as many numbers a program holds at a time."""
+
+WARPS = 8
+"""Of a program that holds them: 16 numbers a thread, which are two loads of 16 bytes each."""
 
 LOGITS = 8192
 """Logits of a row that a program of the loss holds at a time."""
@@ -25,7 +27,8 @@ def rms_norm_forward(
 ) -> None:
     """result [N, D] = x * inverse * (weight + offset), inverse [N] = 1 / sqrt(mean(x^2) + eps)."""
     block, tile = _tile(width)
-    _norm_forward[(triton.cdiv(rows, tile),)](x, weight, result, inverse, rows, width, eps, offset, tile, block)
+    grid = (triton.cdiv(rows, tile),)
+    _norm_forward[grid](x, weight, result, inverse, rows, width, eps, offset, tile, block, num_warps=WARPS)
 
 
 def add_norm_forward(
@@ -35,20 +38,24 @@ def add_norm_forward(
     """total [N, D] = x + delta, as the tensors are rounded; result and inverse those of its norm."""
     block, tile = _tile(width)
     grid = (triton.cdiv(rows, tile),)
-    _add_norm_forward[grid](x, delta, weight, total, result, inverse, rows, width, eps, offset, tile, block)
+    _add_norm_forward[grid](
+        x, delta, weight, total, result, inverse, rows, width, eps, offset, tile, block, num_warps=WARPS
+    )
 
 
 def rms_norm_backward(
     upstream: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor,
     result: Tensor, partial: Tensor, rows: int, width: int, offset: float,
 ) -> None:  # fmt: skip
-    """result: the gradient of x, with what of it went around the norm, `beside`. partial [N / 64, D]: that of the
-    weight, summed over 64 rows each."""
-    block, tile = _tile(width)
-    grid, others = (triton.cdiv(rows, CHUNK.value),), upstream if beside is None else beside
-    _norm_backward[grid](
-        upstream, others, x, weight, inverse, result, partial, rows, width, offset, beside is not None, tile, block
-    )
+    """result: the gradient of x, with what of it went around the norm, `beside`. partial [P, D]: that of the
+    weight, summed over N / P rows each, of which the next power of two is taken."""
+    chunk = triton.next_power_of_2(triton.cdiv(rows, len(partial)))
+    block, tile = _tile(width, chunk)
+    others = upstream if beside is None else beside
+    _norm_backward[(len(partial),)](
+        upstream, others, x, weight, inverse, result, partial, rows, width, offset,
+        beside is not None, chunk, tile, block, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, result: Tensor, count: int) -> None:
@@ -94,10 +101,10 @@ def cross_entropy(
     )
 
 
-def _tile(width: int) -> tuple[int, int]:
-    """Numbers of a row as a power of two, and rows at a time; both divide what they must."""
+def _tile(width: int, most: int = 64) -> tuple[int, int]:
+    """Numbers of a row as a power of two, and rows at a time, also one."""
     block = triton.next_power_of_2(width)
-    return block, min(CHUNK.value, max(1, NUMBERS // block))
+    return block, min(most, max(1, NUMBERS // block))
 
 
 @triton.jit
@@ -139,7 +146,7 @@ def _add_norm_forward(  # type: ignore[no-untyped-def]
 @triton.jit
 def _norm_backward(  # type: ignore[no-untyped-def]
     upstream, beside, x, weight, inverse, result, partial, rows, width, offset,
-    IS_BESIDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    IS_BESIDE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

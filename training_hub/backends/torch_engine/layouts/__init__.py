@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from training_hub.backends.torch_engine.as_forward import device_of
 from training_hub.backends.torch_engine.layouts import fully_sharded
 from training_hub.backends.torch_engine.layouts.context import refuse_other_numbers, share_of, spread_tokens
 from training_hub.backends.torch_engine.layouts.cut import cut, names_of
@@ -28,6 +29,7 @@ from training_hub.backends.torch_engine.layouts.mesh import (
     EXPERT_TOKENS,
     dense_mesh,
     expert_mesh,
+    groups_along,
     place_in,
     size_of,
     stage_group,
@@ -127,7 +129,7 @@ class Layout:
     @torch.no_grad()
     def over_stages(self, numbers: Tensor, *, is_highest: bool = False) -> Tensor:
         """The sum over the processes of a pipeline, or the highest; the tensor itself is changed."""
-        for group in _groups(self.mesh, ("pp",)):
+        for group in groups_along(self.mesh, ("pp",)):
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX if is_highest else dist.ReduceOp.SUM, group=group)
         return numbers
 
@@ -164,7 +166,7 @@ class Layout:
         """The sum over the processes with the same layers; the tensor itself is changed."""
         if self.degrees.pp == 1:
             return self.group.sum(numbers)
-        for group in _groups(self.mesh, self._beside_stages):
+        for group in groups_along(self.mesh, self._beside_stages):
             dist.all_reduce(numbers, group=group)
         return numbers
 
@@ -185,7 +187,7 @@ class Layout:
         the process with the last stage has the numbers, the others zeros."""
         if self.mesh is None or size_of(self.mesh, *TOKENS, "pp") == self.group.world_size:
             return self.group.sum(numbers)
-        for group in _groups(self.mesh, (*TOKENS, "pp")):
+        for group in groups_along(self.mesh, (*TOKENS, "pp")):
             with self.group.explained("a sum"):
                 dist.all_reduce(numbers, group=group)
         return numbers
@@ -222,7 +224,7 @@ class Layout:
             sorts.setdefault((mesh, across), []).append(weight)
         for (mesh, across), some in sorts.items():
             if across:
-                self.group.sum_gradients(some, _groups(mesh, across))
+                self.group.sum_gradients(some, groups_along(mesh, across))
         if self.pipeline is not None:
             self.pipeline.add_up(weights)
 
@@ -230,7 +232,7 @@ class Layout:
         """The norm of the gradients of these weights, by name, of all processes together, once they are added up."""
         own = {name: weight for name, weight in weights.items() if not self.is_second(name)}
         pieces = [(weight.grad, divided.get(name)) for name, weight in own.items() if weight.grad is not None]
-        return norm_of(pieces, self.device, _groups(self.mesh, ("pp",)))
+        return norm_of(pieces, self.device, groups_along(self.mesh, ("pp",)))
 
     def learn(
         self,
@@ -260,7 +262,7 @@ class Layout:
             self.begin_pass(model, is_last=number == len(passes))
             if number == len(passes):
                 last()
-            tensors = self.tensors(one or spare())
+            tensors = self.tensors(model, one or spare())
             term = objective(model, tensors)
             (term.total / divisor if one is not None else 0 * term.total).backward()
             if one is not None:
@@ -281,7 +283,7 @@ class Layout:
         for one, tokens in self.rounds(packs):
             done = []
             if one is not None or self.is_divided:
-                tensors = self.tensors(one or spare())
+                tensors = self.tensors(model, one or spare())
                 term = objective(model, tensors)
                 done = [(one, tensors, term)] if one is not None else []
             yield done, tokens
@@ -298,8 +300,10 @@ class Layout:
         assert self.pipeline is not None
         own = [one for one in passes if one is not None]
         wanted = len(passes) if self.is_sharded else len(own)
-        tensors = [self.tensors(one) for one in own]
-        terms = self.pipeline.run(model, objective, tensors, lambda: self.tensors(spare()), wanted, divisor, made)
+        tensors = [self.tensors(model, one) for one in own]
+        terms = self.pipeline.run(
+            model, objective, tensors, lambda: self.tensors(model, spare()), wanted, divisor, made
+        )
         yield from zip(own, tensors, terms, strict=False)
 
     def passes(self, own: Sequence[T]) -> list[T | None]:
@@ -400,11 +404,11 @@ class Layout:
         if self.tokens is not None and self.tokens.are_sliced:
             refuse_other_loss(model, objective, self.tokens, self.device, dtype)
 
-    def tensors(self, pack: Pack) -> PackTensors:
-        """What this process has to compute of a pack, on its device."""
+    def tensors(self, model: PreTrainedModel, pack: Pack) -> PackTensors:
+        """What this process has to compute of a pack, where its model computes."""
         if self.mesh is None or self.degrees.cp == 1:
-            return to_device(pack, self.device)
-        return share_of(pack, self.mesh["cp"], self.device)
+            return to_device(pack, device_of(model))
+        return share_of(pack, self.mesh["cp"], device_of(model))
 
     def begin_pass(self, model: PreTrainedModel, *, is_last: bool) -> None:
         """Say, before a forward pass of a step, whether it is the last, in which all gradients are added up."""
@@ -430,11 +434,6 @@ def _batched(items: Iterable[T], most: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while some := list(islice(iterator, most)):
         yield some
-
-
-def _groups(mesh: DeviceMesh | None, names: Iterable[str]) -> list[dist.ProcessGroup]:
-    """Those of this process along these dimensions of the mesh, as far as there is more than one process along them."""
-    return [mesh.get_group(name) for name in names if mesh is not None and size_of(mesh, name) > 1]
 
 
 WHOLE = Layout()

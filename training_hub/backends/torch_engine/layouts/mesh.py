@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -76,3 +76,8 @@ def place_in(mesh: DeviceMesh | None, *names: str) -> int:
         if mesh is not None and name in (mesh.mesh_dim_names or ()):
             place = place * size_of(mesh, name) + mesh.get_local_rank(name)
     return place
+
+
+def groups_along(mesh: DeviceMesh | None, names: Iterable[str]) -> list[dist.ProcessGroup]:
+    """Those of this process along these dimensions of the mesh, as far as there is more than one process along them."""
+    return [mesh.get_group(name) for name in names if mesh is not None and size_of(mesh, name) > 1]

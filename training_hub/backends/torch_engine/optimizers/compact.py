@@ -42,6 +42,7 @@ class CompactAdamW(torch.optim.Optimizer):
     ):
         super().__init__(groups, settings)
         self._extras, self._is_8bit = extras, is_8bit
+        self._factor: Tensor | None = None
         # Made before the first step, lest they lie where activations were, and these find no room the next time.
         for weight in (weight for group in self.param_groups for weight in group["params"]):
             self.state[weight].update(self._fresh(weight))
@@ -53,6 +54,11 @@ class CompactAdamW(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     self._move(weight, group)
+        self._factor = None
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Let the next step multiply all gradients by this number as it reads them, in place of a pass over them."""
+        self._factor = factor
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the tensors of `state_dict()` as they are; torch's own would cast them to the weights' format."""
@@ -68,7 +74,7 @@ class CompactAdamW(torch.optim.Optimizer):
         state["step"] += 1
         extra = self._extras.get(weight)
         if weight.is_cuda and find_spec("triton") is not None:
-            step_in_one_(weight, extra, state, group)
+            step_in_one_(weight, extra, state, group, self._factor)
         else:
             self._move_in_stretches(weight, extra, state, group)
 
@@ -82,7 +88,8 @@ class CompactAdamW(torch.optim.Optimizer):
             part = slice(start, min(start + length, flat.numel()))
             exact = flat[part] if extra is None else join(flat[part], extra.view(-1)[part])
             moments = {name: _read(state, name, part) for name in MOMENTS}
-            _adamw_(exact, gradient[part], moments, before.clone(), group)
+            slope = gradient[part] if self._factor is None else gradient[part] * self._factor
+            _adamw_(exact, slope, moments, before.clone(), group)
             for name, moment in moments.items():
                 _write(state, name, part, moment)
             if extra is not None:
@@ -102,17 +109,19 @@ class CompactAdamW(torch.optim.Optimizer):
         return made
 
 
-def step_in_one_(weight: Tensor, extra: Tensor | None, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+def step_in_one_(
+    weight: Tensor, extra: Tensor | None, state: dict[str, Tensor], group: dict[str, Any], factor: Tensor | None
+) -> None:
     """The step as one Triton kernel, where the tensors are."""
     from training_hub.backends.torch_engine.optimizers.triton_kernels import adamw_
 
     assert weight.grad is not None
     step, (beta1, beta2) = float(state["step"]), group["betas"]
-    codes = [table for signed in (True, False) for table in tables(signed, str(weight.device))]
+    borders = (tables(True, str(weight.device))[1], tables(False, str(weight.device))[1])
     corrections = (1 - beta1**step, (1 - beta2**step) ** 0.5)
     adamw_(
-        weight, extra, weight.grad.contiguous(), state, tuple(codes),
-        group["lr"], group["weight_decay"], group["betas"], group["eps"], corrections,
+        weight, extra, weight.grad.contiguous(), state, borders,
+        group["lr"], group["weight_decay"], group["betas"], group["eps"], corrections, factor,
     )  # fmt: skip
 
 
