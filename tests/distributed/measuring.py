@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from training_hub.backends.torch_engine.layouts.share import Share
 from training_hub.backends.torch_engine.loading.dividing import load_for
 from training_hub.backends.torch_engine.loading.model import choose_dtype
 from training_hub.backends.torch_engine.materials import load_materials
+from training_hub.backends.torch_engine.merging_together import merge_together
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import table_names
@@ -100,6 +101,15 @@ def written(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, Any]
     return told[group.rank]
 
 
+def merged(group: Group, base: str, adapter: str, folder: str, how: dict[str, Any]) -> dict[str, int]:
+    """How far the bytes of all tensors of this process rise while all merge an adapter into its base; not counted are
+    files that are mapped, as the library does with each that it opens."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        merge_together(group, Path(adapter), Path(folder), open_console("off"), trust_remote_code=False, **how)
+    mapped = {file.stat().st_size for one in (base, adapter, folder) for file in Path(one).glob("*.safetensors")}
+    return {"rise": _rise(profiled, mapped)}
+
+
 def _no_more(folder: Path) -> None:
     """Nothing lies beside the weights."""
 
@@ -161,11 +171,11 @@ def _held_always(model: Any, masters: Masters, updater: Updater) -> Iterator[Ten
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def _rise(profiled: Any) -> int:
-    """How far the bytes of all tensors rose above those at the beginning."""
+def _rise(profiled: Any, mapped: Collection[int] = ()) -> int:
+    """How far the bytes of all tensors rose above those at the beginning; mapped: sizes that are not counted."""
     events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
     live = most = 0
-    for one in sorted(events, key=lambda one: one.start_ns()):
+    for one in sorted((one for one in events if abs(one.nbytes()) not in mapped), key=lambda one: one.start_ns()):
         live += one.nbytes()
         most = max(most, live)
     return most

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.layouts import Layout
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.types import Console, Proof
@@ -121,6 +122,7 @@ class Adaptation(Protocol):
         """Further safetensors files of the final model's folder, by name."""
         ...
 
-    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
-        """Make what is wanted of the final model beside it. rows: token ids of rows that were not trained."""
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:
+        """Make what is wanted of the final model beside it. rows: token ids of rows that were not trained. group: the
+        processes over which the model is divided, all of which must call it."""
         ...

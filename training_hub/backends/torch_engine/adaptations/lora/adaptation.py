@@ -31,6 +31,7 @@ from training_hub.backends.torch_engine.adaptations.of_parameters import OfParam
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.loading.quantization import num_numbers, spared_bytes
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.errors import RecipeError
@@ -176,25 +177,24 @@ class Lora(OfParameters):
             tensors = self._start.difference(tensors)
         return {name: t.to(written.dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
 
-    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:
         """With lora.merge, the merged model in `merged` beside the final one; one that is there makes way."""
         if not self._recipe.lora.merge:
             return
         from training_hub.backends.torch_engine.merging import merge
+        from training_hub.backends.torch_engine.merging_together import merge_together
 
-        merged = RunFolder(final.parent).merged
-        if merged.exists():
-            remove(merged)
-        chosen = self._recipe.model
-        merge(
-            final,
-            merged,
-            console,
-            save_dtype=chosen.save_dtype,
-            rows=rows,
-            trust_remote_code=chosen.trust_remote_code,
-            max_shard_size=self._recipe.checkpoint.max_shard_size,
-        )
+        merged, chosen = RunFolder(final.parent).merged, self._recipe.model
+        how: dict[str, Any] = {
+            "save_dtype": chosen.save_dtype,
+            "trust_remote_code": chosen.trust_remote_code,
+            "max_shard_size": self._recipe.checkpoint.max_shard_size,
+        }
+        group.on_main("the merged model of before", lambda: remove(merged) if merged.exists() else None)
+        if group.world_size == 1:
+            merge(final, merged, console, rows=rows, **how)
+        else:
+            merge_together(group, final, merged, console, **how)
 
     @property
     def files(self) -> AdapterFiles:

@@ -32,7 +32,7 @@ from training_hub.backends.torch_engine.adaptations.osft.table import Row, told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.stages import DEGREE
-from training_hub.backends.torch_engine.parallel import shared_out
+from training_hub.backends.torch_engine.parallel import Group, shared_out
 from training_hub.backends.torch_engine.saving.base_weights import UNREAD, BaseWeights, OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.data.cache import cache_folder
@@ -252,7 +252,7 @@ class Osft:
         """What an adaptation itself can prove before the first step: nothing; leak and drift are told in each step."""
         return []
 
-    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:
         """Make something of the final model beside it: nothing."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
