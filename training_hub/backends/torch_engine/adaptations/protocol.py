@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
-from training_hub.backends.torch_engine.layouts import Layout
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
@@ -114,12 +113,9 @@ class Adaptation(Protocol):
         """What it proves of itself before the first step."""
         ...
 
-    def bring_together(self, layout: Layout) -> None:
-        """Let process 0 have all of `beside`. All must call it, where stages have layers of their own."""
-        ...
-
     def beside(self) -> dict[str, dict[str, Tensor]]:
-        """Further safetensors files of the final model's folder, by name."""
+        """Further safetensors files of the final model's folder, by name; where stages have layers of their own, what
+        they hold of those that are here."""
         ...
 
     def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:

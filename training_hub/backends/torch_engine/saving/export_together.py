@@ -20,6 +20,7 @@ from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.torch_engine.layouts.pieces import cut_of
 from training_hub.backends.torch_engine.loading.blank import loading_report, wanted_shapes, weight_files
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, Written
+from training_hub.backends.torch_engine.saving.beside_together import write_beside_together
 from training_hub.backends.torch_engine.saving.exact_pieces import Exact
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.export import is_rounding
@@ -50,8 +51,8 @@ def export_together(
 ) -> list[dict[str, Any]]:
     """Write the model of `run` as `written` into `folder`, atomic, as `export` does; what each process made of it.
 
-    All processes must call it. base: what the weights are that nothing has moved. beside: writes what else lies in the
-    folder, in process 0. total: how many numbers the model has. Raises TrainingError where numbers are not finite or
+    All processes must call it. base: what the weights are that nothing has moved. beside: writes texts into the folder,
+    in process 0. total: how many numbers the model has. Raises TrainingError where numbers are not finite or
     the files do not hold the model.
     """
     group, exact = run.group, Exact(run)
@@ -71,6 +72,7 @@ def export_together(
             complete(run.model, written.dtype, aside, known, told, total)
             beside(aside)
 
+        write_beside_together(group, run.adaptation.beside() if run.layout.is_first else {}, aside)
         group.on_main("the final model", finish)
         unmoved = frozenset(name for one in told for name in one["unmoved"])
         shapes = wanted_shapes(run.model) if run.layout.pipeline is None else dict(base.shapes)

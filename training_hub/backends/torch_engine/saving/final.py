@@ -47,7 +47,6 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         return run.group.on_main(what, lambda: write() if take_chosen_step(run, console) else None)
     if not take_chosen_step(run, console):
         return None
-    run.adaptation.bring_together(run.layout)
     if run.adaptation.files is None:
         return _write_together(run, loaded, materials, folder, console)
     held = gather_adapter(run)
@@ -94,7 +93,7 @@ def _write_together(run: Run, loaded: LoadedModel, materials: Materials, folder:
     def beside(aside: Path) -> None:
         _show_answers(run)
         documents = _card(run, folder, dtype, numbers)
-        put_beside(aside, materials.tokenizer.hf, template, stop_ids(materials), run.adaptation.beside(), documents)
+        put_beside(aside, materials.tokenizer.hf, template, stop_ids(materials), {}, documents)
 
     with run.updater.averaged(), library_bars():
         refuse_nonfinite_logits(float(probed_logits(run.model, run.device).abs().max()))
