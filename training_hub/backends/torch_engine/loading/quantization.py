@@ -88,16 +88,10 @@ def num_numbers(parameter: Tensor) -> int:
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
-def spared_bytes(model: Any, quantization: str, itemsize: int) -> int:
-    """Bytes by which the frozen weights of linear layers are smaller than in a format of `itemsize` bytes.
-
-    From shapes: `model` may be quantised already, or lie on the meta device.
-    """
-    method = METHODS.get(quantization)
-    if method is None:
-        return 0
-    numbers = sum(num_numbers(weight) for weight in _frozen_matrices(model))
-    return int(numbers * (itemsize - method.bits / 8))
+def num_quantised(model: Any) -> int:
+    """How many weights linear layers have that are frozen, and so are kept in fewer bits; from shapes: `model` may be
+    quantised already, or lie on the meta device."""
+    return sum(num_numbers(weight) for weight in _frozen_matrices(model))
 
 
 def _frozen_matrices(model: Any) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_i
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
-from training_hub.backends.torch_engine.loading.quantization import num_numbers, spared_bytes
+from training_hub.backends.torch_engine.loading.quantization import METHODS, num_numbers, num_quantised
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
@@ -103,11 +103,13 @@ class Lora(OfParameters):
         trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         is_kept = is_changing_its_base(self._config)
         averages = 2 * trained if self._allocation is not None else 0
+        method = METHODS.get(self._recipe.model.quantization)
         return Holdings(
             fixed=averages + (trained if is_kept else 0),
             saved=averages,
             exported=(2 if is_kept else 1) * trained,
-            spared=spared_bytes(self._model, self._recipe.model.quantization, self._dtype.itemsize),
+            quantised=num_quantised(self._model) if method is not None else 0,
+            bits=method.bits if method is not None else 0.0,
         )
 
     def expect_steps(self, total: int) -> None:
