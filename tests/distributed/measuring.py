@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.share import Share
 from training_hub.backends.torch_engine.loading.dividing import load_for
-from training_hub.backends.torch_engine.loading.model import choose_dtype
+from training_hub.backends.torch_engine.loading.model import LoadedModel, choose_dtype
 from training_hub.backends.torch_engine.materials import load_materials
+from training_hub.backends.torch_engine.merging_together import merge_together
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.optim import Masters, Updater
 from training_hub.backends.torch_engine.optimizers.library import table_names
@@ -30,7 +31,9 @@ from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.planning.kept import id_of
 from training_hub.backends.torch_engine.planning.memory import GIB, estimate
 from training_hub.backends.torch_engine.planning.plan import stages_of
+from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.base_weights import Written
+from training_hub.backends.torch_engine.saving.beside_together import write_beside_together
 from training_hub.backends.torch_engine.saving.export_together import export_together
 from training_hub.backends.torch_engine.saving.final import numbers_of
 from training_hub.monitoring.console import open_console
@@ -90,14 +93,40 @@ def _bytes(tensor: Tensor) -> int:
 
 def written(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, Any]:
     """What this process makes of the final model, in one file, of a run that has not learned yet."""
+    run, loaded = _begun(group, recipe)
+    total, _ = numbers_of(run)
+    told = export_together(run, loaded.base, Written(torch.float32), Path(folder), _no_more, "50GB", total)
+    return told[group.rank]
+
+
+def carried(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, int]:
+    """Of what lies beside a final model: bytes of what this process has, of its largest tensor, and how far those of
+    all tensors rise while it is written."""
+    run, _ = _begun(group, recipe)
+    files = run.adaptation.beside()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        write_beside_together(group, files, Path(folder))
+    sizes = [_bytes(tensor) for tensors in files.values() for tensor in tensors.values()]
+    mapped = {file.stat().st_size for file in Path(folder).iterdir()}
+    return {"own": sum(sizes), "largest": max(sizes), "rise": _rise(profiled, mapped)}
+
+
+def _begun(group: Group, recipe: dict[str, Any]) -> tuple[Run, LoadedModel]:
+    """A run that has not learned yet, and what it was made of."""
     asked, console = Recipe.model_validate(recipe), open_console("off")
     materials = load_materials(asked, Given(), console)
     layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
     loaded = load_for(layout, asked, CPU, dtype, None, [], console)
-    run = assemble(asked, loaded, materials, CPU, dtype, console, layout=layout)
-    total, _ = numbers_of(run)
-    told = export_together(run, loaded.base, Written(torch.float32), Path(folder), _no_more, "50GB", total)
-    return told[group.rank]
+    return assemble(asked, loaded, materials, CPU, dtype, console, layout=layout), loaded
+
+
+def merged(group: Group, base: str, adapter: str, folder: str, how: dict[str, Any]) -> dict[str, int]:
+    """How far the bytes of all tensors of this process rise while all merge an adapter into its base; not counted are
+    files that are mapped, as the library does with each that it opens."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        merge_together(group, Path(adapter), Path(folder), open_console("off"), trust_remote_code=False, **how)
+    mapped = {file.stat().st_size for one in (base, adapter, folder) for file in Path(one).glob("*.safetensors")}
+    return {"rise": _rise(profiled, mapped)}
 
 
 def _no_more(folder: Path) -> None:
@@ -161,11 +190,11 @@ def _held_always(model: Any, masters: Masters, updater: Updater) -> Iterator[Ten
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def _rise(profiled: Any) -> int:
-    """How far the bytes of all tensors rose above those at the beginning."""
+def _rise(profiled: Any, mapped: Collection[int] = ()) -> int:
+    """How far the bytes of all tensors rose above those at the beginning; mapped: sizes that are not counted."""
     events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
     live = most = 0
-    for one in sorted(events, key=lambda one: one.start_ns()):
+    for one in sorted((one for one in events if abs(one.nbytes()) not in mapped), key=lambda one: one.start_ns()):
         live += one.nbytes()
         most = max(most, live)
     return most

@@ -102,6 +102,7 @@ WRITTEN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stages, of which each has parts of one file": ("llama-tied", "stages", {}),
     "factors of weights that are split, in 16 bits": ("llama", "split", {**OSFT, **LOW}),
     "weights of factors, in slices": ("qwen3", "slices", OSFT),
+    "factors of stages": ("llama", "stages", OSFT),
 }
 MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stages in 16 bits, with masters": ("qwen3", "stages there and back", LOW),
@@ -138,7 +139,7 @@ def same_final(crew: Crew, model: Path, rows: Path, output: Path, layout: str, s
     assert not damage(final)
     names = {path.name for path in alone.model_path.iterdir()}
     assert {path.name for path in final.iterdir()} == names
-    weights = [name for name in names if name.endswith(".safetensors") and "osft" not in name]
+    weights = [name for name in names if name.endswith(".safetensors")]
     assert len(weights) > 2
     about = ["config.json", "generation_config.json", "model.safetensors.index.json"]
     assert [n for n in (*weights, *about) if (final / n).read_bytes() != (alone.model_path / n).read_bytes()] == []
@@ -195,6 +196,20 @@ def test_no_process_holds_more_than_a_weight_to_write_it(layout, settings, two, 
     assert file.stat().st_size > 4 * largest
     assert made[0]["files"] and not made[1]["files"]
     assert largest <= made[0]["most_held"] <= 2 * largest and made[1]["most_held"] == 0
+
+
+def test_no_process_holds_what_stages_carry_on_to_write_it(two, folders, uneven_file, tmp_path):
+    """Of what others have, process 0 holds one tensor at a time, and a hash of it."""
+    model = folders("llama", **FOUR_LAYERS)
+    asked = recipe(model, uneven_file, tmp_path / "run", parallelism=LAYOUTS["stages"], training=STEPS, **OSFT)
+    (tmp_path / "made").mkdir()
+    made = two.call("tests.distributed.measuring:carried", asked.model_dump(mode="json"), str(tmp_path / "made"))
+    assert all(each["own"] > 20 * each["largest"] for each in made)
+    assert made[1]["largest"] <= made[0]["rise"] <= 2 * made[1]["largest"]
+    assert made[1]["rise"] <= 2 * made[1]["largest"]
+    with opened([tmp_path / "made" / "osft_state.safetensors"]) as tensors:
+        held = sum(4 * math.prod(shape) for shape in tensors.shapes.values())
+    assert held == sum(each["own"] for each in made)
 
 
 def test_a_full_disk_of_one_process_leaves_the_model_that_was_there(two, folders, uneven_file, tmp_path):

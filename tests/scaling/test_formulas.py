@@ -9,6 +9,7 @@ import pytest
 from training_hub.recipe.parallelism import Degrees
 from training_hub.scaling.choose import (
     DEVICES,
+    EIGHT_BITS,
     GIB,
     LONG,
     ROOM,
@@ -20,6 +21,8 @@ from training_hub.scaling.choose import (
     candidates,
     family,
     layouts,
+    reasons,
+    told,
 )
 from training_hub.scaling.formulas import Work, bubble, kept_numbers, memory, operations, traffic
 from training_hub.scaling.models import KEPT
@@ -72,7 +75,7 @@ def test_forgetting_more_keeps_less_and_computes_more():
     kept = [kept_numbers(EIGHT, how) for how in ("none", "selective", "full")]
     assert kept[0] > kept[1] > kept[2] == EIGHT.width
     work = [
-        operations(EIGHT, Degrees(dp_shard=8), replace(WORK, checkpointing=how))
+        operations(EIGHT, Degrees(dp_shard=8), replace(WORK, checkpointing=how)).total
         for how in ("none", "selective", "full")
     ]
     assert work[0] == work[1] < work[2] == pytest.approx(work[0] * 4 / 3)
@@ -113,6 +116,49 @@ def test_published_memory_lies_above_the_formulas_and_within_what_is_left_free(s
     published runs, 71.9 GiB, lies 27 % above its formula, three points beyond 1 / ROOM."""
     computed = memory(shape, layout, work).total / GIB
     assert computed < gib < 1.02 * computed / ROOM
+
+
+# Tokens per second and GPU of the same page's table 2: 8B on 8 GPUs, in 8 bits, one sample over so many devices.
+WITH_CONTEXT = ((1, 32768, 3890), (2, 65536, 2540), (4, 131072, 1071), (8, 262144, 548))
+
+
+def test_long_samples_slow_down_as_published_but_for_what_context_costs_beyond_attention():
+    """Relative to one device a sample: within 5 % for two, and never slower than published. One rate for all operations
+    would be 98 % too fast for eight, where an exchange of keys beyond its bytes is still missing."""
+    found = []
+    for context, length, _ in WITH_CONTEXT:
+        layout = Degrees(dp_shard=8 // context, cp=context)
+        work = Work(8 // context, length, 1, "full", is_in_eight_bits=True, **TITAN)
+        found.append(length / context / candidate(EIGHT, layout, Cluster(H100, 8), work, 96).seconds)
+    shares = [
+        ours / found[0] / (theirs / WITH_CONTEXT[0][2]) for ours, (*_, theirs) in zip(found, WITH_CONTEXT, strict=True)
+    ]
+    assert shares[1] == pytest.approx(1, abs=0.05)
+    assert shares == pytest.approx([1, 1, 1.35, 1.35], abs=0.06)
+
+
+def test_what_is_said_to_have_more_parts_has_more():
+    told_so = 0
+    for world in (64, 512, 1024):
+        found = candidates(MIXTURE, Cluster(H100, world), WORK, H100.memory_gib)
+        chosen, families = best(found), {family(one.degrees): one for one in by_family(found)}
+        assert chosen is not None
+        for line in reasons(chosen, list(families.values())):
+            if line.endswith("has more parts"):
+                other = families[line.split(" would take")[0]]
+                assert told(other.degrees).count(",") > told(chosen.degrees).count(","), line
+                told_so += 1
+    assert told_so
+
+
+def test_products_in_eight_bits_are_faster_and_attention_is_not():
+    short, long = (replace(WORK, length=length) for length in (512, 131072))
+    gained = []
+    for work in (short, long):
+        both = [replace(work, is_in_eight_bits=is_so) for is_so in (False, True)]
+        slow, fast = (candidate(EIGHT, Degrees(dp_shard=8), Cluster(H100, 8), one, 80).compute_seconds for one in both)
+        gained.append(slow / fast)
+    assert EIGHT_BITS > gained[0] > 1.4 > gained[1] > 1
 
 
 def test_the_choice_fits_and_is_the_fastest_but_for_simplicity():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from training_hub.recipe.parallelism import Degrees
-from training_hub.scaling.formulas import Memory, Traffic, Work, bubble, memory, operations, traffic
+from training_hub.scaling.formulas import Memory, Operations, Traffic, Work, bubble, memory, operations, traffic
 from training_hub.scaling.models import Shape
 
 GIB = 2**30
@@ -19,6 +19,14 @@ libraries and what the allocator loses (docs/scaling.md)."""
 EFFICIENCY = 0.5
 """Share of the peak that products reach; published bfloat16 runs lie between 0.33 and 0.58. It only weighs computing
 against sending."""
+
+ATTENTION = 0.35 * 6 / 7
+"""The same of attention: FlashAttention-2 reaches 0.35 on an H100 (Shah et al. 2024, arXiv:2407.08608, abstract), and
+its backward pass has five products, of which `operations` counts four. cuDNN's reached 0.42 on an H200, counted so
+(benchmarks/GPU.md: 548 TFLOP/s forward, 470 backward)."""
+
+EIGHT_BITS = 1205 / 777
+"""How much faster products in 8-bit floating point are, both measured on one H200 (benchmarks/GPU.md)."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +162,18 @@ def _powers(most: int) -> list[int]:
 def candidate(shape: Shape, degrees: Degrees, cluster: Cluster, work: Work, room_gib: float) -> Candidate:
     """What a layout takes on a cluster."""
     sent = traffic(shape, degrees, work)
-    compute = operations(shape, degrees, work) / (EFFICIENCY * cluster.device.peak) / (1 - bubble(degrees, work))
+    compute = _computing(operations(shape, degrees, work), work, cluster.device.peak) / (1 - bubble(degrees, work))
     seconds = _seconds(sent, degrees, work, cluster)
     ahead = max(0.0, seconds["shards"] + seconds["copies"] - compute)  # travels while it computes
     waiting = sum(seconds[name] for name in ("tensor", "context", "pipeline", "expert"))
     is_doubtful = degrees.cp > 1 and work.length < LONG
     return Candidate(degrees, work, memory(shape, degrees, work), sent, compute, ahead + waiting, room_gib, is_doubtful)
+
+
+def _computing(needed: Operations, work: Work, peak: float) -> float:
+    """Seconds that a device computes, each kind of operation at the share of the peak that it reaches."""
+    layers = needed.layers / (EIGHT_BITS if work.is_in_eight_bits else 1)
+    return (layers + needed.head) / (EFFICIENCY * peak) + needed.attention / (ATTENTION * peak)
 
 
 def _seconds(sent: Traffic, degrees: Degrees, work: Work, cluster: Cluster) -> dict[str, float]:
@@ -209,8 +223,8 @@ def _parts(degrees: Degrees) -> int:
 
 
 LONG = 16384
-"""Tokens of a sample from which context parallelism is taken where another layout would do: published runs with it are
-up to twice as slow as the formulas say (docs/scaling.md)."""
+"""Tokens of a sample from which context parallelism is taken where another layout would do: published runs with it lose
+more than the formulas say (docs/scaling.md)."""
 
 SIMPLER = 1.05
 """A layout of fewer parts is taken if it is at most so much slower: the estimate is no better than that."""
@@ -248,7 +262,7 @@ def _reason(chosen: Candidate, other: Candidate) -> str:
         return (
             f"{name} divides samples of fewer than {LONG:,} tokens: slower than {ratio:.2f} times, which formulas say"
         )
-    if ratio <= SIMPLER:
+    if ratio <= SIMPLER and _parts(other.degrees) > _parts(chosen.degrees):
         return f"{name} would take {'about as long' if ratio > 1 / SIMPLER else 'less'}, and has more parts"
     more_compute = other.compute_seconds - chosen.compute_seconds
     if more_compute < other.sending_seconds - chosen.sending_seconds:

@@ -39,7 +39,8 @@ class Work:
 
     checkpointing: what layers forget: none, selective (all but the results of products and attention), full.
     products_kept: of selective checkpointing, the share of products' results that is kept (torchtitan: every second).
-    shards_context: whether devices of a context group share out weights, too (torchtitan's do).
+    shards_context: whether devices of a context group share out weights, too (torchtitan's do). is_in_eight_bits:
+    whether layers multiply in 8-bit floating point.
     """
 
     samples: int
@@ -49,6 +50,7 @@ class Work:
     has_whole_logits: bool = False
     products_kept: float = 1.0
     shards_context: bool = False
+    is_in_eight_bits: bool = False
 
     def shards(self, degrees: Degrees) -> int:
         """Devices that share out dense weights."""
@@ -200,13 +202,31 @@ def _ring(size: int) -> float:
     return (size - 1) / size
 
 
-def operations(shape: Shape, degrees: Degrees, work: Work) -> float:
-    """Floating-point operations of one device in a step: 6 for each weight and token, of which full checkpointing
-    repeats a third (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), and causal attention."""
-    tokens = work.samples * work.length / degrees.world_size
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of one device in a step: products with the weights of layers, with the head's, and
+    those of attention, which have no weights."""
+
+    layers: float
+    head: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.head + self.attention
+
+
+def operations(shape: Shape, degrees: Degrees, work: Work) -> Operations:
+    """6 for each weight and token, of which full checkpointing repeats a third (Kaplan et al. 2020, arXiv:2001.08361,
+    section 2.1), and causal attention: 2 products forward and 4 backward."""
     again = {"none": 0.0, "selective": (1 - work.products_kept) / 3, "full": 1 / 3}[work.checkpointing]
-    attention = 6 * shape.layers * shape.query_width * work.length  # 12 L A S, halved by the mask
-    return tokens * (6 * shape.active_parameters + attention) * (1 + again)
+    tokens = work.samples * work.length / degrees.world_size * (1 + again)
+    head = shape.vocabulary * shape.width
+    return Operations(
+        layers=tokens * 6 * (shape.active_parameters - head),
+        head=tokens * 6 * head,
+        attention=tokens * 6 * shape.layers * shape.query_width * work.length,  # 12 L A S, halved by the mask
+    )
 
 
 def bubble(degrees: Degrees, work: Work) -> float:

@@ -25,6 +25,7 @@ from training_hub.backends.torch_engine.loading.model import choose_device, fold
 from training_hub.backends.torch_engine.loading.quantization import NONE, dequantise, loading_options, multiply_dense
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.materials import load_materials
+from training_hub.backends.torch_engine.merged_weights import merged_by_peft
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written, base_of
 from training_hub.backends.torch_engine.saving.export import WholeModel
 from training_hub.data.tokenizer import ChatTokenizer
@@ -142,7 +143,7 @@ def merge(
     console.say(f"merge: {adapter} into {path}" + _of_quantised(origin))
     wanted = _logits(loader.with_adapter(adapter, "float32"), ids)
     model = loader.with_adapter(adapter, "float32", is_dense=True)
-    merged = _merged(model)
+    merged = merged_by_peft(model)
     size = sum(p.numel() for p in merged.parameters()) * dtype.itemsize
     facts = {"adapter": str(adapter), "base": str(path), "quantization": origin["quantization"]}
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
@@ -152,8 +153,7 @@ def merge(
         with base_of(chosen, merged).opened() as came:
             tensors = _as(merged.state_dict(), written, came)
         WholeModel(trust_remote_code, max_shard_size).save(merged, tensors, dtype, aside)
-        tokenizer.save_pretrained(aside)
-        _take_generation_config(adapter, aside)
+        put_tokenizer_beside(adapter, aside)
         del model, merged
         found = deviation(wanted, _logits(loader.plain(aside, "float32"), ids))
         if not found.relative <= FAR:
@@ -218,15 +218,6 @@ class _Loader:
             return library.load().PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
-def _merged(model: Any) -> Any:
-    try:
-        with library.quiet():
-            return model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
-        kind = model.peft_config["default"].peft_type
-        raise RecipeError(f"merge: an adapter of kind {getattr(kind, 'value', kind)} is not merged: {error}") from error
-
-
 def _problems(adapter: Path, output: Path, path: str | None, trust_remote_code: bool) -> list[str]:
     if not library.is_installed():
         return [library.MISSING]
@@ -274,8 +265,9 @@ def _as(tensors: dict[str, Tensor], written: Written, came: OpenBase) -> dict[st
     return {name: made[tensor.data_ptr()] for name, tensor in tensors.items()}
 
 
-def _take_generation_config(adapter: Path, folder: Path) -> None:
-    """The stop ids that training found go with the model."""
+def put_tokenizer_beside(adapter: Path, folder: Path) -> None:
+    """Write the adapter's tokenizer beside merged weights, and the stop ids that training found."""
+    ChatTokenizer.load(str(adapter)).hf.save_pretrained(folder)
     ours, theirs = adapter / "generation_config.json", folder / "generation_config.json"
     if ours.is_file():
         before = json.loads(theirs.read_text(encoding="utf-8")) if theirs.is_file() else {}

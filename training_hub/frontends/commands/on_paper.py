@@ -102,7 +102,8 @@ def work_of(recipe: Recipe) -> Work:
     """What a step of the recipe learns from."""
     length = recipe.training.max_seq_len
     at_once = recipe.training.max_tokens_per_gpu or max(TOKENS_AT_ONCE, length)
-    return Work(recipe.training.global_batch_size, length, max(1, at_once // length))
+    rows = max(1, at_once // length)
+    return Work(recipe.training.global_batch_size, length, rows, is_in_eight_bits=recipe.training.fp8)
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.backends.torch_engine.lora.test_runs import adapter_of, same_adapters, train
@@ -57,6 +58,20 @@ def test_the_loss_follows_that_of_unquantised_weights(kind, unquantised, wide_mo
     assert result.plan["memory_gib"]["activations"] == unquantised.plan["memory_gib"]["activations"]
     assert result.plan["quantization"]["name"] == kind
     assert len(result.plan["quantization"]) == 2
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_the_plan_counts_what_is_not_quantised_in_the_format_that_computes(
+    dtype, width, wide_model_folder, chat_file, tmp_path
+):
+    """The files are in float32: what bits save is saved of what the run would hold, not of what the files do."""
+    asked = {"quantization": "int8", "dtype": dtype}
+    result = train(wide_model_folder, chat_file, tmp_path / "run", model=asked, training={"steps": 1})
+    base = load_file(wide_model_folder / "model.safetensors")
+    numbers = {name: one.numel() for name, one in base.items()}
+    linear = sum(count for name, count in numbers.items() if name.endswith("_proj.weight"))
+    others = sum(numbers.values()) - linear + sum(one.numel() for one in adapter_of(result).values())
+    assert result.plan["memory_gib"]["weights"] * 2**30 == pytest.approx(linear + width * others)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.freezing import freeze
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.recipe.freezing import Freezing
@@ -39,7 +40,7 @@ class Full(OfParameters):
     def begin(self, console: Console) -> None:
         """Nothing to prepare from the weights."""
 
-    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:
         """Make something of the final model beside it: nothing."""
 
     def proofs(self) -> list[Proof]:

@@ -14,7 +14,7 @@ class Holdings:
     in; `copied_bytes` each. gradients: numbers of the gradients that wait for further packs of a step in place of those
     of the claimed parameters. complete: the same once those of a step are complete. saved: numbers in a checkpoint
     beside those that the optimizer moves. exported: numbers of the final model's files, where these are not the whole
-    model. spared: bytes by which frozen weights are smaller than in the format of the model.
+    model. quantised: numbers of frozen weights that take so many `bits` each, scales included.
     """
 
     claimed: frozenset[str] = frozenset()
@@ -26,7 +26,12 @@ class Holdings:
     complete: int = 0
     saved: int = 0
     exported: int | None = None
-    spared: int = 0
+    quantised: int = 0
+    bits: float = 0.0
+
+    def spared(self, itemsize: int) -> float:
+        """Bytes by which frozen weights are smaller than in a format of `itemsize` bytes."""
+        return self.quantised * (itemsize - self.bits / 8)
 
     def of_share(self, share: float) -> Holdings:
         """What a process has of it that has this share of the layers."""
@@ -34,5 +39,5 @@ class Holdings:
         return replace(self, **numbers)
 
 
-OF_LAYERS = ("trained", "fixed", "copied", "gradients", "complete", "saved", "spared")
+OF_LAYERS = ("trained", "fixed", "copied", "gradients", "complete", "saved", "quantised")
 NOTHING = Holdings()

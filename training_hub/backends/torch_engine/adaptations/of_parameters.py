@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from training_hub.backends.torch_engine.layouts import Layout
-
 
 class OfParameters:
     """The part of an adaptation that has nothing to do where the optimizer moves the model's own parameters."""
@@ -75,9 +73,6 @@ class OfParameters:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take over."""
-
-    def bring_together(self, layout: Layout) -> None:
-        """Nothing lies in other processes."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """Further files of the final model's folder: none."""

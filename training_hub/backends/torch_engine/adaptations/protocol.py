@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
-from training_hub.backends.torch_engine.layouts import Layout
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.types import Console, Proof
@@ -113,14 +113,12 @@ class Adaptation(Protocol):
         """What it proves of itself before the first step."""
         ...
 
-    def bring_together(self, layout: Layout) -> None:
-        """Let process 0 have all of `beside`. All must call it, where stages have layers of their own."""
-        ...
-
     def beside(self) -> dict[str, dict[str, Tensor]]:
-        """Further safetensors files of the final model's folder, by name."""
+        """Further safetensors files of the final model's folder, by name; where stages have layers of their own, what
+        they hold of those that are here."""
         ...
 
-    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
-        """Make what is wanted of the final model beside it. rows: token ids of rows that were not trained."""
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:
+        """Make what is wanted of the final model beside it. rows: token ids of rows that were not trained. group: the
+        processes over which the model is divided, all of which must call it."""
         ...

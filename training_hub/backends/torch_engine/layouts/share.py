@@ -197,7 +197,7 @@ def divided_parts(
     share: Share,
     dtype: torch.dtype,
     apart: Collection[nn.Parameter],
-    spared: int = 0,
+    spared: float = 0,
 ) -> dict[str, Any]:
     """Bytes by part of a process with slices, from those of one with everything; what its optimizer keeps is known.
 

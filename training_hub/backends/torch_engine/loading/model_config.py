@@ -53,6 +53,13 @@ def read_config(chosen: Model, *, with_weights: bool = True) -> tuple[Any, torch
     return config, original
 
 
+def take_generation_config(model: PreTrainedModel, chosen: Model) -> None:
+    """Let a model that was made from the config of `chosen` alone generate as that does; in place."""
+    path = Path(chosen.path).expanduser() / "generation_config.json"
+    if model.can_generate() and path.is_file():
+        model.generation_config = from_library(chosen, "GenerationConfig", {"local_files_only": True})
+
+
 def source_options(chosen: Model) -> dict[str, Any]:
     """Which code and files the library may take, for any of its `from_pretrained`."""
     options: dict[str, Any] = {"trust_remote_code": chosen.trust_remote_code}

@@ -88,16 +88,10 @@ def num_numbers(parameter: Tensor) -> int:
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
-def spared_bytes(model: Any, quantization: str, itemsize: int) -> int:
-    """Bytes by which the frozen weights of linear layers are smaller than in a format of `itemsize` bytes.
-
-    From shapes: `model` may be quantised already, or lie on the meta device.
-    """
-    method = METHODS.get(quantization)
-    if method is None:
-        return 0
-    numbers = sum(num_numbers(weight) for weight in _frozen_matrices(model))
-    return int(numbers * (itemsize - method.bits / 8))
+def num_quantised(model: Any) -> int:
+    """How many weights linear layers have that are frozen, and so are kept in fewer bits; from shapes: `model` may be
+    quantised already, or lie on the meta device."""
+    return sum(num_numbers(weight) for weight in _frozen_matrices(model))
 
 
 def _frozen_matrices(model: Any) -> Iterator[Tensor]:
@@ -198,6 +192,32 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         return upstream[0] @ dense(ctx.layer, upstream[0].dtype), None
+
+
+def linear_weights(model: Any, quantization: str) -> frozenset[str]:
+    """The names of the weights that are kept in fewer bits, of a model that has none of them yet."""
+    chosen = {id(weight) for weight in _frozen_matrices(model)} if quantization != NONE else set[int]()
+    return frozenset(name for name, one in model.named_parameters() if id(one) in chosen)
+
+
+@torch.no_grad()
+def rounded(weight: Tensor, quantization: str) -> Tensor:
+    """[N, M] in float32: the numbers of the weight of a linear layer once it is kept in 4 or 8 bits, as `dequantise`
+    finds them in a model that was read so."""
+    with quiet():
+        import_module(METHODS[quantization].package)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    if quantization == "int4":
+        from bitsandbytes.nn import Params4bit
+
+        packed = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
+        layer.weight = packed.to(weight.device)
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(layer, Int8WeightOnlyConfig())
+    return dense(layer, torch.float32)
 
 
 @torch.no_grad()

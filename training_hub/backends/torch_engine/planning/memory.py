@@ -131,7 +131,8 @@ def estimate(
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
-    read = sum(p.numel() for p in blank.parameters()) * dtype.itemsize - holdings.spared if is_read_whole else 0
+    spared = holdings.spared(dtype.itemsize)
+    read = sum(p.numel() for p in blank.parameters()) * dtype.itemsize - spared if is_read_whole else 0
     has_experts, owned = any(experts_of(blank)), _owned_bytes(blank, optimizer, holdings.claimed, dtype)
     apart = cut_down(blank, share)
     part = part_of(largest, share)
@@ -145,7 +146,7 @@ def estimate(
     parts: Estimate = {
         "libraries": LIBRARIES.get(device.type, 0),
         "weights": sum(p.numel() for p in blank.parameters()) * dtype.itemsize
-        - holdings.spared
+        - spared
         + (holdings.trained + holdings.fixed) * exact
         + (holdings.copied * holdings.copied_bytes if is_low else 0),
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
@@ -168,7 +169,7 @@ def estimate(
     if is_staged:
         parts["staged"] = _staged_bytes(parts, sum(p.numel() for p in trained), own.numel(), holdings, exact, share)
     if share.slices > 1:
-        parts = divided_parts(parts, blank, share, dtype, apart, holdings.spared)
+        parts = divided_parts(parts, blank, share, dtype, apart, spared)
         parts["optimizer"] = _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
     head = getattr(blank.get_output_embeddings(), "weight", None)  # which another stage may have
     if share.gathers_head and head is not None:
@@ -185,7 +186,7 @@ def estimate(
     if share.slices == 1:
         moments = {name: value + parts.get("gathered", 0) for name, value in flow.moments().items()}
     else:
-        gathering, of_blocks = _gathering(blank, apart, dtype, device, share, holdings.spared)
+        gathering, of_blocks = _gathering(blank, apart, dtype, device, share, spared)
         moments = gathering.moments(flow, of_blocks)
         parts["buffers"] = gathering.buffers
         gathered = (gathering.block, gathering.around, *gathered[2:])
@@ -266,7 +267,7 @@ def _gathering(
     dtype: torch.dtype,
     device: torch.device,
     share: Share,
-    spared: int,
+    spared: float,
 ) -> tuple[Gathering, float]:
     """What is gathered of weights in slices, and bytes of this process's slices of the gradients of blocks."""
     exact = 4 if dtype in LOW_PRECISION else dtype.itemsize

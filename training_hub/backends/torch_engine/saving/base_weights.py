@@ -25,7 +25,7 @@ from training_hub.recipe.sections import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OF_ADAPTERS = (".base_layer", ".modules_to_save.default", ".original_module")
+OF_ADAPTERS = (".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module")
 """Parts that PEFT puts into the name of a weight that it wraps or copies."""
 
 
@@ -73,6 +73,16 @@ class OpenBase:
     def __init__(self, files: ExpertFiles, held: Mapping[str, Tensor]):
         self._files, self._held = files, held
         self.unlike: list[str] = []
+
+    @property
+    def files(self) -> ExpertFiles:
+        """The files, by the names that the model has for what they hold."""
+        return self._files
+
+    def whole(self, name: str) -> Tensor:
+        """All of the weight as it came."""
+        key = plain_name(name)
+        return self._held[key] if key in self._held else self._files.read(key, whole_cut(self._files.shapes[key]))
 
     def finer(self, name: str, parameter: Tensor, computed: torch.dtype | None = None) -> Tensor | None:
         """This process's piece of a weight of which `parameter` holds the rounding; None where it is no finer.

@@ -67,7 +67,7 @@ def planned(run: Run, exact: Exact, came: OpenBase, written: Written, size: str)
     formats = {name: written.dtype if one.dtype.is_floating_point else one.dtype for name, one in tensors.items()}
     files = parted(run.model, tensors, formats | kept, size)
     places = [each[0] for each in told]
-    return FilePlan(tensors, files, _writers(tensors, files, places), places, speakers)
+    return FilePlan(tensors, files, writers_of(tensors, files, places), places, speakers)
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -130,7 +130,7 @@ def parted(
     return files
 
 
-def _writers(tensors: Mapping[str, Kept], files: Mapping[str, Parts], places: Sequence[int]) -> dict[str, int]:
+def writers_of(tensors: Mapping[str, Kept], files: Mapping[str, Parts], places: Sequence[int]) -> dict[str, int]:
     """Each file is written by a process that has the most of it, by these in turn; the first one by process 0."""
     turns: Counter[int] = Counter()
     found: dict[str, int] = {}

@@ -17,6 +17,7 @@ from training_hub.backends.torch_engine.loading.model import LoadedModel
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.loading.rounding import RoundingModel
 from training_hub.backends.torch_engine.materials import Materials, rows_kept_back, stop_ids
+from training_hub.backends.torch_engine.parallel import ALONE
 from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, Written
 from training_hub.backends.torch_engine.saving.export import (
@@ -46,11 +47,12 @@ def finish(run: Run, loaded: LoadedModel, materials: Materials, folder: RunFolde
         return run.group.on_main(what, lambda: write() if take_chosen_step(run, console) else None)
     if not take_chosen_step(run, console):
         return None
-    run.adaptation.bring_together(run.layout)
     if run.adaptation.files is None:
         return _write_together(run, loaded, materials, folder, console)
     held = gather_adapter(run)
-    return run.group.on_main(what, lambda: write(held))
+    path: str = run.group.on_main(what, lambda: write(held))
+    run.adaptation.further(Path(path), rows_kept_back(materials), console, run.group)
+    return path
 
 
 def take_chosen_step(run: Run, console: Console) -> bool:
@@ -78,7 +80,8 @@ def _write(
         f"final: {folder.final} ({_named(dtype)}), loaded again and equal; logits differ from "
         f"training by at most {difference:.1e}"
     )
-    run.adaptation.further(folder.final, rows_kept_back(materials), console)
+    if held is None:
+        run.adaptation.further(folder.final, rows_kept_back(materials), console, ALONE)
     return str(folder.final)
 
 
@@ -90,7 +93,7 @@ def _write_together(run: Run, loaded: LoadedModel, materials: Materials, folder:
     def beside(aside: Path) -> None:
         _show_answers(run)
         documents = _card(run, folder, dtype, numbers)
-        put_beside(aside, materials.tokenizer.hf, template, stop_ids(materials), run.adaptation.beside(), documents)
+        put_beside(aside, materials.tokenizer.hf, template, stop_ids(materials), {}, documents)
 
     with run.updater.averaged(), library_bars():
         refuse_nonfinite_logits(float(probed_logits(run.model, run.device).abs().max()))

@@ -40,9 +40,9 @@ ALIGNED = 8
 class GrowingFile:
     """The file at `path`, which is to hold the tensors that `about` tells of; all must be put there, in any order."""
 
-    def __init__(self, path: Path, about: Mapping[str, About]):
+    def __init__(self, path: Path, about: Mapping[str, About], metadata: Mapping[str, str] | None = METADATA):
         self.path = path
-        header, self._starts, size = _header(about)
+        header, self._starts, size = _header(about, metadata)
         self._sums: dict[str, int] = {}
         with path.open("wb") as file:
             file.write(header)
@@ -69,10 +69,10 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _header(about: Mapping[str, About]) -> tuple[bytes, dict[str, int], int]:
+def _header(about: Mapping[str, About], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
     """What stands before the numbers, where those of each tensor begin, and how many bytes they have in all."""
     order = list(NAMES)
-    content: dict[str, object] = {"__metadata__": METADATA}
+    content: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     starts, end = {}, 0
     for name in sorted(about, key=lambda one: (order.index(about[one][1]), one.encode())):
         shape, dtype = about[name]

@@ -30,7 +30,8 @@ from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_i
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
-from training_hub.backends.torch_engine.loading.quantization import num_numbers, spared_bytes
+from training_hub.backends.torch_engine.loading.quantization import METHODS, num_numbers, num_quantised
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
 from training_hub.errors import RecipeError
@@ -102,11 +103,13 @@ class Lora(OfParameters):
         trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         is_kept = is_changing_its_base(self._config)
         averages = 2 * trained if self._allocation is not None else 0
+        method = METHODS.get(self._recipe.model.quantization)
         return Holdings(
             fixed=averages + (trained if is_kept else 0),
             saved=averages,
             exported=(2 if is_kept else 1) * trained,
-            spared=spared_bytes(self._model, self._recipe.model.quantization, self._dtype.itemsize),
+            quantised=num_quantised(self._model) if method is not None else 0,
+            bits=method.bits if method is not None else 0.0,
         )
 
     def expect_steps(self, total: int) -> None:
@@ -176,25 +179,24 @@ class Lora(OfParameters):
             tensors = self._start.difference(tensors)
         return {name: t.to(written.dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
 
-    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:
         """With lora.merge, the merged model in `merged` beside the final one; one that is there makes way."""
         if not self._recipe.lora.merge:
             return
         from training_hub.backends.torch_engine.merging import merge
+        from training_hub.backends.torch_engine.merging_together import merge_together
 
-        merged = RunFolder(final.parent).merged
-        if merged.exists():
-            remove(merged)
-        chosen = self._recipe.model
-        merge(
-            final,
-            merged,
-            console,
-            save_dtype=chosen.save_dtype,
-            rows=rows,
-            trust_remote_code=chosen.trust_remote_code,
-            max_shard_size=self._recipe.checkpoint.max_shard_size,
-        )
+        merged, chosen = RunFolder(final.parent).merged, self._recipe.model
+        how: dict[str, Any] = {
+            "save_dtype": chosen.save_dtype,
+            "trust_remote_code": chosen.trust_remote_code,
+            "max_shard_size": self._recipe.checkpoint.max_shard_size,
+        }
+        group.on_main("the merged model of before", lambda: remove(merged) if merged.exists() else None)
+        if group.world_size == 1:
+            merge(final, merged, console, rows=rows, **how)
+        else:
+            merge_together(group, final, merged, console, **how)
 
     @property
     def files(self) -> AdapterFiles:

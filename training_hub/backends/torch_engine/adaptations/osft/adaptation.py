@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training_hub.backends.shared.model_folder import stored_dtype
 from training_hub.backends.torch_engine.adaptations.full import Full
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
-from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, read_state, state_of
+from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, NOTHING, read_state, state_of
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
 from training_hub.backends.torch_engine.adaptations.osft.division import collected
 from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
@@ -32,7 +32,7 @@ from training_hub.backends.torch_engine.adaptations.osft.table import Row, told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.stages import DEGREE
-from training_hub.backends.torch_engine.parallel import shared_out
+from training_hub.backends.torch_engine.parallel import Group, shared_out
 from training_hub.backends.torch_engine.saving.base_weights import UNREAD, BaseWeights, OpenBase, Written
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.data.cache import cache_folder
@@ -65,7 +65,6 @@ class Osft:
         self._spaces = LowSpaces([], self._settings.form)
         self._shares: dict[str, float] = {}
         self._layout = WHOLE
-        self._others: dict[str, Tensor] = {}
         self._is_staged = recipe.parallelism.pipeline_parallel_degree > 1
         self._base = UNREAD
         self.claimed: frozenset[str] = frozenset()
@@ -134,13 +133,13 @@ class Osft:
     @torch.no_grad()
     def begin(self, console: Console) -> None:
         """Decompose the targets, and say what is protected, trained in full and frozen."""
-        earlier = read_state(self._came_from, self._targets) if self._settings.carry else {}
+        earlier = read_state(self._came_from, self._targets) if self._settings.carry else NOTHING
         if not self._settings.carry and (self._came_from / FILE).is_file():
             console.say(
                 f"osft: {self._came_from / FILE} is not used, since osft.carry is false: a fresh decomposition may "
                 "leave unprotected what an earlier task wrote"
             )
-        elif earlier:
+        elif earlier.path is not None:
             console.say(f"osft: going on from what {self._came_from / FILE} protects")
         here = self._layout.names_here(self._model)
         targets = [one for one in self._targets if one.parameter_name in here]
@@ -156,7 +155,7 @@ class Osft:
             console.progress("decomposing weights", sum(costs[name] for name in own), "GFLOP") as advance,
         ):
             for name in own:
-                splits[name] = self._split(named[name], earlier.get(name), console, came)
+                splits[name] = self._split(named[name], earlier.of(name), console, came)
                 advance(costs[name])
             starts = {name: _start(name, p, came) for name, p in parameters_of(targets).items() if is_low_precision(p)}
         self._base.let_go(starts)
@@ -252,18 +251,12 @@ class Osft:
         """What an adaptation itself can prove before the first step: nothing; leak and drift are told in each step."""
         return []
 
-    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console) -> None:
+    def further(self, final: Path, rows: Sequence[Sequence[int]], console: Console, group: Group) -> None:
         """Make something of the final model beside it: nothing."""
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
-        """Further safetensors files of the final model's folder, by name."""
-        return {FILE: {**state_of(self._spaces.pairs()), **self._others}} if self._settings.carry else {}
-
-    def bring_together(self, layout: Layout) -> None:
-        """Let process 0 have what it writes beside the final model. All must call it."""
-        if self._settings.carry and self._is_staged:
-            own = state_of(self._spaces.pairs()) if layout.is_first else {}
-            self._others = layout.collected({name: tensor.cpu() for name, tensor in own.items()}, set())[0]
+        """Further safetensors files of the final model's folder, by name; of the layers that are here."""
+        return {FILE: state_of(self._spaces.pairs())} if self._settings.carry else {}
 
     def _split(self, target: Target, before: Split | None, console: Console, came: OpenBase) -> Split:
         ratio, energy = self._settings.unfreeze_rank_ratio, self._settings.energy or 0.0
