@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.invariants.run import recipe
+from training_hub.backends.torch_engine.planning.memory import GIB
+from training_hub.backends.torch_engine.planning.plan import plan
+from training_hub.monitoring.console import open_console
+
 SLICES = {"data_parallel_shard_degree": -1}
 HEADS = {"tensor_parallel_degree": 2, "sequence_parallel": False}
 SEQUENCE = {"tensor_parallel_degree": 2}
@@ -129,3 +134,30 @@ def test_they_do_under_every_way_to_forget_and_in_every_order(family, dtype, par
 @pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), FURTHER, ids=json.dumps)
 def test_they_do_in_products_of_layouts(family, dtype, parallelism, packs, how, four):
     compare_peaks(four.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))
+
+
+SPLIT = {**STAGES, "tensor_parallel_degree": 2}
+ADAPTED = {"algorithm": "lora_sft", "lora": {"r": 4}}
+ON_ENDS = {"algorithm": "lora_sft", "lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("parallelism", [{}, SLICES, SPLIT, {**STAGES, **TOKENS}, STAGES], ids=json.dumps)
+@pytest.mark.parametrize("sections", [ADAPTED, ON_ENDS], ids=json.dumps)
+def test_adapters_take_what_is_planned(sections, parallelism, dtype, four, folders, uneven_file, tmp_path):
+    """Planned is the process that takes most, of a pipeline one of several; but for a few hundred bytes of norms."""
+    asked = recipe(
+        folders("llama", num_hidden_layers=4, hidden_size=128),
+        uneven_file,
+        tmp_path / "out",
+        parallelism=parallelism,
+        model={"dtype": dtype},
+        optimizer={"lr": 1e-3},
+        processes={"procs": 4},
+        **sections,
+    )
+    planned = plan(asked, open_console("off"), measures=False)["memory_gib"]
+    wanted = {name: planned[name] * GIB for name in ("weights", "masters", "gradients")}
+    found = four.call("tests.distributed.measuring:held_in_run", asked.model_dump(mode="json"))
+    assert any(one == pytest.approx(wanted, rel=0.002) for one in found), (wanted, found)

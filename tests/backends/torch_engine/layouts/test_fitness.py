@@ -135,10 +135,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Write parallelism.pipeline_parallel_schedule: 1F1B or Interleaved1F1B",
     ),
-    "adapters in stages of split heads": (
-        {"parallelism": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}, "algorithm": "lora_sft"},
-        "algorithm: lora_sft in stages goes together with replicas and with slices of weights. Write",
-    ),
     "subspaces in stages of split tokens": (
         {
             "parallelism": {"pipeline_parallel_degree": 2, "context_parallel_degree": 2},

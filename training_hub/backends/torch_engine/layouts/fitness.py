@@ -115,7 +115,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
 def _beside_weights(recipe: Recipe) -> list[str]:
     """The settings of the recipe by which more than the weights of layers takes part in a step."""
     asked = {
-        "algorithm: lora_sft": recipe.algorithm == "lora_sft",
         "algorithm: osft": recipe.algorithm == "osft",
         "distillation.teacher": recipe.distillation.teacher,
         "loss.neftune_noise_alpha": recipe.loss.neftune_noise_alpha,
