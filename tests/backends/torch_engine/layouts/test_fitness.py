@@ -112,10 +112,6 @@ def test_layers_of_which_a_part_is_not_split_see_all_tokens():
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide": ({"parallelism": {"tensor_parallel_degree": 4}}, "key-value heads"),
-    "noise": (
-        {"parallelism": {"context_parallel_degree": 4}, "loss": {"neftune_noise_alpha": 5.0}},
-        "noise is drawn for whole samples",
-    ),
     "another adapter": (
         {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "dora"}},
         "an adapter of dora cannot be split",

@@ -19,7 +19,7 @@ from training_hub.backends.torch_engine.loading.model_config import read_blank_m
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
 
-CONTEXT, TENSOR = "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"
+TENSOR = "parallelism.tensor_parallel_degree"
 
 A_MATRIX = (4096, 4096)
 """The shape of a weight as blocks have them."""
@@ -59,10 +59,6 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
     refused = {
-        f"{CONTEXT}: noise is drawn for whole samples, and a process has parts of them. Write 1, or leave "
-        "loss.neftune_noise_alpha out.": degrees.cp > 1 and recipe.loss.neftune_noise_alpha,
-        f"{CONTEXT}: a teacher is asked about whole samples, and a process has parts of them. Write 1, or leave "
-        "distillation.teacher out.": degrees.cp > 1 and recipe.distillation.teacher,
         f"{TENSOR}: an adapter of {recipe.lora.tuner} cannot be split. Write 1, or lora.tuner: lora.": degrees.tp > 1
         and is_adapted
         and recipe.lora.tuner not in SPLIT_TUNERS,
