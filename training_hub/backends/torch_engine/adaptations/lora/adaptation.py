@@ -30,6 +30,7 @@ from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_i
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
+from training_hub.backends.torch_engine.loading.model import choose_device, choose_dtype
 from training_hub.backends.torch_engine.loading.quantization import num_numbers, spared_bytes
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
@@ -83,8 +84,9 @@ class Lora(OfParameters):
             # Ranks are shared out by comparing all of the adapter, which is small.
             self.undivided = frozenset(name for name, _ in model.named_parameters() if name.endswith(f".{ADAPTER}"))
         # Ranks are taken in the numbers that the optimizer moves: these are float32, without masters beside them.
-        wider = torch.promote_types(parameter.dtype, torch.float32)
-        self._dtype = parameter.dtype if self._allocation is None else wider
+        chosen = choose_dtype(self._recipe.model.dtype, choose_device()) if parameter.is_meta else parameter.dtype
+        wider = torch.promote_types(chosen, torch.float32)
+        self._dtype = chosen if self._allocation is None else wider
         for trained in model.parameters():
             if trained.requires_grad and trained.is_floating_point():
                 trained.data = trained.data.to(self._dtype)
