@@ -112,9 +112,5 @@ def _beside_weights(recipe: Recipe) -> list[str]:
     """The settings of the recipe by which more than the weights of layers takes part in a step."""
     asked = {
         "algorithm: osft": recipe.algorithm == "osft",
-        "distillation.teacher": recipe.distillation.teacher,
-        "loss.neftune_noise_alpha": recipe.loss.neftune_noise_alpha,
-        "freezing.unfreeze_interval": recipe.freezing.unfreeze_interval,
-        "qat.weight_dtype": recipe.qat.weight_dtype,
     }
     return [name for name, is_so in asked.items() if is_so]
