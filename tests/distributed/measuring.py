@@ -90,14 +90,15 @@ def _bytes(tensor: Tensor) -> int:
 
 def held_in_run(group: Group, recipe: dict[str, Any]) -> dict[str, float]:
     """Bytes of weights and masters that a process of a run holds before its first step, and of what its gradients will
-    be."""
+    be; with the weights what an adaptation keeps beside them."""
     asked, console = Recipe.model_validate(recipe), open_console("off")
     materials = load_materials(asked, Given(), console)
     layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
     run = assemble(
         asked, load_for(layout, asked, CPU, dtype, None, [], console), materials, CPU, dtype, console, layout=layout
     )
-    weights = {id_of(local_of(one)): _bytes(local_of(one)) for one in run.model.parameters()}
+    beside = (*run.adaptation.weights().values(), *run.adaptation.saved().values())
+    weights = {id_of(local_of(one)): _bytes(local_of(one)) for one in (*run.model.parameters(), *beside)}
     moved = run.updater.masters.weights.values()
     masters = {id_of(one): _bytes(one) for one in moved}
     return {
