@@ -131,14 +131,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Write parallelism.pipeline_parallel_schedule: 1F1B or Interleaved1F1B",
     ),
-    "subspaces in stages of split tokens": (
-        {
-            "parallelism": {"pipeline_parallel_degree": 2, "context_parallel_degree": 2},
-            "algorithm": "osft",
-            "osft": {"unfreeze_rank_ratio": 0.5},
-        },
-        "1, or parallelism.context_parallel_degree: 1.",
-    ),
     "ranks shared out over stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft", "lora": {"tuner": "adalora"}},
         "and a process has some of them. Write 1, or lora.tuner: lora.",

@@ -80,8 +80,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         return []
     asked = recipe.parallelism
     splits = ORDERS[asked.pipeline_parallel_schedule].splits
-    others = [FIELDS[name] for name in ("cp", "tp") if getattr(degrees, name) > 1]
-    others += ["expert_parallel_degree"] if degrees.ep > 1 else []
     refused = {
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, and those of slices are "
         f"added up in a whole backward pass. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or parallelism."
@@ -89,11 +87,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, which torch "
         f"{torch.__version__} does wrongly. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or install a newer one: "
         "pip install -U torch.": splits and not can_split_backward(),
-        **{
-            f"{PIPELINE}: {what} in stages goes together with replicas and with slices of weights. Write {PIPELINE}: "
-            f"1, or {' and '.join(f'parallelism.{name}: 1' for name in others)}.": bool(others)
-            for what in _beside_weights(recipe)
-        },
         f"{PIPELINE}: ranks of adalora are shared out by comparing those of all layers, and a process has some of "
         "them. Write 1, or lora.tuner: lora.": recipe.algorithm == "lora_sft"
         and recipe.lora.adapter is None
@@ -106,11 +99,3 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         "or optimizer.state: full.": splits and recipe.optimizer.state != "full",
     }
     return [problem for problem, is_so in refused.items() if is_so]
-
-
-def _beside_weights(recipe: Recipe) -> list[str]:
-    """The settings of the recipe by which more than the weights of layers takes part in a step."""
-    asked = {
-        "algorithm: osft": recipe.algorithm == "osft",
-    }
-    return [name for name, is_so in asked.items() if is_so]
