@@ -65,6 +65,7 @@ MORE_CASES: dict[str, Case] = {
     "in the last layer alone": ("llama", {}, {"lora": {**LORA, **OF_LAYER, "options": {"layers_to_transform": [3]}}}),
     "in the first layer alone": ("llama", BACK, IN_FIRST),
     **{f"an adapter of {tuner}": ("llama", {}, {"lora": {**LORA, "tuner": tuner}}) for tuner in ("dora", "pissa")},
+    "on experts": ("qwen3-moe", {}, {"lora": LORA}),
     "an adapter of another kind": ("llama", {}, {"lora": {"r": 4, "tuner": "loha"}}),
     "with proofs": ("llama", {}, PROVEN),
     "layers made again": (
@@ -122,6 +123,8 @@ PRODUCTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "stages of split tokens, an adapter of dora": ("llama", TOKENS, {"lora": {**LORA, "tuner": "dora"}}),
     "stages of split tokens, an adapter of pissa": ("llama", TOKENS, {"lora": {**LORA, "tuner": "pissa"}}),
     "stages of split tokens, with proofs": ("qwen3", TOKENS, PROVEN),
+    "stages of split tokens, on experts": ("mixtral", TOKENS, {"lora": LORA}),
+    "slices, on experts": ("qwen3-moe", {"data_parallel_shard_degree": 2}, {"lora": LORA}),
     "stages of experts": ("qwen3-moe", EXPERTS, {"lora": BESIDE_EXPERTS}),
     "stages of experts among heads": ("qwen3-moe", {**HEADS, "expert_parallel_degree": 2}, {"lora": BESIDE_EXPERTS}),
     "stages of experts among tokens": ("mixtral", {**TOKENS, "expert_parallel_degree": 2}, {"lora": BESIDE_EXPERTS}),
