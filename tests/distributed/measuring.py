@@ -91,6 +91,26 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def held_in_run(group: Group, recipe: dict[str, Any]) -> dict[str, float]:
+    """Bytes of weights and masters that a process of a run holds before its first step, and of what its gradients will
+    be; with the weights what an adaptation keeps beside them."""
+    asked, console = Recipe.model_validate(recipe), open_console("off")
+    materials = load_materials(asked, Given(), console)
+    layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
+    run = assemble(
+        asked, load_for(layout, asked, CPU, dtype, None, [], console), materials, CPU, dtype, console, layout=layout
+    )
+    beside = (*run.adaptation.weights().values(), *run.adaptation.saved().values())
+    weights = {id_of(local_of(one)): _bytes(local_of(one)) for one in (*run.model.parameters(), *beside)}
+    moved = run.updater.masters.weights.values()
+    masters = {id_of(one): _bytes(one) for one in moved}
+    return {
+        "weights": sum(weights.values()),
+        "masters": sum(size for key, size in masters.items() if key not in weights),
+        "gradients": sum(masters.values()),
+    }
+
+
 def written(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, Any]:
     """What this process makes of the final model, in one file, of a run that has not learned yet."""
     run, loaded = _begun(group, recipe)

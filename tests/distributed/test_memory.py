@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.invariants.run import recipe
+from training_hub.backends.torch_engine.planning.memory import GIB
+from training_hub.backends.torch_engine.planning.plan import plan
+from training_hub.monitoring.console import open_console
+
 SLICES = {"data_parallel_shard_degree": -1}
 HEADS = {"tensor_parallel_degree": 2, "sequence_parallel": False}
 SEQUENCE = {"tensor_parallel_degree": 2}
@@ -129,3 +134,38 @@ def test_they_do_under_every_way_to_forget_and_in_every_order(family, dtype, par
 @pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), FURTHER, ids=json.dumps)
 def test_they_do_in_products_of_layouts(family, dtype, parallelism, packs, how, four):
     compare_peaks(four.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))
+
+
+SPLIT = {**STAGES, "tensor_parallel_degree": 2}
+ADAPTED = {"algorithm": "lora_sft", "lora": {"r": 4}}
+ON_ENDS = {"algorithm": "lora_sft", "lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}}
+PROTECTED = {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False}}
+BESIDE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    *((sections, "llama", way) for sections in (ADAPTED, ON_ENDS) for way in ({}, SLICES, SPLIT, STAGES)),
+    *((PROTECTED, "llama", way) for way in ({}, SLICES, SPLIT, {**STAGES, **TOKENS})),
+    *((PROTECTED, "qwen3-moe", way) for way in (EXPERTS, {**STAGES, **EXPERTS})),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("sections", "family", "parallelism"), BESIDE, ids=json.dumps)
+def test_adaptations_take_what_is_planned(sections, family, parallelism, dtype, four, folders, uneven_file, tmp_path):
+    """Planned is the process that takes most, of a pipeline one of several; but for a few hundred bytes of norms."""
+    asked = recipe(
+        folders(family, num_hidden_layers=4, hidden_size=128),
+        uneven_file,
+        tmp_path / "out",
+        parallelism=parallelism,
+        model={"dtype": dtype},
+        optimizer={"lr": 1e-3},
+        processes={"procs": 4},
+        **sections,
+    )
+    planned = plan(asked, open_console("off"), measures=False)["memory_gib"]
+    # Dense gradients come and go beside those of factors.
+    parts = ("weights", "masters") if sections is PROTECTED else ("weights", "masters", "gradients")
+    wanted = {name: planned[name] * GIB for name in parts}
+    held = four.call("tests.distributed.measuring:held_in_run", asked.model_dump(mode="json"))
+    found = [{name: one[name] for name in parts} for one in held]
+    assert any(one == pytest.approx(wanted, rel=0.002) for one in found), (wanted, found)

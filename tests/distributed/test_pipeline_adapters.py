@@ -6,6 +6,7 @@ Float32 and plain SGD at a small rate, for the reasons that test_pipeline.py giv
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,17 @@ ON_TABLES = {
 
 OF_LAYER = {"target_modules": ["q_proj", "down_proj"]}
 BACK = {"pipeline_parallel_schedule": "ZBVZeroBubble"}
+INTERLEAVED = {"pipeline_parallel_schedule": "Interleaved1F1B"}
+HEADS = {"tensor_parallel_degree": 2}
+TOKENS = {"context_parallel_degree": 2}
+EXPERTS = {"data_parallel_shard_degree": 2, "expert_parallel_degree": 2}
 FOUR_LAYERS = {"num_hidden_layers": 4}
+
+ROWS = {"lora": {**LORA, "trainable_tokens": [5, 7]}}
+COPY = {"lora": {**LORA, "modules_to_save": ["embed_tokens"]}}
+IN_FIRST = {"lora": {**LORA, **OF_LAYER, "options": {"layers_to_transform": [0]}}}
+PROVEN = {"lora": LORA, "training": {**SMALL_PACKS, "preflight": True}}
+BESIDE_EXPERTS = {**LORA, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 
@@ -49,17 +60,14 @@ MORE_CASES: dict[str, Case] = {
     "one document after another": ("llama", {}, {"lora": LORA, "data": {"packing": False}}),
     "on table and head": ("llama", {}, ON_TABLES),
     "on table and head, there and back": ("llama", BACK, ON_TABLES),
-    "rows of a table that is also the head": ("llama-tied", {}, {"lora": {**LORA, "trainable_tokens": [5, 7]}}),
-    "a copy of the table that trains": ("llama", {}, {"lora": {**LORA, "modules_to_save": ["embed_tokens"]}}),
+    "rows of a table that is also the head": ("llama-tied", {}, ROWS),
+    "a copy of the table that trains": ("llama", {}, COPY),
     "in the last layer alone": ("llama", {}, {"lora": {**LORA, **OF_LAYER, "options": {"layers_to_transform": [3]}}}),
-    "in the first layer alone": (
-        "llama",
-        BACK,
-        {"lora": {**LORA, **OF_LAYER, "options": {"layers_to_transform": [0]}}},
-    ),
+    "in the first layer alone": ("llama", BACK, IN_FIRST),
     **{f"an adapter of {tuner}": ("llama", {}, {"lora": {**LORA, "tuner": tuner}}) for tuner in ("dora", "pissa")},
+    "on experts": ("qwen3-moe", {}, {"lora": LORA}),
     "an adapter of another kind": ("llama", {}, {"lora": {"r": 4, "tuner": "loha"}}),
-    "with proofs": ("llama", {}, {"lora": LORA, "training": {**SMALL_PACKS, "preflight": True}}),
+    "with proofs": ("llama", {}, PROVEN),
     "layers made again": (
         "qwen3",
         BACK,
@@ -100,6 +108,26 @@ PRODUCTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "two pipelines there and back, on tables": ("llama", BACK, ON_TABLES),
     "a pipeline of four": ("qwen3", {"pipeline_parallel_degree": 4}, {"lora": LORA}),
     "a pipeline of slices of weights": ("qwen3", {"data_parallel_shard_degree": 2}, {"lora": LORA}),
+    "stages of split heads": ("qwen3", HEADS, {"lora": LORA}),
+    "stages of split heads, gradients made later": ("llama", {**HEADS, **BACK}, {"lora": LORA}),
+    "stages of split heads, two in each process": ("llama-tied", {**HEADS, **INTERLEAVED}, {"lora": LORA}),
+    "stages of split heads, all tokens in each": ("qwen3", {**HEADS, "sequence_parallel": False}, {"lora": LORA}),
+    "stages of split heads, all linear layers": ("phi3", HEADS, {"lora": {**LORA, "tuner": "rslora"}}),
+    "stages of split heads, on table and head": ("llama", HEADS, ON_TABLES),
+    "stages of split heads, rows of a table": ("llama", HEADS, ROWS),
+    "stages of split heads, a copy of the table that trains": ("llama", HEADS, COPY),
+    "stages of split heads, in the first layer alone": ("llama", HEADS, IN_FIRST),
+    "stages of split heads, with proofs": ("llama", HEADS, PROVEN),
+    "stages of split tokens": ("llama-tied", TOKENS, {"lora": LORA}),
+    "stages of split tokens, there and back, on table and head": ("llama", {**TOKENS, **BACK}, ON_TABLES),
+    "stages of split tokens, an adapter of dora": ("llama", TOKENS, {"lora": {**LORA, "tuner": "dora"}}),
+    "stages of split tokens, an adapter of pissa": ("llama", TOKENS, {"lora": {**LORA, "tuner": "pissa"}}),
+    "stages of split tokens, with proofs": ("qwen3", TOKENS, PROVEN),
+    "stages of split tokens, on experts": ("mixtral", TOKENS, {"lora": LORA}),
+    "slices, on experts": ("qwen3-moe", {"data_parallel_shard_degree": 2}, {"lora": LORA}),
+    "stages of experts": ("qwen3-moe", EXPERTS, {"lora": BESIDE_EXPERTS}),
+    "stages of experts among heads": ("qwen3-moe", {**HEADS, "expert_parallel_degree": 2}, {"lora": BESIDE_EXPERTS}),
+    "stages of experts among tokens": ("mixtral", {**TOKENS, "expert_parallel_degree": 2}, {"lora": BESIDE_EXPERTS}),
     "slices, on table and head": ("llama", {"data_parallel_shard_degree": 2}, ON_TABLES),
 }
 
@@ -122,34 +150,46 @@ LONGER = {
 }
 
 
-def broken_off(two: Crew, model: Path, rows: Path, folder: Path, settings: dict[str, Any]) -> tuple[Any, list[dict]]:
-    """What a run gives in one process, and what one gives that is broken off in stages, in one process and in replicas,
-    and ends with two stages in each process: the same steps."""
+WAYS_OF_TWO = [TWO, {}, {**TWO, **INTERLEAVED}]
+WAYS_OF_FOUR = [{**TWO, **HEADS}, {"data_parallel_shard_degree": 4}, {**TWO, **TOKENS}]
+
+
+def broken_off(
+    crew: Crew,
+    model: Path,
+    rows: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    ways: Sequence[dict[str, Any]] = WAYS_OF_TWO,
+) -> tuple[Any, list[dict]]:
+    """What a run gives in one process, and what one gives that is broken off in the first of three layouts, in one
+    process and in the second layout, and ends in the third: the same steps."""
     unbroken, output = train(model, rows, folder / "unbroken", **settings), folder / "run"
 
     def go_on(parallelism: dict[str, Any], step: int) -> None:
         order = {"signalled": 1, "step": step}
-        ended = two.train(model, rows, output, order, parallelism=parallelism, **settings)
-        assert [each.get("error") for each in ended] == ["Interrupted"] * 2, ended
+        ended = crew.train(model, rows, output, order, parallelism=parallelism, **settings)
+        assert {each.get("error") for each in ended} == {"Interrupted"}, ended
 
     def stop(report: Any) -> None:
         raise KeyError("the plug was pulled")
 
-    go_on(TWO, 2)
+    go_on(ways[0], 2)
     with pytest.raises(TrainingError, match="the plug was pulled"):
         run(recipe(model, rows, output, **settings), Given(watchers=[stop]))
-    go_on({}, 5)
-    last = {**TWO, "pipeline_parallel_schedule": "Interleaved1F1B"}
-    resumed = two.train(model, rows, output, parallelism=last, **settings)
+    go_on(ways[1], 5)
+    resumed = crew.train(model, rows, output, parallelism=ways[2], **settings)
     same_steps(unbroken, resumed)
     return unbroken, resumed
 
 
 @pytest.mark.slow
-def test_an_adapter_goes_on_in_stages_and_without_and_is_merged(two, folders, uneven_file, tmp_path):
+@pytest.mark.parametrize(("crew", "ways"), [("two", WAYS_OF_TWO), ("four", WAYS_OF_FOUR)], ids=["two", "four"])
+def test_an_adapter_goes_on_in_stages_and_without_and_is_merged(crew, ways, request, folders, uneven_file, tmp_path):
     settings = {"algorithm": "lora_sft", "lora": {**LORA, "merge": True}, **LONGER}
     model = folders("llama-tied", **FOUR_LAYERS)
-    unbroken, resumed = broken_off(two, model, uneven_file, tmp_path, settings)
+    some = request.getfixturevalue(crew)
+    unbroken, resumed = broken_off(some, model, uneven_file, tmp_path, settings, ways)
     same_adapter(unbroken, resumed)
     merged = [Path(one).parent / "merged" for one in (unbroken.model_path, resumed[0]["model_path"])]
     assert apart(*map(weights, merged)) <= CLOSE

@@ -14,7 +14,18 @@ import pytest
 from tests.distributed.test_divided_further import ROUNDED, needs
 from tests.distributed.test_equal_numbers import STEPS, apart, weights
 from tests.distributed.test_pipeline import CLOSE, SGD, SMALL_PACKS, TWO
-from tests.distributed.test_pipeline_adapters import BACK, FOUR_LAYERS, LONGER, broken_off
+from tests.distributed.test_pipeline_adapters import (
+    BACK,
+    BESIDE_EXPERTS,
+    EXPERTS,
+    FOUR_LAYERS,
+    HEADS,
+    LONGER,
+    TOKENS,
+    WAYS_OF_FOUR,
+    WAYS_OF_TWO,
+    broken_off,
+)
 from tests.distributed.test_split_models import same_steps
 from tests.invariants.run import train
 
@@ -23,6 +34,8 @@ WIDE = {**FOUR_LAYERS, "hidden_size": 64, "intermediate_size": 128}
 """Rows are whole blocks of NF4 and groups of 32."""
 
 LORA = {"algorithm": "lora_sft", "lora": {"r": 4, "dropout": 0.0}}
+BESIDE = {"algorithm": "lora_sft", "lora": BESIDE_EXPERTS}
+WHOLE_LOSS = {**HEADS, "disable_loss_parallel": True}
 TEACHER = {"teacher": "another", "alpha": 0.5}
 NOISE = {"loss": {"neftune_noise_alpha": 5.0}}
 IN_TURN = {"freezing": {"unfreeze_interval": 1}, "optimizer": {**SGD, "weight_decay": 0.1}}
@@ -98,6 +111,73 @@ def test_two_processes_find_the_numbers_of_one(case, two, folders, uneven_file, 
 PRODUCTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a teacher, two pipelines": ("llama", BACK, {"distillation": TEACHER}),
     "a teacher, a pipeline of slices": ("qwen3", {"data_parallel_shard_degree": 2}, {"distillation": TEACHER}),
+    "a teacher, stages of split heads": ("llama", WHOLE_LOSS, {"distillation": TEACHER}),
+    "a teacher, stages of split heads there and back": (
+        "llama-tied",
+        {**WHOLE_LOSS, **BACK},
+        {"distillation": TEACHER},
+    ),
+    "a teacher, stages of split heads, all tokens in each": (
+        "qwen3",
+        {**WHOLE_LOSS, "sequence_parallel": False},
+        {"distillation": {**TEACHER, "alpha": 1.0}},
+    ),
+    "a teacher, stages of split heads, fewer packs than stages": (
+        "llama",
+        WHOLE_LOSS,
+        {"distillation": TEACHER, "training": STEPS},
+    ),
+    "a teacher, stages of split heads, with proofs": (
+        "llama",
+        WHOLE_LOSS,
+        {"distillation": TEACHER, "training": {**SMALL_PACKS, "preflight": True}},
+    ),
+    "a teacher, stages of split heads, that was asked before": (
+        "llama",
+        WHOLE_LOSS,
+        {"distillation": {**TEACHER, "cache": "top_k", "top_k": 8}},
+    ),
+    "a teacher, stages of split heads, beside an adapter": ("llama", WHOLE_LOSS, {**LORA, "distillation": TEACHER}),
+    "a teacher, stages of split tokens": ("llama", TOKENS, {"distillation": TEACHER}),
+    "a teacher, stages of split tokens, that was asked before": (
+        "qwen3",
+        {**TOKENS, **BACK},
+        {"distillation": {**TEACHER, "cache": "sampled", "samples": 8}},
+    ),
+    "a teacher, stages of experts": ("qwen3-moe", EXPERTS, {"distillation": TEACHER}),
+    "a teacher, stages of experts among heads": (
+        "qwen3-moe",
+        {**WHOLE_LOSS, "expert_parallel_degree": 2},
+        {"distillation": TEACHER},
+    ),
+    "noise, stages of split heads": ("llama", HEADS, NOISE),
+    "noise, stages of split heads there and back": ("llama-tied", {**HEADS, **BACK}, NOISE),
+    "noise, stages of split heads, all tokens in each": ("qwen3", {**HEADS, "sequence_parallel": False}, NOISE),
+    "noise, stages of split heads, beside an adapter, with proofs": (
+        "llama",
+        HEADS,
+        {**LORA, **NOISE, "training": {**SMALL_PACKS, "preflight": True}},
+    ),
+    "noise, stages of split tokens": ("llama-tied", TOKENS, NOISE),
+    "noise, stages of split tokens there and back": ("qwen3", {**TOKENS, **BACK}, NOISE),
+    "noise, stages of experts": ("qwen3-moe", EXPERTS, NOISE),
+    "unfrozen in turn, stages of split heads": ("qwen3", HEADS, IN_TURN),
+    "unfrozen in turn, stages of split heads there and back": ("llama-tied", {**HEADS, **BACK}, IN_TURN),
+    "unfrozen in turn, stages of split tokens": ("llama-tied", TOKENS, IN_TURN),
+    "unfrozen in turn, stages of experts": ("qwen3-moe", EXPERTS, IN_TURN),
+    "int4, stages of split tokens": ("llama", TOKENS, {**LORA, "model": {"quantization": "int4"}}),
+    "int4, stages of split tokens there and back": (
+        "llama-tied",
+        {**TOKENS, **BACK},
+        {**LORA, "model": {"quantization": "int4"}},
+    ),
+    "int8, stages of split tokens": ("llama", TOKENS, {**LORA, "model": {"quantization": "int8"}}),
+    "int4, stages of experts": ("qwen3-moe", EXPERTS, {**BESIDE, "model": {"quantization": "int4"}}),
+    "int8, stages of experts": ("qwen3-moe", EXPERTS, {**BESIDE, "model": {"quantization": "int8"}}),
+    "rounded, stages of split tokens": ("llama", TOKENS, {**ROUNDED, **ONE_STEP}),
+    "rounded, stages of split tokens there and back": ("llama-tied", {**TOKENS, **BACK}, {**ROUNDED, **ONE_STEP}),
+    "rounded, stages of split tokens, beside an adapter": ("llama", TOKENS, {**LORA, **ROUNDED, **ONE_STEP}),
+    "rounded, stages of experts": ("qwen3-moe", EXPERTS, {**ROUNDED, **ONE_STEP}),
     "noise, two pipelines": ("llama-tied", {}, NOISE),
     "noise, a pipeline of slices": ("llama-tied", {"data_parallel_shard_degree": 2}, NOISE),
     "unfrozen in turn, two pipelines": ("qwen3", {}, IN_TURN),
@@ -125,6 +205,7 @@ def test_four_processes_find_them_in_pipelines_side_by_side(case, four, folders,
     same_weights(alone, together)
 
 
+WITH_WHOLE_LOSS = [{**WAYS_OF_FOUR[0], **WHOLE_LOSS}, *WAYS_OF_FOUR[1:]]
 GOING_ON: dict[str, dict[str, Any]] = {
     "a teacher": {"distillation": TEACHER},
     "noise": NOISE,
@@ -133,10 +214,12 @@ GOING_ON: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("crew", "ways"), [("two", WAYS_OF_TWO), ("four", WITH_WHOLE_LOSS)], ids=["two", "four"])
 @pytest.mark.parametrize("case", GOING_ON)
-def test_a_run_goes_on_in_stages_and_without(case, two, folders, uneven_file, tmp_path):
+def test_a_run_goes_on_in_stages_and_without(case, crew, ways, request, folders, uneven_file, tmp_path):
     settings = {**LONGER, **settings_of(GOING_ON[case], folders)} | LONGER
-    same_weights(*broken_off(two, folders("llama-tied", **FOUR_LAYERS), uneven_file, tmp_path, settings))
+    some, model = request.getfixturevalue(crew), folders("llama-tied", **FOUR_LAYERS)
+    same_weights(*broken_off(some, model, uneven_file, tmp_path, settings, ways))
 
 
 @pytest.mark.slow

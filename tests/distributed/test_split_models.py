@@ -39,6 +39,7 @@ def same_steps(alone: Any, together: list[dict[str, Any]]) -> None:
 
 EXPERTS = {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}
 FEW = {**STEPS, "global_batch_size": 3}
+NOISE = {"loss": {"neftune_noise_alpha": 5.0}, "training": SMALL_PACKS}
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 
@@ -49,6 +50,7 @@ CASES: dict[str, Case] = {
     "heads and experts": ("qwen3-moe", TENSOR, {}),
     "tokens in a window, small packs added up": ("mistral", CONTEXT, {"training": SMALL_PACKS}),
     "experts, and now and then no sample": ("qwen3-moe", EXPERTS, {"training": FEW}),
+    "noise on embeddings beside heads": ("llama", TENSOR, NOISE),
 }
 
 MORE_CASES: dict[str, Case] = {
@@ -70,6 +72,9 @@ MORE_CASES: dict[str, Case] = {
     ),
     "heads, with proofs": ("llama", TENSOR, {"training": {**STEPS, "preflight": True}}),
     "a loss weighted by confidence": ("llama", TENSOR, {"loss": {"dft": True}}),
+    "noise on a table that is also the head, all tokens in each": ("llama-tied", WITHOUT_SLICES, NOISE),
+    "noise beside tokens": ("llama", CONTEXT, NOISE),
+    "noise beside tokens, one document after another": ("qwen3", CONTEXT, {**NOISE, "data": {"packing": False}}),
     "tokens": ("llama", CONTEXT, {}),
     "tokens, one document after another": ("gemma2", CONTEXT, {"data": {"packing": False}}),
     "tokens of a mixture of experts": ("mixtral", CONTEXT, {}),
@@ -176,14 +181,27 @@ def test_a_run_goes_on_however_the_model_is_split(two, folders, uneven_file, tmp
     broken_off(two, folders("llama"), uneven_file, tmp_path, settings)
 
 
-def test_a_teacher_is_asked_beside_a_split_student(two, folders, uneven_file, tmp_path):
+WHOLE_LOSS = {**TENSOR, "disable_loss_parallel": True}
+TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "heads": (WHOLE_LOSS, {}),
+    "tokens": (CONTEXT, {}),
+    "tokens, asked before": (CONTEXT, {"cache": "top_k", "top_k": 8}),
+    "tokens, drawn before": (CONTEXT, {"cache": "sampled", "samples": 8}),
+    "tokens, behind a message of its own": (CONTEXT, {"prompt": "You know it."}),
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["heads", *(pytest.param(one, marks=pytest.mark.slow) for one in TEACHERS if one != "heads")]
+)
+def test_a_teacher_is_asked_beside_a_split_student(case, two, folders, uneven_file, tmp_path):
+    parallelism, asked = TEACHERS[case]
     settings = {
         "training": STEPS,
         "optimizer": SGD,
-        "distillation": {"teacher": str(folders("qwen3")), "alpha": 0.5},
+        "distillation": {"teacher": str(folders("qwen3")), "alpha": 0.5, **asked},
     }
     alone = train(folders("llama"), uneven_file, tmp_path / "alone", **settings)
-    parallelism = {**TENSOR, "disable_loss_parallel": True}
     together = two.train(folders("llama"), uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
     same_steps(alone, together)
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE

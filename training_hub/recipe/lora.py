@@ -31,9 +31,10 @@ class Lora(Section):
     """Dropout of what goes into the adapter. Default: 0. Only without it the fused kernels run."""
 
     target_modules: str | list[str] | None = None
-    """Modules that get an adapter. all-linear: every linear layer but the head. A list: ends of module names,
-    [q_proj, v_proj]. Another text: a regular expression for the whole name. One that matches nothing is an error.
-    Default: all-linear; for ia3 and ln_tuning what PEFT knows for the model's architecture."""
+    """Modules that get an adapter. all-linear: every linear layer but the head, and experts and routers of mixtures
+    that PEFT knows to have been linear layers. A list: ends of module names, [q_proj, v_proj]. Another text: a regular
+    expression for the whole name. One that matches nothing is an error. Default: all-linear; for ia3 and ln_tuning
+    what PEFT knows for the model's architecture."""
 
     modules_to_save: list[str] | None = None
     """Ends of the names of modules that are trained in full and saved with the adapter, such as lm_head."""

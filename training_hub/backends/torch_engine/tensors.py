@@ -51,6 +51,18 @@ class PackTensors:
         assert self.on_host is not None
         return np.flatnonzero(self.on_host.weights[1:])
 
+    def whole(self) -> PackTensors:
+        """All of the pack on the host."""
+        return self
+
+    def of_trained(self, whole_Mx: Tensor) -> Tensor:
+        """[N, ...]: what belongs to `rows`, of what belongs to all trained tokens of the pack on the host."""
+        return whole_Mx
+
+    def of_tokens(self, whole_Tx: Tensor) -> Tensor:
+        """What belongs to `ids`, of what belongs to all tokens of the pack on the host."""
+        return whole_Tx
+
     def arguments(self, forward: Callable[..., Any]) -> dict[str, Any]:
         """Keyword arguments for a transformers `forward`, leaving out what its signature has no room for.
 

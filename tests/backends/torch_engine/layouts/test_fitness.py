@@ -112,10 +112,6 @@ def test_layers_of_which_a_part_is_not_split_see_all_tokens():
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide": ({"parallelism": {"tensor_parallel_degree": 4}}, "key-value heads"),
-    "noise": (
-        {"parallelism": {"context_parallel_degree": 4}, "loss": {"neftune_noise_alpha": 5.0}},
-        "noise is drawn for whole samples",
-    ),
     "another adapter": (
         {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "dora"}},
         "an adapter of dora cannot be split",
@@ -134,18 +130,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             }
         },
         "Write parallelism.pipeline_parallel_schedule: 1F1B or Interleaved1F1B",
-    ),
-    "adapters in stages of split heads": (
-        {"parallelism": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}, "algorithm": "lora_sft"},
-        "algorithm: lora_sft in stages goes together with replicas and with slices of weights. Write",
-    ),
-    "subspaces in stages of split tokens": (
-        {
-            "parallelism": {"pipeline_parallel_degree": 2, "context_parallel_degree": 2},
-            "algorithm": "osft",
-            "osft": {"unfreeze_rank_ratio": 0.5},
-        },
-        "1, or parallelism.context_parallel_degree: 1.",
     ),
     "ranks shared out over stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft", "lora": {"tuner": "adalora"}},
@@ -217,6 +201,23 @@ def test_adapters_that_are_one_do_not_lie_in_two_stages(settings, tmp_path: Path
         RecipeError, match="what is beside a table that is also the head, or its copy, would lie in the first"
     ):
         Lora(asked).attach(blank("llama-tied"))
+    Lora(asked).attach(blank("llama"))
+
+
+@pytest.mark.parametrize("degree", ["tensor_parallel_degree", "expert_parallel_degree"])
+def test_an_adapter_of_experts_is_not_dealt_out_with_them(degree, tmp_path: Path):
+    folder, rows, output = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
+    others = {"target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"]}
+    asked, remedied = (
+        recipe(folder, rows, output, parallelism={degree: 2}, algorithm="lora_sft", lora=lora) for lora in ({}, others)
+    )
+    with pytest.raises(RecipeError) as caught:
+        Lora(asked).attach(blank("qwen3-moe"))
+    assert caught.value.problems == [
+        f"parallelism.{degree}: 2 deals experts out, and an adapter of theirs is one for all. Write 1, or "
+        "lora.target_modules: [k_proj, o_proj, q_proj, v_proj]."
+    ]
+    Lora(remedied).attach(blank("qwen3-moe"))
     Lora(asked).attach(blank("llama"))
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.backends.torch_engine.tiny_models import tiny_model
 from tests.invariants.run import recipe
 from tests.invariants.run import train as run_of
 from tests.invariants.test_resume import EVERY_STEP, StopAt, held_in_step_4
@@ -293,3 +294,18 @@ def test_settings_of_lora_without_it_and_beside_an_adapter_are_refused(tiny_mode
         recipe(tiny_model_folder, chat_file, tmp_path / "run", lora={"r": 4})
     with pytest.raises(ValueError, match=r"lora\.r: 4 beside lora\.adapter"):
         recipe(tiny_model_folder, chat_file, tmp_path / "run", algorithm="lora_sft", lora={"r": 4, "adapter": "a"})
+
+
+def test_experts_of_a_mixture_get_adapters_that_peft_loads_and_merges(tiny_model_folder, chat_file, tmp_path):
+    """PEFT warns of patterns that it wrote itself for experts; the proofs read the folder again."""
+    model = tmp_path / "mixture"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tiny_model("qwen3-moe", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    result = train(model, chat_file, tmp_path / "run", lora={"merge": True})
+    learned = [name for name, tensor in adapter_of(result).items() if "experts" in name and "lora_B" in name]
+    assert len(learned) == 4 and all(adapter_of(result)[name].any() for name in learned)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        said = merged(torch.arange(3, 60)[None]).logits
+    assert torch.allclose(said, logits_in_peft(result, model), atol=1e-5)

@@ -11,6 +11,7 @@ from tests.backends.torch_engine.tiny_models import random_pack
 from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.loading.model import load_model
+from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.planning.memory import estimate
 from training_hub.backends.torch_engine.tensors import to_device
@@ -63,6 +64,19 @@ def test_the_plan_counts_what_there_is(quantization, lora, wide_model_folder, tm
     start = 4 * trained if "tuner" in lora else 0
     assert planned["weights"] * 2**30 == pytest.approx(bytes_of(model) + start, rel=0.1)
     assert planned["activations"] * 2**30 == pytest.approx(kept_bytes(model, pack), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_without_weights_counts_those_in_4_bits(dtype, wide_model_folder, tmp_path):
+    """The folder is in float32, whatever the run computes in."""
+    chosen = {"quantization": "int4", "dtype": dtype}
+    wanted = recipe(wide_model_folder, tmp_path / "none.jsonl", tmp_path / "run", **asked(model=chosen))
+    device, kind = torch.device("cpu"), getattr(torch, dtype)
+    ahead, there = (ADAPTATIONS["lora"](wanted) for _ in range(2))
+    blank = ahead.attach(read_blank_model(wanted.model)[0])
+    model = there.attach(load_model(wanted, device, kind).model)
+    planned = estimate(blank, wanted.optimizer, kind, device, random_pack((40, 30)), holdings=ahead.holdings())
+    assert planned["weights"] * 2**30 == pytest.approx(bytes_of(model), rel=0.1)
 
 
 def bytes_of(model: torch.nn.Module) -> int:

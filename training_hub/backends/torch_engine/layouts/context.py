@@ -89,6 +89,24 @@ class PartTensors(PackTensors):
         assert self.trained is not None
         return self.trained
 
+    def whole(self) -> PackTensors:
+        """All of the pack on the host."""
+        assert self.on_host is not None
+        return to_device(self.on_host, self.ids.device)
+
+    def of_trained(self, whole_Mx: Tensor) -> Tensor:
+        """[N, ...]: what belongs to `rows`, of what belongs to all trained tokens of the pack on the host."""
+        numbers = np.searchsorted(super().places(), self.places())
+        return whole_Mx[put(numbers, whole_Mx.device)]
+
+    def of_tokens(self, whole_Tx: Tensor) -> Tensor:
+        """[L, ...]: what belongs to `ids`, of what belongs to all tokens of the pack on the host; zeros for those that
+        were added to it."""
+        assert self.share is not None
+        added = whole_Tx.new_zeros(len(self.share.order) - len(whole_Tx), *whole_Tx.shape[1:])
+        padded_Tx = torch.cat([whole_Tx, added])
+        return torch.cat([padded_Tx[start:end] for start, end in self.share.pieces])
+
     def arguments(self, forward: Any) -> dict[str, Any]:
         """Keyword arguments for a transformers `forward`, which must hand on to attention what it does not know."""
         return {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False, "context_share": self.share}

@@ -19,7 +19,7 @@ from training_hub.backends.torch_engine.loading.model_config import read_blank_m
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
 
-CONTEXT, TENSOR = "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"
+TENSOR = "parallelism.tensor_parallel_degree"
 
 A_MATRIX = (4096, 4096)
 """The shape of a weight as blocks have them."""
@@ -59,10 +59,6 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
     refused = {
-        f"{CONTEXT}: noise is drawn for whole samples, and a process has parts of them. Write 1, or leave "
-        "loss.neftune_noise_alpha out.": degrees.cp > 1 and recipe.loss.neftune_noise_alpha,
-        f"{CONTEXT}: a teacher is asked about whole samples, and a process has parts of them. Write 1, or leave "
-        "distillation.teacher out.": degrees.cp > 1 and recipe.distillation.teacher,
         f"{TENSOR}: an adapter of {recipe.lora.tuner} cannot be split. Write 1, or lora.tuner: lora.": degrees.tp > 1
         and is_adapted
         and recipe.lora.tuner not in SPLIT_TUNERS,
@@ -84,8 +80,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         return []
     asked = recipe.parallelism
     splits = ORDERS[asked.pipeline_parallel_schedule].splits
-    others = [FIELDS[name] for name in ("cp", "tp") if getattr(degrees, name) > 1]
-    others += ["expert_parallel_degree"] if degrees.ep > 1 else []
     refused = {
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, and those of slices are "
         f"added up in a whole backward pass. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or parallelism."
@@ -93,11 +87,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, which torch "
         f"{torch.__version__} does wrongly. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or install a newer one: "
         "pip install -U torch.": splits and not can_split_backward(),
-        **{
-            f"{PIPELINE}: {what} in stages goes together with replicas and with slices of weights. Write {PIPELINE}: "
-            f"1, or {' and '.join(f'parallelism.{name}: 1' for name in others)}.": bool(others)
-            for what in _beside_weights(recipe)
-        },
         f"{PIPELINE}: ranks of adalora are shared out by comparing those of all layers, and a process has some of "
         "them. Write 1, or lora.tuner: lora.": recipe.algorithm == "lora_sft"
         and recipe.lora.adapter is None
@@ -110,16 +99,3 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         "or optimizer.state: full.": splits and recipe.optimizer.state != "full",
     }
     return [problem for problem, is_so in refused.items() if is_so]
-
-
-def _beside_weights(recipe: Recipe) -> list[str]:
-    """The settings of the recipe by which more than the weights of layers takes part in a step."""
-    asked = {
-        "algorithm: lora_sft": recipe.algorithm == "lora_sft",
-        "algorithm: osft": recipe.algorithm == "osft",
-        "distillation.teacher": recipe.distillation.teacher,
-        "loss.neftune_noise_alpha": recipe.loss.neftune_noise_alpha,
-        "freezing.unfreeze_interval": recipe.freezing.unfreeze_interval,
-        "qat.weight_dtype": recipe.qat.weight_dtype,
-    }
-    return [name for name, is_so in asked.items() if is_so]

@@ -99,8 +99,10 @@ def layers_at(model: Any, asked: Parallelism, place: int) -> Any:
 
 
 def _empty(model: nn.Module, name: str) -> None:
-    """Leave the module of this name without rows in its weights."""
+    """Leave in the place of the module of this name the library's own, without rows in its weights, and no adapter."""
     module = model.get_submodule(name)
+    for inside in ("original_module", "base_layer"):  # PEFT's words
+        module = getattr(module, inside, module)
     rows = {
         key: None if one is None else nn.Parameter(one.detach()[:0], one.requires_grad)
         for key, one in module._parameters.items()

@@ -199,7 +199,8 @@ def divided_parts(
     apart: Collection[nn.Parameter],
     spared: float = 0,
 ) -> dict[str, Any]:
-    """Bytes by part of a process with slices, from those of one with everything; what its optimizer keeps is known.
+    """Bytes by part of a process with slices, from those of one with everything; what its optimizer keeps is known, and
+    masters of what is not sliced.
 
     gathered: what stands around the blocks, a block and the one that is fetched ahead. apart: weights that are not
     sliced. spared: bytes by which frozen weights are smaller than in `dtype`.
@@ -216,7 +217,6 @@ def divided_parts(
     return {
         **parts,
         "weights": kept * on_device + slices.apart * width + beside,
-        "masters": trained_apart * 4 if dtype in LOW_PRECISION else 0,
         "gathered": at_once * width,
         "gradients": (gradients * (on_device or share.stays_whole) + trained_apart) * exact + max(added, 0),
     }

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +61,9 @@ class Noisy:
         width, device = like_1TD.shape[-1], like_1TD.device
         generator = torch.Generator(device)
         drawn = []
-        for sample, length in zip(pack.on_host.samples.tolist(), pack.lengths, strict=True):
+        lengths = np.diff(pack.on_host.boundaries).tolist()
+        for sample, length in zip(pack.on_host.samples.tolist(), lengths, strict=True):
             generator.manual_seed((torch.initial_seed() * 1_000_003 + sample) % 2**63)
             bound = self.alpha / math.sqrt(length * width)
             drawn.append(torch.rand(length, width, generator=generator, device=device).mul_(2 * bound).sub_(bound))
-        return torch.cat(drawn)[None].to(like_1TD.dtype)
+        return pack.of_tokens(torch.cat(drawn))[None].to(like_1TD.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,8 @@ def estimate(
     spared = holdings.spared(dtype.itemsize)
     read = sum(p.numel() for p in blank.parameters()) * dtype.itemsize - spared if is_read_whole else 0
     has_experts, owned = any(experts_of(blank)), _owned_bytes(blank, optimizer, holdings.claimed, dtype)
+    claimed = [p for name, p in blank.named_parameters() if name in holdings.claimed]
+    numbers = sum(p.numel() for p in claimed)
     apart = cut_down(blank, share)
     part = part_of(largest, share)
     trained = [p for n, p in blank.named_parameters() if p.requires_grad and n not in holdings.claimed]
@@ -148,7 +150,7 @@ def estimate(
         "weights": sum(p.numel() for p in blank.parameters()) * dtype.itemsize
         - spared
         + (holdings.trained + holdings.fixed) * exact
-        + (holdings.copied * holdings.copied_bytes if is_low else 0),
+        + (holdings.copied * holdings.copied_bytes * _low_share(claimed, numbers, share, apart) if is_low else 0),
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
         "gradients": (sum(p.numel() for p in trained) + (holdings.gradients if accumulates else holdings.complete))
         * exact,
@@ -170,6 +172,7 @@ def estimate(
         parts["staged"] = _staged_bytes(parts, sum(p.numel() for p in trained), own.numel(), holdings, exact, share)
     if share.slices > 1:
         parts = divided_parts(parts, blank, share, dtype, apart, spared)
+        parts["masters"] = sum(p.numel() for p in trained if held(p, share, apart) is p) * 4 if is_low else 0
         parts["optimizer"] = _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
     head = getattr(blank.get_output_embeddings(), "weight", None)  # which another stage may have
     if share.gathers_head and head is not None:
@@ -198,6 +201,12 @@ def estimate(
     before = max(read, teacher.before if teacher is not None else 0)
     gib = {name: value / GIB if value is not None else None for name, value in parts.items()}
     return {**gib, "total": max(most, parts["libraries"] + before) / GIB, "note": note}
+
+
+def _low_share(weights: Sequence[nn.Parameter], numbers: int, share: Share, apart: Collection[nn.Parameter]) -> float:
+    """What this process keeps in 16 bits, as a share of so many numbers, of weights that are cut down: slices are in
+    float32."""
+    return sum(one.numel() for one in weights if held(one, share, apart) is one) / max(numbers, 1)
 
 
 def _kept(blank: PreTrainedModel, largest: Pack, ways: Ways, checkpointing: str, share: Share) -> tuple[Kept, str]:

@@ -65,10 +65,11 @@ class Kept:
     def targets(self, pack: PackTensors) -> Targets:
         assert pack.on_host is not None
         rows, device = self.store.rows(pack.on_host.samples.tolist()), pack.ids.device
-        assert len(rows.ids) == len(pack.rows)
 
         def moved(array: np.ndarray) -> Tensor:
-            return put(np.ascontiguousarray(array), device)
+            here: Tensor = pack.of_trained(put(np.ascontiguousarray(array), device))
+            assert len(here) == len(pack.rows)
+            return here
 
         return self.form.targets(moved(rows.ids), None if rows.logs is None else moved(rows.logs), moved(rows.last))
 

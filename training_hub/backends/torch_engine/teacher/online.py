@@ -44,19 +44,21 @@ class Online:
 
     @torch.no_grad()
     def targets(self, pack: PackTensors) -> WholeTargets:
-        """Its states at the trained tokens of the pack, and its head; or its logits there."""
+        """Its states at the trained tokens of the pack, and its head; or its logits there. It reads the whole pack, of
+        whose tokens this process may have a part."""
         assert pack.on_host is not None
-        read = pack
+        whole = read = pack.whole()
         if self.prompted is not None:
             read = to_device(self.prompted.pack(pack.on_host), self.model.device)
-            assert len(read.rows) == len(pack.rows)
+            assert len(read.rows) == len(whole.rows)
         parts = [read] if self.is_packed else [to_device(one, self.model.device) for one in _alone(read.on_host)]
         if self.through_head:
             head = find_head(self.model)
             assert head is not None
             head = replace(head, multiplier=head.multiplier * self.sharpness)
-            return WholeTargets(self.common, self._joined(decoder_states, parts), head)
-        return WholeTargets(self.common, logits_NV=self._joined(model_logits, parts) * self.sharpness)
+            return WholeTargets(self.common, pack.of_trained(self._joined(decoder_states, parts)), head)
+        logits_NV = pack.of_trained(self._joined(model_logits, parts))
+        return WholeTargets(self.common, logits_NV=logits_NV * self.sharpness)
 
     def on_excerpts(self) -> Online:
         """Half as sure as it is: a model that teaches itself would leave nothing but rounding to compare."""

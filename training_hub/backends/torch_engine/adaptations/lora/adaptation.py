@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
-from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
+from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle, refuse_split_experts
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
@@ -74,6 +74,7 @@ class Lora(OfParameters):
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = None if parameter.is_meta else logits_of_one(model)
         self._put_in(config, model, is_blank=parameter.is_meta)
+        refuse_split_experts(config, self._recipe.parallelism)
         self._model = model
         if self._recipe.parallelism.pipeline_parallel_degree > 1:
             self._names = names_in_file(self._peft, model)
@@ -209,6 +210,7 @@ class Lora(OfParameters):
 
     def _put_in(self, config: Any, model: nn.Module, *, is_blank: bool) -> None:
         peft = library.load()
+        own = {*(getattr(config, "rank_pattern", None) or ()), *(getattr(config, "alpha_pattern", None) or ())}
         kind = getattr(config, "init_lora_weights", None)
         if is_blank and is_changing_its_base(config):
             config.init_lora_weights = True  # the shapes are the same, and there is nothing to decompose
@@ -222,7 +224,7 @@ class Lora(OfParameters):
             raise RecipeError(
                 f"lora.tuner: {self._recipe.lora.tuner} cannot be put into this model: {error}"
             ) from error
-        idle = [str(one.message) for one in said if any(words in str(one.message) for words in IDLE)]
+        idle = [line for line in (str(one.message) for one in said) if _is_idle(line, own)]
         if idle and self._recipe.lora.adapter is None:  # what PEFT wrote into an adapter's own file is nobody's mistake
             raise RecipeError([f"lora.options: {line}" for line in idle])
         if is_blank and kind is not None:
@@ -277,6 +279,15 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def _is_idle(line: str, patterns: Collection[str]) -> bool:
+    """Whether a warning of PEFT is about a setting that does nothing. It also warns of patterns that it writes itself
+    for the experts of a mixture (PEFT 0.21), which do something; `patterns` are those that were given."""
+    is_about_patterns = any(f"{name} keys did not match" in line for name in ("rank_pattern", "alpha_pattern"))
+    return any(words in line for words in IDLE) and (
+        not is_about_patterns or any(repr(one) in line for one in patterns)
+    )
 
 
 def _tie(config: Any, model: Any) -> None:

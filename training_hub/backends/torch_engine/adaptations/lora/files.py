@@ -76,7 +76,7 @@ class AdapterFiles:
         config.base_model_name_or_path = str(Path(path).expanduser().resolve()) if is_folder(path) else path
         config.revision = chosen.revision
         config.inference_mode = True
-        for name in ("target_modules", "modules_to_save"):  # sets, which have no order
+        for name in ("target_modules", "target_parameters", "modules_to_save"):  # sets, which have no order
             if isinstance(getattr(config, name, None), set):
                 setattr(config, name, sorted(getattr(config, name)))
         if is_changing_its_base(config):
