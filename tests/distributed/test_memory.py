@@ -104,6 +104,10 @@ FURTHER = [
     ("llama", "float32", {**TOKENS, "data_parallel_shard_degree": 2}, 1, {}),
     ("qwen3-moe", "bfloat16", {"data_parallel_shard_degree": 4, "expert_parallel_degree": 2}, 1, {}),
     ("llama", "bfloat16", {**STAGES, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**STAGES, **NEVER, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**ZERO_BUBBLE, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**ZERO_BUBBLE, **NEVER, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "float32", {**TURNING, "data_parallel_shard_degree": 2}, 4, {}),
     ("llama", "bfloat16", {**STAGES, **SEQUENCE}, 4, {}),
 ]
 

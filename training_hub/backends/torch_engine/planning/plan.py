@@ -104,7 +104,8 @@ def describe(
     is_whole = share.slices == share.heads == 1 and not in_stages
     moving = replace(sizes, trained=trained) if is_whole else sizes  # between replicas only what moves passes
     packs_of_one = told["run"]["packs_per_step"] / share.of_data
-    sent = exchanged_bytes(moving, share, dtype, packs_of_one)
+    makes_later = in_stages and ORDERS[recipe.parallelism.pipeline_parallel_schedule].splits
+    sent = exchanged_bytes(moving, share, dtype, packs_of_one, makes_later=makes_later)
     sent += _passed_bytes(recipe, model, feed, dtype, packs_of_one) / (share.heads * share.tokens)
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
