@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
@@ -17,7 +17,7 @@ from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.share import Share, Sizes, exchanged_bytes
 from training_hub.backends.torch_engine.layouts.sliced_stages import SlicedStages
-from training_hub.backends.torch_engine.layouts.stages import ORDERS
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, stages_of
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.recipe.parallelism import Parallelism
@@ -109,3 +109,26 @@ def _learned(group: Group, *, splits: bool) -> tuple[dict[str, Tensor], Tensor, 
     layout.end_passes(model)
     own = {name: local_of(weight.grad) for name, weight in model.named_parameters() if weight.grad is not None}
     return own, of_input, early
+
+
+def under_way_at_most(group: Group, order: str, packs: int) -> list[float]:
+    """How many packs' activations are there at once in this process in torch's schedule, as a share of its stages; how
+    many where most gradients of activations wait for those of weights, and how many packs' these are."""
+    from torch.distributed.pipelining import PipelineStage, schedules
+
+    asked = Parallelism(pipeline_parallel_degree=group.world_size, pipeline_parallel_schedule=order)
+    stages = stages_of(asked, 2 * group.world_size)
+    own, number = stages.of_process(group.rank), torch.empty(1, device="meta")
+    made = [
+        PipelineStage(nn.Identity(), one, len(stages.ends), CPU, input_args=number, output_args=number) for one in own
+    ]
+    schedule = getattr(schedules, ORDERS[order].kind)(made, packs, loss_fn=lambda output, target: output)
+    there = waiting = 0
+    moments = []
+    for action in schedule.pipeline_order[group.rank]:
+        kind = action.computation_type.name if action is not None else ""
+        there += (kind == "FORWARD") - (kind in ("BACKWARD_WEIGHT", "FULL_BACKWARD"))
+        waiting += (kind == "BACKWARD_INPUT") - (kind == "BACKWARD_WEIGHT")
+        moments.append((waiting / len(own), there / len(own)))
+    late, beside = max(moments)
+    return [max(one for _, one in moments), beside, late]

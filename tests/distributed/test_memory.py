@@ -97,6 +97,8 @@ MORE = [
     ("llama", "bfloat16", INTERLEAVED, 8, {}),
     ("llama", "bfloat16", ZERO_BUBBLE, 4, {}),
     ("llama", "bfloat16", TURNING, 4, {}),
+    ("llama", "bfloat16", TURNING, 4, {"checkpointing": "full"}),
+    ("llama", "float32", ZERO_BUBBLE, 4, {"checkpointing": "full"}),
 ]
 FURTHER = [
     ("llama", "bfloat16", {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}, 1, {}),
@@ -108,6 +110,7 @@ FURTHER = [
     ("llama", "bfloat16", {**ZERO_BUBBLE, "data_parallel_shard_degree": 2}, 4, {}),
     ("llama", "bfloat16", {**ZERO_BUBBLE, **NEVER, "data_parallel_shard_degree": 2}, 4, {}),
     ("llama", "float32", {**TURNING, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**TURNING, "data_parallel_shard_degree": 2}, 4, {"checkpointing": "full"}),
     ("llama", "bfloat16", {**STAGES, **SEQUENCE}, 4, {}),
 ]
 

@@ -31,7 +31,8 @@ from tests.distributed.test_pipeline_further import (
 from tests.distributed.test_split_models import same_steps
 from tests.invariants.run import train
 from training_hub.backends.torch_engine.layouts.abilities import can_split_backward
-from training_hub.backends.torch_engine.layouts.stages import ORDERS
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, late, stages_of, under_way
+from training_hub.recipe.parallelism import Parallelism
 
 SLICES = {**TWO, "data_parallel_shard_degree": 2}
 BACK, INTERLEAVED = (
@@ -152,6 +153,27 @@ def test_four_processes_find_the_numbers_of_one(case, four, folders, uneven_file
 @pytest.mark.parametrize("case", OF_EIGHT)
 def test_eight_processes_find_them_beside_other_ways(case, eight, folders, uneven_file, tmp_path):
     same_run(OF_EIGHT[case], eight, folders, uneven_file, tmp_path)
+
+
+def as_planned(crew: Crew, order: str, degree: int) -> None:
+    asked = Parallelism(pipeline_parallel_degree=degree, pipeline_parallel_schedule=order)
+    stages, packs = stages_of(asked, 2 * degree), 2 * degree
+    for place, (most, beside, waiting) in enumerate(
+        crew.call("tests.distributed.sending:under_way_at_most", order, packs)
+    ):
+        assert most == pytest.approx(under_way(asked, stages, place, packs))
+        assert (beside, waiting) == pytest.approx(late(asked, stages, place, packs))
+
+
+@pytest.mark.parametrize("order", ["ZBVZeroBubble", "InterleavedZeroBubble"])
+def test_as_many_packs_are_under_way_and_wait_as_is_planned(order, two):
+    as_planned(two, order, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["ZBVZeroBubble", "InterleavedZeroBubble"])
+def test_in_pipelines_of_four_too(order, four):
+    as_planned(four, order, 4)
 
 
 PACKS = 4

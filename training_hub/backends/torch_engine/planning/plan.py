@@ -21,7 +21,7 @@ from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.layouts.cut import fullest, planned_stages
 from training_hub.backends.torch_engine.layouts.shapes import layers_at
 from training_hub.backends.torch_engine.layouts.share import EVERYTHING, Share, Sizes, cut_down, exchanged_bytes
-from training_hub.backends.torch_engine.layouts.stages import ORDERS, under_way, waiting
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, late, under_way, waiting
 from training_hub.backends.torch_engine.loading.model import choose_device, choose_dtype
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.backends.torch_engine.loading.quantization import num_numbers, quantiser
@@ -224,7 +224,7 @@ def stages_of(model: PreTrainedModel, asked: Parallelism, packs: float) -> Itera
     for place in sorted({0, 1, degree - 1}):
         at_once, own = under_way(asked, stages, place, packs), len(stages.of_process(place))
         ends = (place == stages.owners[0], place == stages.owners[-1])
-        yield layers_at(model, asked, place), Stage(own, at_once, packs, *ends)
+        yield layers_at(model, asked, place), Stage(own, at_once, packs, *ends, late(asked, stages, place, packs))
 
 
 def summary(plan: dict[str, Any]) -> str:
