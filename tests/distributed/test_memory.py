@@ -102,6 +102,8 @@ MORE = [
     ("llama", "bfloat16", INTERLEAVED, 8, {}),
     ("llama", "bfloat16", ZERO_BUBBLE, 4, {}),
     ("llama", "bfloat16", TURNING, 4, {}),
+    ("llama", "bfloat16", TURNING, 4, {"checkpointing": "full"}),
+    ("llama", "float32", ZERO_BUBBLE, 4, {"checkpointing": "full"}),
 ]
 FURTHER = [
     ("llama", "bfloat16", {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}, 1, {}),
@@ -109,6 +111,11 @@ FURTHER = [
     ("llama", "float32", {**TOKENS, "data_parallel_shard_degree": 2}, 1, {}),
     ("qwen3-moe", "bfloat16", {"data_parallel_shard_degree": 4, "expert_parallel_degree": 2}, 1, {}),
     ("llama", "bfloat16", {**STAGES, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**STAGES, **NEVER, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**ZERO_BUBBLE, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**ZERO_BUBBLE, **NEVER, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "float32", {**TURNING, "data_parallel_shard_degree": 2}, 4, {}),
+    ("llama", "bfloat16", {**TURNING, "data_parallel_shard_degree": 2}, 4, {"checkpointing": "full"}),
     ("llama", "bfloat16", {**STAGES, **SEQUENCE}, 4, {}),
 ]
 

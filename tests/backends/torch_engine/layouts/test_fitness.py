@@ -121,16 +121,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "disable_loss_parallel: true",
     ),
     "more stages than layers": ({"parallelism": {"pipeline_parallel_degree": 4}}, "but the model has 2 layers"),
-    "gradients of slices made later": (
-        {
-            "parallelism": {
-                "pipeline_parallel_degree": 2,
-                "data_parallel_shard_degree": 2,
-                "pipeline_parallel_schedule": "ZBVZeroBubble",
-            }
-        },
-        "Write parallelism.pipeline_parallel_schedule: 1F1B or Interleaved1F1B",
-    ),
     "ranks shared out over stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft", "lora": {"tuner": "adalora"}},
         "and a process has some of them. Write 1, or lora.tuner: lora.",

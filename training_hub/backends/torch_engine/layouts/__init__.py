@@ -253,7 +253,7 @@ class Layout:
         without autograd's hooks.
         """
         if self.pipeline is not None:
-            self.begin_pass(model, is_last=True)
+            self.begin_pass(model, is_last=False)  # which one is, each stage says as it comes
             yield from self._piped(model, objective, self.passes(packs), spare, divisor, made)
             self.end_passes(model)
             return

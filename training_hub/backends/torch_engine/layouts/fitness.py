@@ -81,9 +81,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     asked = recipe.parallelism
     splits = ORDERS[asked.pipeline_parallel_schedule].splits
     refused = {
-        f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, and those of slices are "
-        f"added up in a whole backward pass. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or parallelism."
-        f"{FIELDS['dp_shard']}: 1.": splits and degrees.dp_shard > 1,
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, which torch "
         f"{torch.__version__} does wrongly. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or install a newer one: "
         "pip install -U torch.": splits and not can_split_backward(),

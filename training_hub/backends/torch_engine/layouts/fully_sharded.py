@@ -27,6 +27,7 @@ from training_hub.backends.torch_engine.as_forward import DEVICE, DTYPE, NAME
 from training_hub.backends.torch_engine.checkpointing import layers_of
 from training_hub.backends.torch_engine.layouts.abilities import can_slice_bytes
 from training_hub.backends.torch_engine.layouts.mesh import size_of
+from training_hub.backends.torch_engine.layouts.sliced_stages import SlicedStages
 from training_hub.errors import RecipeError
 from training_hub.recipe.parallelism import Parallelism
 
@@ -82,6 +83,8 @@ def shard(
     setattr(model, DTYPE, dtype)
     is_gpu = mesh.device_type == "cuda"
     setattr(model, DEVICE, torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu"))
+    if asked.pipeline_parallel_degree > 1:
+        SlicedStages(model, asked)
 
 
 def slices_bytes(mesh: DeviceMesh) -> bool:

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from training_hub.backends.torch_engine.as_forward import as_forward
 from training_hub.backends.torch_engine.fused.swap import has_swapped_attention, is_ours, no_mask
 from training_hub.backends.torch_engine.layouts.cut import Route
+from training_hub.backends.torch_engine.layouts.sliced_stages import SlicedStages, sliced_stages_of
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, Order
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
 from training_hub.recipe.parallelism import Parallelism
@@ -244,14 +245,39 @@ class _Work:
 
 @cache
 def _stage_class() -> Any:
-    """torch's stage, but that it says when it has made gradients of weights by themselves."""
+    """torch's stage, but that it says when it has made gradients of weights by themselves, makes layers that forget
+    again once for all of these, and asks for gradients of weights that lie in slices as they must be."""
     from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+    from torch.utils.checkpoint import GraphExecGroup
 
     class Stage(PipelineStage):
+        submod: Any
+
         def backward_weight_one_chunk(self, *arguments: Any, **options: Any) -> None:
-            super().backward_weight_one_chunk(*arguments, **options)
-            part: Any = self.submod
-            part.work.made()
+            with GraphExecGroup():
+                super().backward_weight_one_chunk(*arguments, **options)
+            self.submod.work.made()
+
+        def backward_maybe_with_nosync(
+            self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
+        ) -> Any:
+            sliced: SlicedStages | None = self.submod.sliced
+            if sliced is None:
+                return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            if backward_type == "full":
+                with sliced.last(self.stage_index) if last_backward else nullcontext():
+                    return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            # What torch would do, with the weights that forward used in place of their slices.
+            if backward_type == "input":
+                made, upstream = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+                return stage_backward_input(made, upstream, bwd_kwargs["input_values"], iter(sliced.weights))
+            sliced.make(
+                bwd_kwargs["param_groups"],
+                lambda parts: stage_backward_weight(iter(sliced.weights), parts),
+                is_last=last_backward,
+            )
+            return (), None
 
     return Stage
 
@@ -262,12 +288,14 @@ class _Part(nn.Module):
     def __init__(self, work: _Work, stage: int):
         super().__init__()
         self.model, self.work, self.stage, self.number = work.model, work, stage, 0
+        self.sliced = sliced_stages_of(work.model)
 
     def forward(self, given: Tensor) -> Tensor:
         work, number = self.work, self.number
         self.number += 1
         received = None if self.stage == 0 else work.received(number, given)
-        make = work.ends if self.stage == len(work.route.stages.ends) - 1 else work.passes
+        is_last = self.stage == len(work.route.stages.ends) - 1
         with work.route.inside(self.stage, received):
-            (made,) = as_forward(work.model, lambda: make(number))
+            # An objective is a forward pass by itself: one within another would let weights go at the end of the inner.
+            (made,) = work.ends(number) if is_last else as_forward(work.model, lambda: work.passes(number))
         return made

@@ -222,17 +222,21 @@ def divided_parts(
     }
 
 
-def exchanged_bytes(sizes: Sizes, share: Share, dtype: torch.dtype, packs: float) -> float:
+def exchanged_bytes(
+    sizes: Sizes, share: Share, dtype: torch.dtype, packs: float, *, makes_later: bool = False
+) -> float:
     """Bytes that a process sends in a step of so many packs of its own.
 
     Replicas add up every float32 gradient in a ring, where it passes twice. Slices are gathered for each pass, those of
-    blocks for the backward pass again, and gradients are added up into slices after it.
+    blocks for the backward pass again, and gradients are added up into slices after it. makes_later: gradients of
+    weights are made apart from those of activations, for which all are gathered once more.
     """
     exact = 4 if dtype in LOW_PRECISION else dtype.itemsize
     among, between = (share.slices - 1) / share.slices, 2 * (share.replicas - 1) / share.replicas
     if share.slices == 1:
         return between * exact * sizes.trained
     passes = 1 if share.stays_whole else max(1.0, packs)
-    gathered = sizes.total if share.stays_whole else 2 * sizes.total - sizes.around
+    times = 3 if makes_later else 2
+    gathered = sizes.total if share.stays_whole else times * sizes.total - sizes.around * (not makes_later)
     each = gathered * dtype.itemsize + sizes.trained * exact
     return among * each * passes + between * exact * sizes.trained / share.slices

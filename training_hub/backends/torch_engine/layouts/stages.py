@@ -144,6 +144,21 @@ def under_way(asked: Parallelism, stages: Stages, place: int, packs: float) -> f
     return min(packs, begun / each + (place / each if ORDERS[schedule].splits else 0))
 
 
+def late(asked: Parallelism, stages: Stages, place: int, packs: float) -> tuple[float, float]:
+    """Where gradients of weights are made later: how many packs the process at this place keeps what its layers made of
+    when the gradients of most wait, and how many these are, counted as `under_way` does; else none.
+
+    Counted in torch's schedules of that name, of 2 and 4 processes (tests/distributed/test_sliced_stages.py).
+    """
+    degree, order = asked.pipeline_parallel_degree, ORDERS[asked.pipeline_parallel_schedule]
+    if not order.splits:
+        return 0.0, 0.0
+    each = len(stages.ends) / degree
+    wait = min(packs, (2 * place + 1 if order.turns else place + 1) / each)
+    most = under_way(asked, stages, place, packs)
+    return min(most, (degree + place) / each) if order.turns and place else most, wait
+
+
 def waiting(asked: Parallelism, packs: float) -> float:
     """The share of a step in which a process with one stage waits: (p - 1) / (m + p - 1) with m packs (Narayanan et al.
     2021, section 2.2.1). Several stages, and gradients that are made later, fill some of it."""

@@ -83,11 +83,12 @@ class Tokens:
 
 class Entered:
     """Tokens that products have entered, which are gathered again from `kept`, this rank's slice, for the gradients of
-    these products: once for all that expect it."""
+    these products: once for all that expect it, whenever all of them ask, which they do twice where gradients of
+    weights are made apart from those of activations."""
 
     def __init__(self, kept: Tensor, mesh: DeviceMesh, length: int):
         self.kept, self.mesh, self.length = kept, mesh, length
-        self._expected = 0
+        self._expected = self._asked = 0
         self._whole: Tensor | None = None
 
     @staticmethod
@@ -105,8 +106,8 @@ class Entered:
         whole = self._whole
         if whole is None:
             whole = exchanges.gathered(kept, self.mesh, TOKENS, self.length)
-        self._expected -= 1
-        self._whole = whole if self._expected > 0 else None
+        self._asked += 1
+        self._whole = whole if self._asked % self._expected else None
         return whole
 
 

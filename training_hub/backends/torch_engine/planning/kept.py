@@ -54,10 +54,12 @@ class Ways:
 @dataclass(frozen=True)
 class Kept:
     """Bytes that forward keeps for backward, and what comes to them in the backward pass of one layer: what it forgot,
-    made again, and gradients, mostly of half as much as it keeps there (tests/distributed/test_memory.py)."""
+    made again, and gradients, mostly of half as much as it keeps there (tests/distributed/test_memory.py). upstream:
+    of these what comes to the weights of all layers."""
 
     forward: int
     again: int = 0
+    upstream: int = 0
 
     @property
     def all(self) -> int:
@@ -82,7 +84,8 @@ def kept_bytes(
         return Kept(everything)
     kept = _kept_bytes(blank, part, ways, checkpointing, share) if forgets else everything
     in_layers = everything - head_gradient(blank, ways)
-    return Kept(kept, (everything - kept + _halves(blank, share, forgets=forgets) * in_layers // 2) // layers)
+    halves = _halves(blank, share, forgets=forgets)
+    return Kept(kept, (everything - kept + halves * in_layers // 2) // layers, in_layers // 2)
 
 
 def _halves(blank: PreTrainedModel, share: Share, *, forgets: bool) -> int:

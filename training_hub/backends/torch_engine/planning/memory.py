@@ -86,13 +86,15 @@ Estimate = dict[str, Any]
 @dataclass(frozen=True)
 class Stage:
     """What a process of a pipeline does: how many stages it has, packs whose activations are there at once, packs that
-    it gets in a step, and whether its layers begin with tokens and end with the loss."""
+    it gets in a step, and whether its layers begin with tokens and end with the loss. late: packs whose activations are
+    there where most gradients of activations wait for those of weights, and of how many packs these are."""
 
     count: int = 1
     under_way: float = 1.0
     packs: float = 1.0
     is_first: bool = True
     is_last: bool = True
+    late: tuple[float, float] = (0.0, 0.0)
 
     @property
     def rows(self) -> float:
@@ -240,6 +242,7 @@ def _flow(
     numbers = weight.numel() if weight is not None and weight.requires_grad else 0
     numbers *= share.heads if share.gathers_head else 1
     is_held = dtype in LOW_PRECISION and share.has_whole_weights  # then gradients are added up in float32, in one place
+    there, late = stage.late
     is_tied = numbers > 0 and stage.is_first and table is not None and table.weight is weight
     return Flow(
         kept=stage.under_way * kept.forward + stage.rows * row / (share.heads if share.is_sliced else 1),
@@ -250,6 +253,7 @@ def _flow(
         given=numbers * (exact * (not accumulates) if is_held else dtype.itemsize),
         table=numbers * dtype.itemsize if is_tied else 0,
         before=parts["gradients"] if accumulates else 0,
+        late=max(0.0, late * kept.upstream - (stage.under_way - there) * kept.forward) if late else 0,
         gradients=parts["gradients"],
         summed=min(parts["gradients"], BUCKET_BYTES) if share.tokens > 1 else 0,
         owned=owned if not share.has_whole_weights else 0,

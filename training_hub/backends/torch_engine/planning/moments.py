@@ -18,7 +18,8 @@ class Flow:
     what comes to that in the backward pass of one layer. passing: what a layer holds only while processes exchange it.
     chunk: of logits, with what multiplies it. given: the head's gradient as backward hands it on. table: the gradient
     of a table of embeddings that comes to the head's, where both are one. before: gradients of earlier packs of the
-    step. gradients: all of them, complete. summed: of those what is copied at a time to be added up over processes.
+    step. late: what comes to that where most gradients of activations wait for those of weights to be made of them.
+    gradients: all of them, complete. summed: of those what is copied at a time to be added up over processes.
     owned: whole weights in their owners. teacher: what comes and goes while a teacher is asked.
     """
 
@@ -30,6 +31,7 @@ class Flow:
     given: float = 0
     table: float = 0
     before: float = 0
+    late: float = 0
     gradients: float = 0
     summed: float = 0
     owned: float = 0
@@ -42,6 +44,7 @@ class Flow:
             "the loss's backward": self.before + self.kept + self.given,
             "the first layer's backward": self.before + self.kept - self.head + self.again + self.passing + self.given,
             "the end of backward": self.gradients + self.table,
+            "the gradients of weights": self.before + self.kept + self.late + self.again if self.late else 0,
             **self.beside(),
         }
 
@@ -96,9 +99,15 @@ class Gathering:
             "the second layer's backward": second + both + max(within, sending, fetching + self.block_summed),
             "the last layer's backward": ended + both - self.block + max(within, sending),
             "the last block's sum": at_end + self.around + self.block_summed,
+            "the gradients of weights": flow.before + flow.kept + flow.late + self._late(flow) if flow.late else 0,
             "the sum of what is around": max(at_end + self.around_summed, done + self.around_summed * self._sent),
             **flow.beside(),
         }
+
+    def _late(self, flow: Flow) -> float:
+        """What comes to gradients that wait, as those of a block or of what is around are made of them."""
+        around = self.around + self.around_made + self.around_summed * self._sent
+        return max(flow.again + self.block + self.block_made, around * bool(self.around_made))
 
     @property
     def buffers(self) -> float:

@@ -21,7 +21,7 @@ from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.layouts.cut import fullest, planned_stages
 from training_hub.backends.torch_engine.layouts.shapes import layers_at
 from training_hub.backends.torch_engine.layouts.share import EVERYTHING, Share, Sizes, cut_down, exchanged_bytes
-from training_hub.backends.torch_engine.layouts.stages import ORDERS, under_way, waiting
+from training_hub.backends.torch_engine.layouts.stages import ORDERS, late, under_way, waiting
 from training_hub.backends.torch_engine.loading.model import choose_device, choose_dtype
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.backends.torch_engine.loading.quantization import num_numbers, quantiser
@@ -104,7 +104,8 @@ def describe(
     is_whole = share.slices == share.heads == 1 and not in_stages
     moving = replace(sizes, trained=trained) if is_whole else sizes  # between replicas only what moves passes
     packs_of_one = told["run"]["packs_per_step"] / share.of_data
-    sent = exchanged_bytes(moving, share, dtype, packs_of_one)
+    makes_later = in_stages and ORDERS[recipe.parallelism.pipeline_parallel_schedule].splits
+    sent = exchanged_bytes(moving, share, dtype, packs_of_one, makes_later=makes_later)
     sent += _passed_bytes(recipe, model, feed, dtype, packs_of_one) / (share.heads * share.tokens)
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
@@ -223,7 +224,7 @@ def stages_of(model: PreTrainedModel, asked: Parallelism, packs: float) -> Itera
     for place in sorted({0, 1, degree - 1}):
         at_once, own = under_way(asked, stages, place, packs), len(stages.of_process(place))
         ends = (place == stages.owners[0], place == stages.owners[-1])
-        yield layers_at(model, asked, place), Stage(own, at_once, packs, *ends)
+        yield layers_at(model, asked, place), Stage(own, at_once, packs, *ends, late(asked, stages, place, packs))
 
 
 def summary(plan: dict[str, Any]) -> str:
