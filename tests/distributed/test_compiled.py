@@ -47,9 +47,13 @@ TOGETHER: dict[str, tuple[str, dict[str, Any]]] = {
     "slices": ("llama", {"parallelism": {"data_parallel_shard_degree": -1}}),
     "slices, lora": ("llama", {"parallelism": {"data_parallel_shard_degree": -1}, **LORA}),
     "tokens": ("llama", {"parallelism": {"context_parallel_degree": 2}}),
+    "heads": ("llama", {"parallelism": {"tensor_parallel_degree": 2}}),
+    "heads, whole tokens": ("llama", {"parallelism": {"tensor_parallel_degree": 2, "sequence_parallel": False}}),
+    "heads, lora": ("llama", {"parallelism": {"tensor_parallel_degree": 2}, **LORA}),
     "experts": ("qwen3-moe", {"parallelism": {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}}),
     "stages": ("llama", {"parallelism": {"pipeline_parallel_degree": 2}}),
 }
+SLICES_OF_HEADS: dict[str, Any] = {"tensor_parallel_degree": 2, "data_parallel_shard_degree": 2}
 
 
 SETTINGS: dict[str, Any] = {"optimizer": SGD, "evaluation": {"interval": 2}, "data": {"validation_fraction": 0.2}}
@@ -100,19 +104,26 @@ def test_one_process_finds_the_numbers_of_eager_blocks(case, folders, uneven_fil
     assert distance <= (1e-2 if case == "bfloat16" else CLOSE)
 
 
-@pytest.mark.parametrize("layout", TOGETHER)
-def test_two_processes_find_them_too(layout, two, folders, uneven_file, tmp_path):
-    family, sections = TOGETHER[layout]
+def several_find_the_numbers_of_one(crew, family, sections, folders, uneven_file, tmp_path):
     settings, steps = settings_of(sections)
-    two.call("tests.distributed.test_compiled:graphs")
-    together = two.train(folders(family), uneven_file, tmp_path / "compiled", training=steps, **settings)
+    crew.call("tests.distributed.test_compiled:graphs")
+    together = crew.train(folders(family), uneven_file, tmp_path / "compiled", training=steps, **settings)
     alone = {name: values for name, values in settings.items() if name != "parallelism"}
     eager = train(folders(family), uneven_file, tmp_path / "eager", training=STEPS, **alone)
     for each in together:
         assert each.get("status") == "finished", each
         same(each["history"], eager.history, CLOSE)
-    assert min(two.call("tests.distributed.test_compiled:graphs")) > 0
+    assert min(crew.call("tests.distributed.test_compiled:graphs")) > 0
     assert apart(trained(together[0]["model_path"]), trained(eager.model_path)) <= CLOSE
+
+
+@pytest.mark.parametrize("layout", TOGETHER)
+def test_two_processes_find_them_too(layout, two, folders, uneven_file, tmp_path):
+    several_find_the_numbers_of_one(two, *TOGETHER[layout], folders, uneven_file, tmp_path)
+
+
+def test_four_processes_with_slices_of_split_heads_find_them_too(four, folders, uneven_file, tmp_path):
+    several_find_the_numbers_of_one(four, "llama", {"parallelism": SLICES_OF_HEADS}, folders, uneven_file, tmp_path)
 
 
 def test_more_layers_with_adapters_take_no_more_code(folders, uneven_file, tmp_path, strict):
@@ -123,6 +134,19 @@ def test_more_layers_with_adapters_take_no_more_code(folders, uneven_file, tmp_p
         train(model, uneven_file, tmp_path / str(layers), training=steps, **settings)
         made.append(graphs())
     assert made[0] == made[1] > 0
+
+
+def test_more_layers_of_split_heads_take_no_more_code(two, folders, uneven_file, tmp_path):
+    settings, steps = settings_of(TOGETHER["heads"][1])
+    made = []
+    for layers in (2, 5):
+        two.call("tests.distributed.test_compiled:graphs")
+        model = folders("llama", num_hidden_layers=layers)
+        for each in two.train(model, uneven_file, tmp_path / str(layers), training=steps, **settings):
+            assert each.get("status") == "finished", each
+        made.append(two.call("tests.distributed.test_compiled:graphs"))
+    assert made[0] == made[1]
+    assert min(made[0]) > 0
 
 
 def kept_bytes(budget: float) -> int:

@@ -114,18 +114,13 @@ UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("training.fp8", (False,), "products in 8 bits are kernels of their own, which were not tried beside it"),
     ("qat.weight_dtype", (None,), "what differs by a hair is rounded to another number, and the loss with it"),
     (
-        "parallelism.tensor_parallel_degree",
-        (1,),
-        "what sends tokens to split heads takes more versions of its code than the compiler makes",
-    ),
-    (
         "parallelism.pipeline_parallel_schedule",
         ("1F1B", "Interleaved1F1B", "GPipe"),
         "a compiled block makes gradients of weights and of activations in one piece",
     ),
 )
 """What blocks are not compiled beside: a setting, its values that go, and why no others do. DoRA, frozen weights of 8
-bits, layers that round and split heads were tried."""
+bits and layers that round were tried."""
 
 FORGETTING = ("selective", "full", "offload")
 
