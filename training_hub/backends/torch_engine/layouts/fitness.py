@@ -17,7 +17,7 @@ from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.recipe import Recipe
-from training_hub.recipe.parallelism import FIELDS, Degrees, Parallelism
+from training_hub.recipe.parallelism import Degrees, Parallelism
 
 TENSOR = "parallelism.tensor_parallel_degree"
 
