@@ -83,7 +83,8 @@ def checks(folder: Path, *, tiny: bool) -> list[Check]:
 
     eight_bit = () if tiny else ("--set", "training.fp8=true")  # refused where there is no GPU that can
     roomy = () if tiny else ("--rows", "33", "--rows-at-once", "3", "--set", "training.activation_checkpointing=none")
-    side_by_side = ("-p", "xdist", "-n", "6") if find_spec("xdist") is not None else ()
+    workers = min(6, (os.cpu_count() or 1) // 2)
+    side_by_side = ("-p", "xdist", "-n", str(workers)) if workers > 1 and find_spec("xdist") is not None else ()
     return [
         Check("8b-full", trained("8b-full"), 120, waits=True),
         Check("8b-lora", trained("8b-lora"), 100, waits=True),
