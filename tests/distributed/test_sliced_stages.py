@@ -14,10 +14,10 @@ import pytest
 from tests.distributed.crew import Crew
 from tests.distributed.lacking import lacks_order
 from tests.distributed.test_divided_further import ROUNDED
-from tests.distributed.test_equal_numbers import STEPS
+from tests.distributed.test_equal_numbers import STEPS, apart, weights
 from tests.distributed.test_osft_of_split_models import OSFT
-from tests.distributed.test_pipeline import SGD, SMALL_PACKS, TWO
-from tests.distributed.test_pipeline_adapters import FOUR_LAYERS, ON_TABLES
+from tests.distributed.test_pipeline import CLOSE, SGD, SMALL_PACKS, TWO
+from tests.distributed.test_pipeline_adapters import FOUR_LAYERS, LONGER, ON_TABLES
 from tests.distributed.test_pipeline_further import (
     IN_TURN,
     LIBRARIES,
@@ -63,6 +63,8 @@ CASES: dict[str, Case] = {
     "now and then no sample": ("qwen3", INTERLEAVED, {"training": {**SMALL_PACKS, "global_batch_size": 3}}),
     "one document after another": ("llama", BACK, {"data": {"packing": False}}),
     "with proofs": ("llama-tied", BACK, PROVED),
+    "with proofs, whole in a step": ("llama", {**INTERLEAVED, **WHOLE}, PROVED),
+    "with proofs, one stage each, whole in a step": ("llama", {**SLICES, **WHOLE}, PROVED),
     "a loss with more to it": ("llama", INTERLEAVED, {"loss": {"label_smoothing": 0.1, "z_loss": 1e-3}}),
     "a first stage that stays as it is": ("llama", BACK, {"freezing": {"blocks": 2, "embeddings": True}}),
     "a last stage that stays as it is": ("llama", INTERLEAVED, {"freezing": {"weights": ["layers.3", "lm_head"]}}),
@@ -129,6 +131,39 @@ def same_run(case: Case, crew: Crew, folders: Any, uneven_file: Path, tmp_path: 
     alone = train(model, uneven_file, tmp_path / "alone", **settings)
     same_steps(alone, together)
     same_weights(alone, together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", [{**BACK, **WHOLE}, INTERLEAVED])
+def test_a_small_rate_moves_bfloat16_weights(parallelism, four, folders, uneven_file, tmp_path):
+    """8 bits of mantissa: losses of the four steps agree to 1 %."""
+    settings = {"model": {"dtype": "bfloat16"}, **PROVED, "optimizer": {"lr": 1e-6}}
+    model = folders("qwen3", **FOUR_LAYERS)
+    together = four.train(model, uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
+    if lacks_order(together, parallelism):
+        return
+    assert together[0].get("status") == "finished", together[0]
+    alone = train(model, uneven_file, tmp_path / "alone", **settings)
+    for row, wanted in zip(together[0]["history"], alone.history, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert row[key] == pytest.approx(wanted[key], rel=0.01)
+    before, after = weights(model), weights(together[0]["model_path"])
+    assert not [name for name in before if not (before[name].bfloat16().float() != after[name]).any()]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_slices_and_stages_of_another_order(four, folders, uneven_file, tmp_path):
+    if not can_split_backward():
+        pytest.skip("torch makes gradients of weights wrongly by themselves")
+    model, output = folders("llama-tied", **FOUR_LAYERS), tmp_path / "run"
+    unbroken = train(model, uneven_file, tmp_path / "unbroken", **LONGER)
+    for step, parallelism in ((2, BACK), (5, {"data_parallel_shard_degree": 4})):
+        order = {"signalled": 1, "step": step}
+        ended = four.train(model, uneven_file, output, order, parallelism=parallelism, **LONGER)
+        assert [each.get("error") for each in ended] == ["Interrupted"] * 4, ended
+    resumed = four.train(model, uneven_file, output, parallelism={**INTERLEAVED, **WHOLE}, **LONGER)
+    same_steps(unbroken, resumed)
+    assert apart(weights(unbroken.model_path), weights(resumed[0]["model_path"])) <= CLOSE
 
 
 def test_gradients_of_slices_that_are_made_later_are_those_of_a_whole_backward_pass(two):

@@ -80,8 +80,9 @@ class Parallelism(Section):
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether the weights of a layer, gathered for its forward pass, are let go after it and gathered again for its
-    backward pass. never: weights and gradients stay whole from the first pack of a step to the last, which takes the
-    memory of whole ones and sends least. default: always."""
+    backward pass, and a third time where a zero-bubble order makes gradients of weights later. never: weights and
+    gradients stay whole from the first pack of a step to the last, which takes the memory of whole ones and sends
+    least. default: always."""
 
     enable_cpu_offload: bool = False
     """Keep divided weights, gradients and the optimizer's state in the memory of the CPU, and let it make the

@@ -168,6 +168,9 @@ def begin_pass(model: nn.Module, asked: Parallelism, *, is_last: bool) -> None:
 
 
 def end_passes(model: nn.Module) -> None:
-    """The backward passes of a step are over: a forward pass by itself, as in validation, lets everything go."""
+    """The backward passes of a step are over: a forward pass by itself, as in validation, lets everything go, and a
+    backward pass by itself, as in proofs, adds everything up."""
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_forward(True)
+    model.set_reshard_after_backward(True)
+    model.set_requires_gradient_sync(True)
