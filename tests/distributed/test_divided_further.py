@@ -67,6 +67,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unfrozen in turn": (SLICES, {"freezing": {"unfreeze_interval": 2}}),
     "unfrozen in turn, heads": (HEADS, {"freezing": {"unfreeze_interval": 2}}),
     "rounded adapter": (SLICES, {**LORA, **ROUNDED}),
+    "rounded, heads": (HEADS, ROUNDED),
+    "rounded, heads, all tokens in each": ({**HEADS, "sequence_parallel": False}, ROUNDED),
+    "rounded adapter, heads": (HEADS, {**LORA, **ROUNDED}),
+    "rounded to 8 bits, heads": (HEADS, {**ROUNDED, "qat": {"weight_dtype": "int8", "group_size": 16}}),
 }
 LIBRARIES = {"int4": "bitsandbytes", "int8": "torchao", "rounded": "torchao", "adalora": "peft", "unfrozen": "torch"}
 QUICK = ("int4", "adalora", "rounded")

@@ -41,6 +41,8 @@ NOISE = {"loss": {"neftune_noise_alpha": 5.0}}
 IN_TURN = {"freezing": {"unfreeze_interval": 1}, "optimizer": {**SGD, "weight_decay": 0.1}}
 """What does not train yet does not decay."""
 ONE_STEP = {"training": {**SMALL_PACKS, "steps": 1}, "data": {}}
+UNASKED = {**ONE_STEP, "data": {"validation_fraction": 0.0}, "evaluation": {}}
+"""Where heads are split, sums in another order make other codes of the weights that have moved."""
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a teacher": ("llama", {}, {"distillation": TEACHER}),
@@ -177,6 +179,9 @@ PRODUCTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rounded, stages of split tokens": ("llama", TOKENS, {**ROUNDED, **ONE_STEP}),
     "rounded, stages of split tokens there and back": ("llama-tied", {**TOKENS, **BACK}, {**ROUNDED, **ONE_STEP}),
     "rounded, stages of split tokens, beside an adapter": ("llama", TOKENS, {**LORA, **ROUNDED, **ONE_STEP}),
+    "rounded, stages of split heads": ("llama", HEADS, {**ROUNDED, **UNASKED}),
+    "rounded, stages of split heads there and back": ("llama-tied", {**HEADS, **BACK}, {**ROUNDED, **UNASKED}),
+    "rounded, stages of split heads, beside an adapter": ("llama", HEADS, {**LORA, **ROUNDED, **UNASKED}),
     "rounded, stages of experts": ("qwen3-moe", EXPERTS, {**ROUNDED, **ONE_STEP}),
     "noise, two pipelines": ("llama-tied", {}, NOISE),
     "noise, a pipeline of slices": ("llama-tied", {"data_parallel_shard_degree": 2}, NOISE),

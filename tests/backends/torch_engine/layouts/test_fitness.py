@@ -116,6 +116,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "dora"}},
         "an adapter of dora cannot be split",
     ),
+    "inputs that are rounded together": (
+        {
+            "parallelism": {"tensor_parallel_degree": 4},
+            "qat": {"weight_dtype": "int8", "activation_dtype": "int8"},
+        },
+        "inputs of a token that are rounded together would lie in several processes. Write 1, or leave qat.activ",
+    ),
+    "weights that are rounded together": (
+        {
+            "parallelism": {"tensor_parallel_degree": 2, "data_parallel_shard_degree": 2},
+            "qat": {"weight_dtype": "int4", "group_size": 32},
+        },
+        "32 does not divide the 16 inputs of model.layers.*.self_attn.o_proj that a process has where heads and "
+        "widths are split among 2. Write 8, or parallelism.tensor_parallel_degree: 1.",
+    ),
     "a loss of a teacher": (
         {"parallelism": {"tensor_parallel_degree": 4}, "distillation": {"teacher": "."}},
         "disable_loss_parallel: true",

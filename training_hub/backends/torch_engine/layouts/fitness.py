@@ -14,7 +14,7 @@ from training_hub.backends.torch_engine.layouts.experts import expert_problems
 from training_hub.backends.torch_engine.layouts.sequence import slice_problems
 from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
-from training_hub.backends.torch_engine.layouts.tensor import tensor_problems
+from training_hub.backends.torch_engine.layouts.tensor import general, split_layers, tensor_problems
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import Degrees, Parallelism
@@ -53,7 +53,25 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         return found
     model = read_blank_model(chosen)[0]
     answers = degrees.pp > 1 and recipe.evaluation.generate
-    return [*split_problems(model, degrees, recipe.parallelism), *(answer_problems(model) if answers else [])]
+    found = split_problems(model, degrees, recipe.parallelism)
+    if degrees.tp > 1 and recipe.qat.weight_dtype is not None and not found:
+        found = _group_problems(model, degrees.tp, recipe.qat.group_size)
+    return [*found, *(answer_problems(model) if answers else [])]
+
+
+def _group_problems(model: Any, among: int, size: int) -> list[str]:
+    """Why weights of a model without contents that share a scale would lie in several of `among` processes."""
+    layers = [(name, model.get_submodule(name).in_features, style) for name, style, _ in split_layers(model)]
+    widths = {general(name): width // (among if style.is_by_rows else 1) for name, width, style in layers}
+    odd = next((name for name, width in widths.items() if width % size), None)
+    if odd is None:
+        return []
+    fitting = next(n for n in range(size, 0, -1) if not any(width % n for width in widths.values()))
+    write = f"Write {fitting}, or {TENSOR}: 1" if fitting > 1 else f"Write {TENSOR}: 1"
+    return [
+        f"qat.group_size: {size} does not divide the {widths[odd]} inputs of {odd} that a process has where heads and "
+        f"widths are split among {among}. {write}."
+    ]
 
 
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
@@ -64,9 +82,8 @@ def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         and recipe.lora.tuner not in SPLIT_TUNERS,
         f"{TENSOR}: the bytes of {recipe.model.quantization} weights are not rows that could be split. Write 1, or "
         "model.quantization: none.": degrees.tp > 1 and recipe.model.quantization != "none",
-        f"{TENSOR}: numbers that are rounded together would lie in two processes. Write 1, or leave qat out.": (
-            degrees.tp > 1 and recipe.qat.weight_dtype is not None
-        ),
+        f"{TENSOR}: inputs of a token that are rounded together would lie in several processes. Write 1, or leave "
+        "qat.activation_dtype out.": degrees.tp > 1 and recipe.qat.activation_dtype is not None,
         f"{TENSOR}: the loss of a teacher needs the whole vocabulary. Write 1, or "
         "parallelism.disable_loss_parallel: true.": degrees.tp > 1
         and recipe.distillation.teacher

@@ -83,7 +83,8 @@ def _columns(own: Any) -> Forward:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         entered, bias = Entered.of(x), self.bias
-        if entered is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        if entered is None or not learns or own is not nn.Linear:  # others do more to weights than to multiply by them
             return _multiplied(own, self, x, bias)
         entered.expect()
         said: Tensor = _Product.apply(x, entered.kept, own_part(self.weight), _part(bias), entered)
