@@ -134,9 +134,9 @@ def problems_of(settings: dict[str, Any], **arguments: Any) -> list[str]:
             ["training.compile: torch compiles nothing within", "training.activation_checkpointing: memory_budget"],
         ),
         (
+            {"training.compile": True, "algorithm": "lora_sft", "lora.tuner": "oft"},
             {"training.compile": True, "algorithm": "lora_sft", "lora.tuner": "dora"},
-            {"training.compile": True, "algorithm": "lora_sft", "lora.tuner": "rslora"},
-            ["training.compile: true does not go with lora.tuner: dora", "training.compile: false"],
+            ["training.compile: true does not go with lora.tuner: oft", "training.compile: false"],
         ),
         (
             {"checkpoint.max_shard_size": "5 GiB"},

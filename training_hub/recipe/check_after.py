@@ -101,16 +101,7 @@ def _shards(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
 
 
 UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    (
-        "lora.tuner",
-        ("lora", "rslora", "pissa", "olora", "adalora"),
-        "for layers of other kinds code is made shape by shape, until the compiler gives up",
-    ),
-    (
-        "model.quantization",
-        ("none",),
-        "frozen weights of few bits are read by kernels of their own, so that a block falls to pieces",
-    ),
+    ("lora.tuner", ("lora", "rslora", "dora", "pissa", "olora", "adalora"), "no other tuner was tried beside it"),
     ("training.fp8", (False,), "products in 8 bits are kernels of their own, which were not tried beside it"),
     ("qat.weight_dtype", (None,), "what differs by a hair is rounded to another number, and the loss with it"),
     (
@@ -119,8 +110,8 @@ UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         "a compiled block makes gradients of weights and of activations in one piece",
     ),
 )
-"""What blocks are not compiled beside: a setting, its values that go, and why no others do. DoRA, frozen weights of 8
-bits and layers that round were tried."""
+"""What blocks are not compiled beside: a setting, its values that go, and why no others do. Layers that round were
+tried."""
 
 FORGETTING = ("selective", "full", "offload")
 

@@ -129,9 +129,22 @@ def test_finite_differences_agree():
     assert inside["b"].lora_B["default"].weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
-def test_what_is_more_than_plain_lora_is_left_to_peft(options):
-    theirs = adapted("llama", torch.float64, **options)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_dora_is_pefts_to_rounding(family, dropout):
+    theirs = adapted(family, torch.float64, use_dora=True, lora_dropout=dropout, fan_in_fan_out=family == "gpt2")
+    ours = copy.deepcopy(theirs)
+    run_adapters_fused(ours)
+    assert all(isinstance(module, OnKernels) for module in ours.modules() if hasattr(module, "lora_A"))
+    (loss, gradients), (wanted, theirs_gradients) = loss_and_gradients(ours), loss_and_gradients(theirs)
+    assert loss == pytest.approx(wanted, rel=CLOSE[torch.float64])
+    assert gradients.keys() == theirs_gradients.keys()
+    for name, other in theirs_gradients.items():
+        assert (gradients[name] - other).norm() <= CLOSE[torch.float64] * other.norm(), name
+
+
+def test_dropout_is_left_to_peft():
+    theirs = adapted("llama", torch.float64, lora_dropout=0.3)
     ours = copy.deepcopy(theirs)
     run_adapters_fused(ours)
     (loss, gradients), (wanted, theirs_gradients) = loss_and_gradients(ours), loss_and_gradients(theirs)

@@ -4,6 +4,11 @@ y = x W^T + b + s (x A^T) B^T, where PEFT makes x A^T, times B^T, times s, and a
 tensor as large as y. Here the adapter's part is written first and the product with W adds itself to it, which costs
 that product next to nothing. Layers that read the same x (query, key and value; gate and up) take all their A in one
 product, and their parts of dx are added up by the products that make them.
+
+DoRA (Liu et al. 2024, arXiv:2402.09353) learns the length m of each row of W apart from its direction: y = m / |V| *
+x V^T + b with V = W + s B A, where no gradient goes through the length |V| (section 4.3). For B A PEFT sends the
+identity through A and B, as many rows as the layer has inputs; and it asks for the name of W's class, which stops a
+compiler.
 """
 
 # T tokens, M inputs, N outputs, R ranks of all adapters that read one x
@@ -35,6 +40,9 @@ CLASSES = (
 )
 """What PEFT puts in the place of a linear layer: over plain weights, and over those of 4 and 8 bits."""
 
+DORA = "DoraLinearVariant"
+"""Class of what PEFT has such a layer do for DoRA."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -58,10 +66,14 @@ def low_rank_of(layer: Any) -> LowRank | None:
 
 
 def run_adapters_fused(model: nn.Module) -> None:
-    """Exchange PEFT's linear layers with plain LoRA for ours, in place; parameters and names stay."""
+    """Exchange PEFT's linear layers with plain LoRA, or DoRA, for ours, in place; parameters and names stay."""
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
-        if f"{kind.__module__}.{kind.__qualname__}" in CLASSES and isinstance(module.base_layer, nn.Linear):
+        if f"{kind.__module__}.{kind.__qualname__}" not in CLASSES:
+            continue
+        if [type(one).__name__ for one in module.lora_variant.values()] == [DORA]:
+            exchange(model, name, module, _with_lengths)
+        elif isinstance(module.base_layer, nn.Linear):
             exchange(model, name, module, _forward)
 
 
@@ -84,6 +96,32 @@ def _forward(own: Any) -> Forward:
         return project(x, (self,))[0]
 
     return forward
+
+
+def _with_lengths(own: Any) -> Forward:
+    def forward(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        is_one = self.active_adapters == [ADAPTER] and not (self.disable_adapters or self.merged_adapters)
+        if arguments or options or not is_one or self.lora_A[ADAPTER].weight.dtype != x.dtype:
+            return own.forward(self, x, *arguments, **options)
+        return _directed(self, x)
+
+    return forward
+
+
+def _directed(layer: Any, x: Tensor) -> Tensor:
+    """What a layer with DoRA makes of x [..., M]: its adapter, and the turned weight, see x with dropout."""
+    base, down, up = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    scale, dropout = layer.scaling[ADAPTER], layer.lora_dropout[ADAPTER]
+    with torch.no_grad():
+        added_NM = scale * (up.weight @ down.weight).to(x.dtype)
+        weight_NM = dense(base, x.dtype)
+        length_N = torch.linalg.vector_norm((weight_NM.T if layer.fan_in_fan_out else weight_NM) + added_NM, dim=1)
+    turn_N = layer.lora_magnitude_vector[ADAPTER].weight / length_N.to(x.dtype)
+    whole = base(x)
+    dropped = dropout(x)
+    again = whole if dropped is x else base(dropped)
+    again = again if base.bias is None else again - base.bias
+    return whole + (turn_N - 1) * again + turn_N * scale * up(down(dropped))
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:

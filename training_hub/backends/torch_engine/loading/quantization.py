@@ -7,8 +7,8 @@ and embeddings stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
+from training_hub.backends.torch_engine.loading.packing import Packing, packed
 from training_hub.backends.torch_engine.loading.quiet import quiet
 from training_hub.recipe.sections import Model
 
@@ -73,7 +74,7 @@ def loading_options(quantization: str, dtype: torch.dtype, device: torch.device)
 
 
 PACKED = "training_hub_packed"
-"""Attribute of a quantised layer whose weight has been parted: what makes numbers of its bytes."""
+"""Attribute of a quantised layer whose weight has been parted: what makes numbers of its bytes, a `Packing`."""
 
 
 def quantiser(quantization: str) -> dict[str, str]:
@@ -90,16 +91,16 @@ def num_numbers(parameter: Tensor) -> int:
 
 def num_quantised(model: Any) -> int:
     """How many weights linear layers have that are frozen, and so are kept in fewer bits; from shapes: `model` may be
-    quantised already, or lie on the meta device."""
-    return sum(num_numbers(weight) for weight in _frozen_matrices(model))
+    quantised already, and parted, or lie on the meta device."""
+    return sum(layer.in_features * layer.out_features for layer in _frozen_layers(model))
 
 
-def _frozen_matrices(model: Any) -> Iterator[Tensor]:
+def _frozen_layers(model: Any) -> Iterator[nn.Linear]:
     # The head stays as it is, and so does one that PEFT keeps beside a copy that trains.
     left = {id(module) for module in model.get_output_embeddings().modules()}
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module) not in left and not module.weight.requires_grad:
-            yield module.weight
+            yield module
 
 
 def plain_like(module: nn.Module) -> nn.Linear | None:
@@ -114,9 +115,11 @@ def plain_like(module: nn.Module) -> nn.Linear | None:
 def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """[N, M]: the weight of a linear layer as it multiplies; made from its 4 or 8 bits in memory of its own."""
     weight: Any = layer.weight
-    unpack: Callable[[Tensor], Tensor] | None = getattr(layer, PACKED, None)
-    if unpack is not None:
-        return unpack(weight.data).to(dtype)
+    packing: Packing | None = getattr(layer, PACKED, None)
+    if packing is not None:
+        return packing.dense(weight.data).to(dtype)
+    if torch.compiler.is_compiling():
+        return weight  # quantised ones have been parted
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -131,35 +134,26 @@ def is_quantised(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None or type(weight).__module__.startswith("torchao")
 
 
-def part(model: nn.Module) -> None:
+def part(model: nn.Module, *, for_now: bool = False) -> None:
     """Part quantised weights into bytes, which become ordinary parameters that can be divided, and what makes numbers
-    of them (scales, 1/32 of their size in int4), which stays whole; in place.
+    of them (scales, 1/32 of their size in int4), which stays whole; in place. for_now: `put_together` undoes it.
 
     Such layers must multiply by their dense weights already.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and is_quantised(module.weight):
-            bytes_of, unpack = _parts(module.weight)
-            setattr(module, PACKED, unpack)
+            bytes_of, packing = packed(module.weight)
+            setattr(module, PACKED, replace(packing, whole=module.weight if for_now else None))
             module.weight = nn.Parameter(bytes_of, requires_grad=False)
 
 
-def _parts(weight: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The bytes of a quantised weight, and what makes its numbers of them."""
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return weight.data, lambda packed: dequantize_4bit(packed, state)
-    names, about = weight.__tensor_flatten__()
-    kind, inner = type(weight.data), {name: getattr(weight, name) for name in names}
-    largest = max(inner, key=lambda name: inner[name].numel())
-
-    def unpack(packed: Tensor) -> Tensor:
-        whole: Any = kind.__tensor_unflatten__({**inner, largest: packed}, about, None, None)
-        return whole.dequantize()
-
-    return inner[largest], unpack
+def put_together(model: nn.Module) -> None:
+    """Undo `part`, where that was for now, in place."""
+    for module in model.modules():
+        packing: Packing | None = getattr(module, PACKED, None)
+        if packing is not None and packing.whole is not None:
+            module.weight = packing.whole
+            delattr(module, PACKED)
 
 
 def multiply_dense(model: nn.Module) -> None:
@@ -187,16 +181,25 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
         ctx.layer = layer
-        return x @ dense(layer, x.dtype).T
+        return _product(x, layer, is_turned=True)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0] @ dense(ctx.layer, upstream[0].dtype), None
+        return _product(upstream[0], ctx.layer, is_turned=False), None
+
+
+def _product(x: Tensor, layer: nn.Linear, *, is_turned: bool) -> Tensor:
+    """x W^T, or x W."""
+    packing: Packing | None = getattr(layer, PACKED, None)
+    if packing is not None:
+        return packing.product(x, layer.weight.data, is_turned=is_turned)
+    weight = dense(layer, x.dtype)
+    return x @ (weight.T if is_turned else weight)
 
 
 def linear_weights(model: Any, quantization: str) -> frozenset[str]:
     """The names of the weights that are kept in fewer bits, of a model that has none of them yet."""
-    chosen = {id(weight) for weight in _frozen_matrices(model)} if quantization != NONE else set[int]()
+    chosen = {id(layer.weight) for layer in _frozen_layers(model)} if quantization != NONE else set[int]()
     return frozenset(name for name, one in model.named_parameters() if id(one) in chosen)
 
 

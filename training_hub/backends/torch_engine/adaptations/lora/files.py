@@ -17,7 +17,7 @@ from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.loading.model import read_whole
-from training_hub.backends.torch_engine.loading.quantization import multiply_dense, quantiser
+from training_hub.backends.torch_engine.loading.quantization import multiply_dense, put_together, quantiser
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
@@ -119,6 +119,7 @@ class AdapterFiles:
         with library.quiet():
             whole = copy.deepcopy(self.peft, shared)
             base = whole.unload()
+        put_together(base)
         multiply_dense(base)  # bitsandbytes would lay out anew, in place, the weights that are shared here
         if self.start is not None:
             self._make_whole(base)

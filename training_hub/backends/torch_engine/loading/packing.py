@@ -1,0 +1,124 @@
+"""A quantised weight in parts: its bytes, an ordinary tensor, and what makes numbers of them.
+
+To a compiler the products of such weights are operations that it does not look into. What it saw of a dense weight it
+would keep for the backward pass, that of every layer at once.
+"""
+
+# T tokens, M inputs, N outputs
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "training_hub"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What makes numbers of a quantised weight's bytes. sizes: of int4 its shape and those of both kinds of blocks, of
+    int8 that of its blocks. dtype: of the numbers. whole: the weight as it was, over the same bytes, where it is kept.
+    """
+
+    form: str
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    whole: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
+        return self  # nothing changes it, and the bytes of `whole` are those of the model
+
+    def dense(self, packed: Tensor) -> Tensor:
+        """[N, M]: the weight of these bytes."""
+        parts = [packed, *self.tensors]
+        if torch.compiler.is_compiling():
+            made: Tensor = torch.ops.training_hub.unpacked(parts, self.sizes, self.form, self.dtype)
+            return made
+        return _unpacked(parts, self.sizes, self.form, self.dtype)
+
+    def product(self, x: Tensor, packed: Tensor, *, is_turned: bool) -> Tensor:
+        """x W^T of x [..., M], or x W of x [..., N]."""
+        parts = [packed, *self.tensors]
+        multiply = torch.ops.training_hub.packed_product if torch.compiler.is_compiling() else _product
+        made: Tensor = multiply(x, parts, self.sizes, self.form, self.dtype, is_turned)
+        return made
+
+
+def packed(weight: Any) -> tuple[Tensor, Packing]:
+    """The bytes of a weight that bitsandbytes or torchao has quantised, and what makes its numbers of them."""
+    _define()
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        second = state.state2
+        tensors = (state.absmax, state.code, second.absmax, second.code, state.offset)
+        return weight.data, Packing("int4", tensors, (*state.shape, state.blocksize, second.blocksize), state.dtype)
+    zeros = () if weight.zero_point is None else (weight.zero_point,)
+    return weight.qdata, Packing("int8", (weight.scale, *zeros), tuple(weight.block_size), weight.dtype)
+
+
+def _int4(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    low, scales, code, second_scales, second_code, offset = parts
+    *shape, block, second_block = sizes
+    second = QuantState(second_scales, code=second_code, blocksize=second_block, dtype=torch.float32)
+    return dequantize_4bit(low, QuantState(scales, torch.Size(shape), code, block, "nf4", dtype, offset, second))
+
+
+def _int8(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    from torchao.quantization import Int8Tensor
+
+    low, scales, *zeros = parts
+    made: Tensor = Int8Tensor(low, scales, list(sizes), dtype, *zeros).dequantize()
+    return made
+
+
+FORMS: dict[str, Callable[[Sequence[Tensor], Sequence[int], torch.dtype], Tensor]] = {"int4": _int4, "int8": _int8}
+"""What makes numbers of bytes and the tensors of their packing, by its form."""
+
+
+@cache
+def _define() -> torch.library.Library:
+    """Both as operations of torch's; there while this is."""
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    about = "Tensor[] parts, int[] sizes, str form, ScalarType dtype"
+    for name, arguments, made, shaped in (
+        ("unpacked", about, _unpacked, _unpacked_shape),
+        ("packed_product", f"Tensor x, {about}, bool is_turned", _product, _product_shape),
+    ):
+        library.define(f"{name}({arguments}) -> Tensor")
+        library.impl(name, made, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", shaped, lib=library)
+    return library
+
+
+def _unpacked(parts: Sequence[Tensor], sizes: Sequence[int], form: str, dtype: torch.dtype) -> Tensor:
+    return FORMS[form](parts, sizes, dtype)
+
+
+def _unpacked_shape(parts: Sequence[Tensor], sizes: Sequence[int], form: str, dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty(_shape(parts, sizes, form), dtype=dtype)
+
+
+def _product(
+    x: Tensor, parts: Sequence[Tensor], sizes: Sequence[int], form: str, dtype: torch.dtype, is_turned: bool
+) -> Tensor:
+    weight_NM = _unpacked(parts, sizes, form, dtype).to(x.dtype)
+    return x @ (weight_NM.T if is_turned else weight_NM)
+
+
+def _product_shape(
+    x: Tensor, parts: Sequence[Tensor], sizes: Sequence[int], form: str, dtype: torch.dtype, is_turned: bool
+) -> Tensor:
+    outputs, inputs = _shape(parts, sizes, form)
+    return x.new_empty(*x.shape[:-1], outputs if is_turned else inputs)
+
+
+def _shape(parts: Sequence[Tensor], sizes: Sequence[int], form: str) -> Sequence[int]:
+    return sizes[:2] if form == "int4" else parts[0].shape
