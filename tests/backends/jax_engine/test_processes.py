@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from tests.backends.jax_engine.tiny import losses, saved
 from tests.invariants.run import recipe, train
 from tests.workers import acting_at, workers
+from training_hub import evaluate
 from training_hub.backends.jax_engine.processes import _meeting_place
 from training_hub.errors import DataError, Interrupted, LaunchError, TrainingError
 from training_hub.folders import damage
@@ -132,3 +133,61 @@ def test_an_error_of_one_process_is_told_in_the_caller(one_layer, chat_file, tmp
     rows.write_text('{"x": 1}\n')
     with pytest.raises(DataError, match=r"line 1: no known format(.|\n)*rank 0 of 2"):
         run(recipe(one_layer, rows, tmp_path / "run", processes=TWO, **ASKED))
+
+
+@pytest.fixture(scope="module")
+def taught(one_layer, chat_file, tmp_path_factory):
+    """A model that has learned so much that its answers end."""
+    settings = {"training": {"steps": 40, "preflight": False}, "optimizer": {"lr": 1e-2}}
+    return train(one_layer, chat_file, tmp_path_factory.mktemp("taught") / "run", **settings).model_path
+
+
+QUIET = {"monitoring.console": "off", "model.dtype": "float32", "data.cache": False}
+DRAWN = {"temperature": 0.8, "top_p": 0.9, "batch_tokens": 600, "seed": 3}
+
+
+def same_scores(model: Path, file: Path, layout: dict[str, Any], **asked: Any) -> Any:
+    """The scores and answers of one process, which two find: a loss to 1e-5, since sums are in another order."""
+    alone = evaluate(model, file, ["exact_match", "f1"], backend="jax", overrides=QUIET, **asked)
+    more = {**QUIET, **layout}
+    both = evaluate(model, file, ["exact_match", "f1"], backend="jax", nproc_per_node=2, overrides=more, **asked)
+    assert both.predictions == alone.predictions
+    assert list(both.scores) == list(alone.scores)
+    for name, scores in alone.scores.items():
+        assert both.scores[name] == pytest.approx(scores, rel=1e-5)
+    return alone
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_scores_and_the_answers_of_one(taught, chat_file):
+    alone = same_scores(taught, chat_file, {}, rows=7)
+    assert len(alone.predictions) == 7 and alone.scores["final"]["unfinished"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [{"data_parallel_replicate_degree": 1, "data_parallel_shard_degree": -1}, {"tensor_parallel_degree": 2}]
+)
+def test_so_they_do_of_a_divided_model_and_of_what_is_drawn(layout, taught, chat_file):
+    divided = {f"parallelism.{name}": value for name, value in layout.items()}
+    alone = same_scores(taught, chat_file, divided, rows=12, **DRAWN)
+    assert len({row["final"]["answer"] for row in alone.predictions}) > 3
+
+
+@pytest.mark.slow
+def test_two_processes_answer_during_a_run_as_one_does(one_layer, chat_file, tmp_path):
+    more = {
+        **ASKED,
+        "training": {**ASKED["training"], "steps": 4},
+        "optimizer": {"lr": 1e-2},
+        "data": {"validation_fraction": 0.1},
+        "evaluation": {"generate": 3, "interval": 2},
+    }
+    one = train(one_layer, chat_file, tmp_path / "one", **more)
+    two = train(one_layer, chat_file, tmp_path / "two", processes=TWO, **more)
+    assert np.abs(losses(two) - losses(one)).max() <= 1e-5
+    mine, theirs = (folder / "predictions.jsonl" for folder in (tmp_path / "two", tmp_path / "one"))
+    assert mine.read_text() == theirs.read_text() and len(mine.read_text().splitlines()) == 3
+    for name, value in one.metrics.items():
+        if name.startswith("validation_"):
+            assert two.metrics[name] == pytest.approx(value, abs=1e-5), name

@@ -71,6 +71,15 @@ class JaxEngine:
 
         return examine(recipe, given, console, own)
 
+    def examine_together(
+        self, recipes: Sequence[Recipe], given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
+    ) -> list[Sitting]:
+        """The same of several models, by all processes that were started with this one, in each of them."""
+        _refuse_live(given)
+        from training_hub.backends.jax_engine.scoring import examine_together
+
+        return examine_together(recipes, given, console, own)
+
     def voice(self, recipe: Recipe) -> Voice:
         """The model of model.path, to be talked to."""
         from training_hub.backends.jax_engine.scoring import open_voice

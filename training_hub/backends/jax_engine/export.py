@@ -18,6 +18,7 @@ from training_hub.backends.jax_engine.full import Adaptation
 from training_hub.backends.jax_engine.loop import Run, moving, nonfinite, take_weights
 from training_hub.backends.jax_engine.processes import whole
 from training_hub.backends.shared.disk import disk_errors_explained
+from training_hub.backends.shared.exam import Exam
 from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
 from training_hub.backends.shared.outcome import card_of, final_step
 from training_hub.errors import DiskError, TrainingError
@@ -38,6 +39,10 @@ class Beside:
     stop_ids: Sequence[int]
 
 
+def _show_answers(exam: Exam, step: int) -> None:
+    exam.show(step)
+
+
 def finish(run: Run, beside: Beside, folder: RunFolder) -> str | None:
     """Write the final model: the best one where the recipe keeps it, the last within the limit where the watch stopped
     the run; None where it stopped it before there was one."""
@@ -50,7 +55,7 @@ def finish(run: Run, beside: Beside, folder: RunFolder) -> str | None:
         run.console.say(f"final: taking step {best}, with the best {metric} {run.best.value}")
         take_weights(run, run.checkpoints.load(best)[0])
     if run.exam is not None:
-        run.exam.show(final_step(run))
+        run.group.on_main("the answers of the final model", partial(_show_answers, run.exam, final_step(run)))
     name = saved_format(run, beside)
     trained = sum(weight.size for weight in moving(run).values())
     numbers = files.count(run.steps.forward.build.shape)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jax import Array
 
 from training_hub.backends.jax_engine.forward import Forward
 from training_hub.backends.jax_engine.noise import GENERATOR
+from training_hub.backends.jax_engine.processes import whole
 from training_hub.backends.jax_engine.products import ein
 from training_hub.backends.jax_engine.step import Merge, Tree
 from training_hub.backends.shared.answers import TOKENS_AT_ONCE, Advance, Answer, Decoding, Prompt, batches, cut
@@ -35,6 +35,8 @@ MOST_AT_ONCE = 256
 LEAST = {"places": 64, "tokens": 16}
 """Sizes are powers of two from here on, so that few programs are compiled."""
 
+Lay = Callable[[np.ndarray], Array]
+
 Hear = Callable[[np.ndarray, np.ndarray], None]
 """Told of the next token of each row [B], and which rows these tokens belong to the answer of [B]."""
 
@@ -42,11 +44,12 @@ Hear = Callable[[np.ndarray, np.ndarray], None]
 class Speech:
     """The compiled functions by which a model answers.
 
-    limits: what it can read. merge: the model's weights, from what trains and what stays.
+    limits: what it can read. merge: the model's weights, from what trains and what stays. lay: puts what each row has
+    on the devices; where these are of several processes, all call the same in the same order.
     """
 
-    def __init__(self, forward: Forward, limits: Limits, merge: Merge = dict):
-        self.limits = limits
+    def __init__(self, forward: Forward, limits: Limits, merge: Merge = dict, lay: Lay = jnp.asarray):
+        self.limits, self._lay = limits, lay
         self.forward = replace(forward, forget="none", is_scanned=False)
         self._read = jax.jit(partial(_read, self.forward, merge), donate_argnums=(2,))
         self._choose = jax.jit(_choose, static_argnames=("temperature", "top_p"))
@@ -85,19 +88,20 @@ class Speech:
         count = _power(len(asked))
         lengths = np.array([len(one.ids) for one in asked] + [1] * (count - len(asked)))
         limits = np.array([one.limit for one in asked] + [0] * (count - len(asked)))
-        draws = _draws(decoding, [*numbers, *[0] * (count - len(asked))])
+        draws = self._lay(_draws(decoding, [*numbers, *[0] * (count - len(asked))]))
         logits_BV, kept = self._prompts(weights, asked, lengths, int(limits.max()))
         goes_on, said = limits > 0, []
         for step in range(int(limits.max())):
-            positions = jnp.asarray(lengths + step, jnp.int32)
-            tokens = self._choose(logits_BV, draws, positions, temperature=decoding.temperature, top_p=decoding.top_p)
-            said.append(np.asarray(tokens))
+            positions = (lengths + step).astype(np.int32)
+            how = {"temperature": decoding.temperature, "top_p": decoding.top_p}
+            said.append(whole(self._choose(logits_BV, draws, self._lay(positions), **how)))
             goes_on = goes_on & ~np.isin(said[-1], decoding.stop_ids)
             hear(said[-1], goes_on)
             goes_on = goes_on & (step + 1 < limits)
             if not goes_on.any():
                 break
-            logits_BV, kept = self._read(*weights, kept, tokens[:, None], positions[:, None], jnp.zeros(count, int))
+            read = said[-1][:, None], positions[:, None], np.zeros(count, np.int32)
+            logits_BV, kept = self._read(*weights, kept, *map(self._lay, read))
         rows = np.stack(said, axis=1) if said else np.zeros((count, 0), int)
         return [cut(row[: one.limit].tolist(), decoding) for row, one in zip(rows, asked, strict=False)]
 
@@ -112,19 +116,20 @@ class Speech:
         for row, one in enumerate(asked):
             ids[row, : len(one.ids)] = one.ids
         kept = self._nothing(len(lengths), _power(max(longest + limit, parts * width), LEAST["places"]))
-        logits_BV = jnp.zeros((len(lengths), self.forward.build.shape.vocabulary), jnp.float32)
+        logits_BV = self._lay(np.zeros((len(lengths), self.forward.build.shape.vocabulary), np.float32))
         for start in range(0, parts * width, width):
             positions = np.broadcast_to(np.arange(start, start + width, dtype=np.int32), (len(lengths), width))
             last = np.clip(lengths - 1 - start, 0, width - 1)
-            found, kept = self._read(*weights, kept, ids[:, start : start + width], positions, last)
-            logits_BV = jnp.where(((lengths - 1) // width == start // width)[:, None], found, logits_BV)
+            read = ids[:, start : start + width], positions, last
+            found, kept = self._read(*weights, kept, *map(self._lay, read))
+            is_last = self._lay(((lengths - 1) // width == start // width)[:, None])
+            logits_BV = jnp.where(is_last, found, logits_BV)
         return logits_BV, kept
 
     def _nothing(self, rows: int, places: int) -> Kept:
         build, shape = self.forward.build, self.forward.build.shape
-        empty = [
-            jnp.zeros((rows, places, shape.kv_heads, shape.head_dim), build.dtype) for _ in range(2 * shape.layers)
-        ]
+        zeros = np.zeros((rows, places, shape.kv_heads, shape.head_dim), build.dtype)
+        empty = [self._lay(zeros) for _ in range(2 * shape.layers)]
         return list(zip(empty[::2], empty[1::2], strict=True))
 
 
@@ -187,10 +192,10 @@ def _choose(logits_BV: Array, draws_B2: Array, positions_B: Array, temperature: 
     return jax.vmap(one)(draws_B2, positions_B, scaled_BV)
 
 
-def _draws(decoding: Decoding, numbers: Sequence[int]) -> Any:
+def _draws(decoding: Decoding, numbers: Sequence[int]) -> np.ndarray:
     """[B, 2] uint32: what is drawn from for each prompt."""
     states = [np.random.SeedSequence([decoding.seed, number]).generate_state(2, np.uint32) for number in numbers]
-    return jnp.asarray(np.stack(states))
+    return np.stack(states)
 
 
 def _power(count: int, least: int = 1) -> int:

@@ -134,7 +134,7 @@ def train(run: Run, stop: StopRequest) -> Iterator[StepReport]:
 def before_first_step(run: Run) -> None:
     """Measure what later steps are compared with."""
     if run.step == 0 and run.exam is not None:
-        run.exam.clear()
+        run.group.on_main("answers of another run", run.exam.clear)
     if run.step == 0 and run.validation is not None and run.recipe.evaluation.at_start:
         before = run.validation_before = evaluate(run, run.validation)
         run.console.say(f"validation before training: loss {before:.4f}, perplexity {perplexity(before):.2f}")
@@ -257,8 +257,10 @@ def validate(run: Run, store: TokenStore, report: StepReport) -> StepReport:
 
 def take_exam(run: Run, exam: Exam, step: int) -> dict[str, float]:
     """The scores of the answers at this step."""
-    given = ask(exam.examiner, run.speech, (run.trained, run.frozen), run.console, f"answers at step {step}")
-    return exam.note(given, step, run.console)
+    what = f"answers at step {step}"
+    given = ask(exam.examiner, run.speech, (run.trained, run.frozen), run.console, what)
+    exam.last = run.group.on_main(what, lambda: exam.note(given, step, run.console))
+    return dict(exam.last)
 
 
 class Measured(Protocol):

@@ -91,6 +91,13 @@ class Mesh:
         where |= {**dict.fromkeys(("rows", "targets", "weights"), parts), "chunks": self._along()}
         return Arrays(**{name: placed(np.asarray(getattr(arrays, name)), sharding) for name, sharding in where.items()})
 
+    def lay(self, rows: np.ndarray) -> Array:
+        """What each row of a batch has, on the devices: rows are dealt out where they divide evenly, else all have
+        all."""
+        if self.is_single:
+            return jax.numpy.asarray(rows)
+        return placed(rows, self._along(ROWS) if len(rows) % self.rows == 0 else self._along())
+
     def pin(self, name: str, value: Array) -> Array:
         """Within a program: let what belongs to a weight lie as the weight does."""
         return value if self.is_single else lax.with_sharding_constraint(value, self.sharding(name))

@@ -69,19 +69,7 @@ def missing_packages() -> list[str]:
 
 def refusals(recipe: Recipe) -> list[str]:
     """Why this recipe cannot run here, setting by setting, each with its remedy."""
-    procs = recipe.processes.procs
-    several = of_several(recipe, (procs if isinstance(procs, int) else 1) * recipe.processes.nodes)
-    return [*_settings(recipe), *_algorithm(recipe), *_optimizer(recipe), *_parallelism(recipe), *several]
-
-
-def of_several(recipe: Recipe, processes: int) -> list[str]:
-    """What a run in so many processes cannot do."""
-    if processes == 1 or not recipe.evaluation.generate:
-        return []
-    return [
-        f"evaluation.generate: found {recipe.evaluation.generate}; backend jax answers in one process alone, and the "
-        f"run has {processes}. Write false, or processes.procs: 1 where one has all devices, {TORCH}"
-    ]
+    return [*_settings(recipe), *_algorithm(recipe), *_optimizer(recipe), *_parallelism(recipe)]
 
 
 def _settings(recipe: Recipe) -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from training_hub.backends import Given
 from training_hub.backends.jax_engine import weights as files
 from training_hub.backends.jax_engine.batches import Sizes
+from training_hub.backends.jax_engine.beforehand import numbers_of
 from training_hub.backends.jax_engine.build import Machine, attention_of, build_of, keep_programs, machine_of
 from training_hub.backends.jax_engine.exam import ask, examiner_of
 from training_hub.backends.jax_engine.forward import Forward
@@ -24,6 +25,7 @@ from training_hub.backends.jax_engine.lora import LowRank
 from training_hub.backends.jax_engine.materials import Materials, load_materials
 from training_hub.backends.jax_engine.mesh import Mesh, mesh_of
 from training_hub.backends.jax_engine.objective import PLAIN
+from training_hub.backends.jax_engine.processes import ALONE, Group, joined, refuse_differences
 from training_hub.backends.jax_engine.session import feed_of
 from training_hub.backends.jax_engine.shapes import Shape, folder_of, read_config, shape_of
 from training_hub.backends.jax_engine.step import Steps
@@ -34,7 +36,7 @@ from training_hub.backends.shared.materials import Limits, limits_of
 from training_hub.backends.shared.voice import Stream, Voice
 from training_hub.data.feed import Feed
 from training_hub.evaluation.metrics import perplexity
-from training_hub.evaluation.predictions import Sitting
+from training_hub.evaluation.predictions import Sitting, read_sitting, sitting_as_json
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
 from training_hub.recipe.evaluation import rows_generated
@@ -63,7 +65,7 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
     saved, store = load_saved(recipe, materials, console), materials.prepared.train
     found = {"rows": float(len(store)), "loss": mean_loss(saved, materials)}
     if generates:
-        speech = Speech(saved.steps.forward, limits_of(materials.config))
+        speech = Speech(saved.steps.forward, limits_of(materials.config), lay=saved.mesh.lay)
 
         def answer(prompts: Sequence[Prompt], decoding: Decoding, advance: Advance) -> list[Answer]:
             return speech.answers((saved.trained, saved.frozen), prompts, decoding, advance=advance)
@@ -72,14 +74,19 @@ def score(recipe: Recipe, console: Console, *, generates: bool) -> dict[str, flo
     return found
 
 
-def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()) -> Sitting:
+def examine(
+    recipe: Recipe, given: Given, console: Console, own: Sequence[Callable[..., Any]] = (), group: Group = ALONE
+) -> Sitting:
     """What the model of model.path says to the rows of data.path, or of `given`, and its scores: also `loss`,
     `perplexity` and `rows`.
 
     recipe.evaluation says by what answers are compared and how they are made; where `generate` is false none are. own:
-    metrics of the user's, as functions. Raises DataError for rows that ask nothing, before a weight is loaded.
+    metrics of the user's, as functions. group: processes over whose devices model and rows lie, all of which must call
+    it and find the same. Raises DataError for rows that ask nothing, before a weight is loaded.
     """
-    materials, asked = load_materials(recipe, given, console), recipe.evaluation
+    asked = recipe.evaluation
+    materials = group.main_first("reading data", lambda: load_materials(recipe, given, console))
+    refuse_differences(group, numbers_of(materials))
     store = materials.prepared.train
     most = None if asked.generate is True else rows_generated(asked)
     examiner = examiner_of(recipe, materials, store, most, own) if asked.generate else None
@@ -88,10 +95,21 @@ def examine(recipe: Recipe, given: Given, console: Console, own: Sequence[Callab
     scores = {"rows": float(len(store)), "loss": loss, "perplexity": perplexity(loss)}
     if examiner is None:
         return Sitting((), scores)
-    speech = Speech(saved.steps.forward, limits_of(materials.config))
+    speech = Speech(saved.steps.forward, limits_of(materials.config), lay=saved.mesh.lay)
     what = f"answering: {recipe.model.path}"
-    sitting = examiner.judge(ask(examiner, speech, (saved.trained, saved.frozen), console, what))
+    said = ask(examiner, speech, (saved.trained, saved.frozen), console, what)
+    sitting = read_sitting(group.on_main("what answers are worth", lambda: sitting_as_json(examiner.judge(said))))
     return Sitting(sitting.predictions, {**scores, "rows": float(len(sitting.predictions)), **sitting.scores})
+
+
+def examine_together(
+    recipes: Sequence[Recipe], given: Given, console: Console, own: Sequence[Callable[..., Any]] = ()
+) -> list[Sitting]:
+    """The same of several recipes that differ in the model alone, by all processes that were started with this one, in
+    each of them; the first speaks."""
+    with joined(recipes[0].comm) as group, group.kept("weights of the others"):
+        heard = console if group.is_main else open_console("off")
+        return [examine(one, given, heard, own, group) for one in recipes]
 
 
 def mean_loss(saved: Saved, materials: Materials) -> float:
@@ -121,9 +139,9 @@ def open_voice(recipe: Recipe) -> Voice:
     def load() -> tuple[Stream, Limits]:
         console, config = open_console(recipe.monitoring.console, sys.stderr), read_config(recipe.model)
         shape, source = shape_of(config), folder_of(recipe.model)
-        forward, _, trained, frozen = _load(recipe, machine_of(recipe), shape, source, 1, console)
+        forward, mesh, trained, frozen = _load(recipe, machine_of(recipe), shape, source, 1, console)
         limits = limits_of(config)
-        return partial(_stream, Speech(forward, limits), (trained, frozen)), limits
+        return partial(_stream, Speech(forward, limits, lay=mesh.lay), (trained, frozen)), limits
 
     return voice.open_voice(recipe, load)
 

@@ -37,7 +37,6 @@ from training_hub.backends.jax_engine.osft import Spaces
 from training_hub.backends.jax_engine.plan import describe, summary
 from training_hub.backends.jax_engine.processes import ALONE, Group, digest, joined, refuse_differences
 from training_hub.backends.jax_engine.proofs import Subject, prove
-from training_hub.backends.jax_engine.refusals import of_several
 from training_hub.backends.jax_engine.spaces import Projection
 from training_hub.backends.shared.materials import limits_of
 from training_hub.backends.shared.outcome import early_end, final_metrics, told, versions
@@ -47,7 +46,7 @@ from training_hub.backends.shared.signals import StopRequest
 from training_hub.backends.shared.watch import Watch
 from training_hub.data.agreement import agreement
 from training_hub.data.feed import Feed, packs_validation
-from training_hub.errors import RecipeError, TrainingError
+from training_hub.errors import TrainingError
 from training_hub.evaluation.best import Best
 from training_hub.folders import write_json
 from training_hub.monitoring.console import open_console
@@ -86,8 +85,6 @@ def train(recipe: Recipe, given: Given) -> TrainResult:
 
 
 def _train(recipe: Recipe, given: Given, group: Group) -> TrainResult:
-    if problems := of_several(recipe, group.world_size):
-        raise RecipeError(problems)
     console = open_console(recipe.monitoring.console if group.is_main else "off")
     folder = RunFolder(Path(recipe.output))
     began = time.perf_counter()
@@ -207,7 +204,7 @@ def assemble(
         packs_validation=packs_validation(recipe.data),
         turns=adaptation.turns,
         exam=exam_of(recipe, materials),
-        speech=Speech(made.steps.forward, limits_of(materials.config), made.steps.merge),
+        speech=Speech(made.steps.forward, limits_of(materials.config), made.steps.merge, mesh.lay),
         group=group,
     )
     sources = [one["name"] for one in materials.prepared.report["sources"]]
