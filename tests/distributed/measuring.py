@@ -35,9 +35,10 @@ from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.base_weights import Written
 from training_hub.backends.torch_engine.saving.beside_together import write_beside_together
 from training_hub.backends.torch_engine.saving.export_together import export_together
-from training_hub.backends.torch_engine.saving.final import numbers_of
+from training_hub.backends.torch_engine.saving.final import finish, numbers_of
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
+from training_hub.recipe.folder import RunFolder
 from training_hub.recipe.parallelism import Parallelism
 from training_hub.recipe.sections import Optimizer
 
@@ -129,6 +130,17 @@ def carried(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, int]
     sizes = [_bytes(tensor) for tensors in files.values() for tensor in tensors.values()]
     mapped = {file.stat().st_size for file in Path(folder).iterdir()}
     return {"own": sum(sizes), "largest": max(sizes), "rise": _rise(profiled, mapped)}
+
+
+def adapter_written(group: Group, recipe: dict[str, Any]) -> dict[str, int]:
+    """How far the bytes of all tensors of this process rise while the adapter of a run that has not learned is written,
+    and read again."""
+    run, loaded = _begun(group, recipe)
+    folder = RunFolder(Path(run.recipe.output))
+    materials = load_materials(run.recipe, Given(), run.console)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        finish(run, loaded, materials, folder, run.console)
+    return {"rise": _rise(profiled, {file.stat().st_size for file in folder.final.glob("*.safetensors")})}
 
 
 def _begun(group: Group, recipe: dict[str, Any]) -> tuple[Run, LoadedModel]:

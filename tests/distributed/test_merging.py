@@ -18,6 +18,7 @@ from tests.backends.torch_engine.lora.test_runs import train
 from tests.distributed.crew import Crew
 from tests.distributed.lacking import lacks_slices
 from tests.distributed.test_equal_numbers import STEPS
+from tests.invariants.run import recipe
 from tests.invariants.test_as_they_came import written_as
 from training_hub import merge_adapter
 from training_hub.folders import damage
@@ -40,8 +41,8 @@ CASES: dict[str, Case] = {
 MORE: dict[str, Case] = {
     "stages, and a copy of the table that trains": ("qwen3", STAGES, {"lora": {"modules_to_save": ["embed_tokens"]}}),
     "split heads": ("llama", HEADS, {}),
-    "experts": ("qwen3-moe", EXPERTS, {"lora": {"target_modules": ["q_proj"]}}),
-    "experts, as others have them in files": ("mixtral", SLICES, {"lora": {"target_modules": ["q_proj"]}}),
+    "experts, dealt out": ("qwen3-moe", EXPERTS, {"lora": {"target_modules": ["q_proj"]}}),
+    "experts with adapters, as others have them in files": ("mixtral", SLICES, {}),
     "tables": ("llama", SLICES, {"lora": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}}),
     "rows of a table": ("llama", SLICES, {"lora": {"trainable_tokens": [5, 7]}}),
     "rows of a table that is also the head": ("llama-tied", STAGES, {"lora": {"trainable_tokens": [5, 7]}}),
@@ -146,3 +147,19 @@ def test_no_process_holds_more_than_a_module_to_merge(two, folders, chat_file, t
     assert (tmp_path / "made" / "model.safetensors").is_file()
     most = max(each["rise"] for each in found)
     assert max(held.values()) < most < 5 * max(held.values()) + 2 * adapter < sum(held.values()) / 3
+
+
+def test_an_adapter_of_slices_is_read_again_beside_no_weights(two, folders, chat_file, tmp_path):
+    """In the place of the whole base, process 0 holds what it writes, and the two blocks that are gathered at a time to
+    see that logits are finite, each with the copy that gloo gathers into."""
+    model = folders("llama", hidden_size=128, intermediate_size=352, num_hidden_layers=16)
+    settings = {"algorithm": "lora_sft", "lora": LORA, "parallelism": SLICES, "training": {**STEPS, "steps": 1}}
+    asked = recipe(model, chat_file, tmp_path / "run", **settings)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    found = two.call("tests.distributed.measuring:adapter_written", asked.model_dump(mode="json"))
+    final = tmp_path / "run" / "final"
+    assert not damage(final)
+    held = {name: 4 * one.numel() for name, one in load_file(model / "model.safetensors").items()}
+    adapter = sum(4 * one.numel() for one in load_file(final / "adapter_model.safetensors").values())
+    assert adapter <= found[0]["rise"] < sum(held.values()) / 3

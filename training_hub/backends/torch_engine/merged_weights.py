@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.lora import library
-from training_hub.backends.torch_engine.loading.blank import loading_report, lost_buffers, without_contents
+from training_hub.backends.torch_engine.loading.blank import (
+    loading_report,
+    lost_buffers,
+    see_one_number,
+    without_contents,
+)
 from training_hub.backends.torch_engine.loading.model_config import read_config, take_generation_config
 from training_hub.backends.torch_engine.loading.quantization import linear_weights, rounded
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, OpenBase, base_of, plain_name
@@ -50,7 +55,7 @@ class MergedWeights:
         self._dtype, self._device, self._quantization = dtype, device, quantization
         self._quantised = linear_weights(self.model, quantization)
         blank = copy.deepcopy(self.model)
-        self._blank = _see_one_number(blank)
+        self._blank = see_one_number(blank)
         with library.quiet():
             self._peft: Any = library.load().PeftModel.from_pretrained(blank, str(adapter), torch_device="cpu").eval()
         self._adapted = dict(_outermost(self._peft.get_base_model()))
@@ -118,17 +123,6 @@ def merged_by_peft(model: Any) -> Any:
     except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
         kind = model.peft_config["default"].peft_type
         raise RecipeError(f"merge: an adapter of kind {getattr(kind, 'value', kind)} is not merged: {error}") from error
-
-
-def _see_one_number(model: nn.Module) -> frozenset[int]:
-    """Let every parameter be one number that looks like all of them, in place; the ids of what is one now."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, one in module._parameters.items():
-            if one is not None:
-                number = torch.zeros((), dtype=one.dtype).expand(one.shape)
-                module._parameters[name] = made.setdefault(id(one), nn.Parameter(number, False))
-    return frozenset(map(id, model.parameters()))
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -50,6 +50,18 @@ def without_contents(make: Any) -> PreTrainedModel:
     return model
 
 
+def see_one_number(model: nn.Module) -> frozenset[int]:
+    """Let every parameter be one number that looks like all of them, in place, on the CPU; the ids of what is one now.
+    So a model without contents can be given to who asks for memory."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, one in module._parameters.items():
+            if one is not None:
+                number = torch.zeros((), dtype=one.dtype).expand(one.shape)
+                module._parameters[name] = made.setdefault(id(one), nn.Parameter(number, False))
+    return frozenset(map(id, model.parameters()))
+
+
 def lost_buffers(model: nn.Module) -> list[str]:
     """Buffers that have no contents, since they were not computed."""
     return [name for name, buffer in model.named_buffers() if buffer.is_meta]

@@ -74,10 +74,10 @@ def export(
     The folder loads with transformers alone: weights, config, generation config that stops at `stop_ids`, tokenizer and
     the chat template used in training. Before it gets its name it is loaded again: every tensor must be equal to what
     was meant to be written. `beside`: further safetensors files of the folder, by name. `documents`: other files, such
-    as a model card. `said`: the `probed_logits` of the model, where it cannot be asked here. `files`: how the weights
-    are written and read, where not as a whole model. Returns the largest difference of logits between the model and the
-    folder, which is 0 where both have the same format. Raises TrainingError where the folder does not hold the
-    model.
+    as a model card. `said`: the `probed_logits` of the model, where it cannot be asked here, and the folder neither.
+    `files`: how the weights are written and read, where not as a whole model. Returns the largest difference of logits
+    between the model and the folder, which is 0 where both have the same format. Raises TrainingError where the folder
+    does not hold the model.
     """
     files = files or WholeModel(trust_remote_code)
     refuse_nonfinite(tensors)
@@ -143,7 +143,7 @@ def verify(
     said: Tensor | None = None,
 ) -> float:
     """Load `folder` and compare: tensors exactly, with the weights in memory as far as both formats tell them apart,
-    and logits as the largest difference over a few tokens."""
+    and logits as the largest difference over a few tokens; of logits that were `said`, only that they are finite."""
     loaded, found, problems = (files or WholeModel()).load(model, dtype, folder)
     for name, tensor in found.items():
         if name in tensors and not torch.equal(tensor, tensors[name].to(tensor.dtype)):
@@ -155,7 +155,10 @@ def verify(
         problems += [f"{name} is not the rounding of what was trained" for name in sorted(other)]
     if problems:
         raise TrainingError([f"the final model does not load as it was trained: {line}" for line in problems])
-    here = probed_logits(model, next(model.parameters()).device) if said is None else said
+    if said is not None:
+        refuse_nonfinite_logits(float(said.abs().max()))
+        return 0.0
+    here = probed_logits(model, next(model.parameters()).device)
     there = loaded.eval()(input_ids=_probe(model).to(loaded.device), use_cache=False).logits.float().cpu()
     difference = float((here - there).abs().max())
     refuse_nonfinite_logits(difference)

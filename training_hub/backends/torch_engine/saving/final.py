@@ -76,10 +76,8 @@ def _write(
     dtype = saved_dtype(run, loaded)
     numbers = held.numbers if held is not None else numbers_of(run)
     difference = write_model(run, loaded, materials, folder.final, _card(run, folder, dtype, numbers), held)
-    console.say(
-        f"final: {folder.final} ({_named(dtype)}), loaded again and equal; logits differ from "
-        f"training by at most {difference:.1e}"
-    )
+    same = f"; logits differ from training by at most {difference:.1e}" if held is None else ""
+    console.say(f"final: {folder.final} ({_named(dtype)}), loaded again and equal{same}")
     if held is None:
         run.adaptation.further(folder.final, rows_kept_back(materials), console, ALONE)
     return str(folder.final)

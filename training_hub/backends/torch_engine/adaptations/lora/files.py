@@ -16,9 +16,9 @@ from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.layouts.cut import route_of
-from training_hub.backends.torch_engine.loading.model import read_whole
+from training_hub.backends.torch_engine.loading.blank import see_one_number, without_contents
+from training_hub.backends.torch_engine.loading.model_config import read_config
 from training_hub.backends.torch_engine.loading.quantization import multiply_dense, put_together, quantiser
-from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import ORIGIN_FILE, WEIGHTS_FILE
@@ -103,13 +103,11 @@ class AdapterFiles:
     def _base(self, model: nn.Module) -> Any:
         """The model without its adapter; the modules are copies, the weights are not.
 
-        That of a model that is divided over processes is read again. For an adapter that was taken out of the weights
-        they are made whole again, in memory of their own.
+        That of a model that is divided over processes, which none of them could hold, has no weights. For an adapter
+        that was taken out of the weights they are made whole again, in memory of their own.
         """
         if _is_divided(model):
-            read = read_whole(self.recipe.model, _computed(model), torch.device("cpu"))[0]
-            round_in_forward(read, self.recipe.qat)
-            return read
+            return _numberless(self.recipe, _computed(model))
         # PEFT switches gradients on and off, so that each parameter is another object over the same numbers.
         shared: dict[int, Any] = {
             id(p): nn.Parameter(p.detach(), requires_grad=False) if type(p) is nn.Parameter else p
@@ -139,6 +137,17 @@ class AdapterFiles:
             part = part.T if getattr(config, "fan_in_fan_out", False) else part
             taken = layer.weight.detach()
             layer.weight = nn.Parameter((taken.float() + part.to(taken.device)).to(taken.dtype), requires_grad=False)
+
+
+def _numberless(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The recipe's model, every weight of which is one number."""
+    import transformers
+
+    config, _ = read_config(recipe.model)
+    options = {"dtype": dtype, "trust_remote_code": recipe.model.trust_remote_code}
+    blank = without_contents(lambda: transformers.AutoModelForCausalLM.from_config(config, **options))
+    see_one_number(blank)
+    return blank
 
 
 def _is_divided(model: nn.Module) -> bool:
