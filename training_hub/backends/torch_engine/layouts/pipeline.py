@@ -290,6 +290,10 @@ class _Part(nn.Module):
         self.model, self.work, self.stage, self.number = work.model, work, stage, 0
         self.sliced = sliced_stages_of(work.model)
 
+    def to(self, *arguments: Any, **options: Any) -> _Part:
+        """Itself: torch would move slices onto the GPU that are kept in the host's memory."""
+        return self
+
     def forward(self, given: Tensor) -> Tensor:
         work, number = self.work, self.number
         self.number += 1
