@@ -202,13 +202,11 @@ def test_what_the_engine_does_not_do_is_refused_at_once_in_words(tiny_model_fold
         "training": {"fp8": True},
         "optimizer": {"name": "GaLoreAdamW"},
         "monitoring": {"profile": True},
-        "data": {"validation_fraction": 0.2},
-        "evaluation": {"generate": True},
         "processes": {"procs": 2},
     }
     with pytest.raises(RecipeError) as caught:
         train(tiny_model_folder, chat_file, tmp_path / "run", backend="jax", **asked)
     told = str(caught.value)
-    for name in ("model.dtype", "training.fp8", "optimizer.name", "monitoring.profile", "evaluation.generate"):
+    for name in ("model.dtype", "training.fp8", "optimizer.name", "monitoring.profile"):
         assert name in told
     assert not (tmp_path / "run").exists()
