@@ -37,7 +37,7 @@ from training_hub.backends.torch_engine.loading.model import (
     named,
     unexpected_notes,
 )
-from training_hub.backends.torch_engine.loading.model_config import read_config
+from training_hub.backends.torch_engine.loading.model_config import read_config, take_generation_config
 from training_hub.backends.torch_engine.loading.quantization import NONE, part
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward, unrounded
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, base_of
@@ -97,6 +97,7 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     config, original = read_config(chosen)
     options = {"dtype": dtype, "trust_remote_code": chosen.trust_remote_code}
     model = without_contents(lambda: transformers.AutoModelForCausalLM.from_config(config, **options))
+    take_generation_config(model, chosen)
     files = tuple(weight_files(Path(chosen.path).expanduser()))
     with opened(files) as tensors:
         info = loading_report(model, ExpertFiles(tensors, wanted_shapes(model)))
