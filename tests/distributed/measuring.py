@@ -12,16 +12,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends import Given
+from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.assembly import assemble
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.checkpointing import checkpoint_layers
 from training_hub.backends.torch_engine.fused.build import kernels
 from training_hub.backends.torch_engine.fused.swap import swap
 from training_hub.backends.torch_engine.layouts import layout_of
-from training_hub.backends.torch_engine.layouts.pieces import local_of
+from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
 from training_hub.backends.torch_engine.layouts.share import Share
 from training_hub.backends.torch_engine.loading.dividing import load_for
-from training_hub.backends.torch_engine.loading.model import LoadedModel, choose_dtype
+from training_hub.backends.torch_engine.loading.model import LoadedModel, choose_dtype, load_model
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.merging_together import merge_together
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
@@ -129,7 +130,7 @@ def carried(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, int]
         write_beside_together(group, files, Path(folder))
     sizes = [_bytes(tensor) for tensors in files.values() for tensor in tensors.values()]
     mapped = {file.stat().st_size for file in Path(folder).iterdir()}
-    return {"own": sum(sizes), "largest": max(sizes), "rise": _rise(profiled, mapped)}
+    return {"own": sum(sizes), "largest": max(sizes), "rise": rise(profiled, mapped)}
 
 
 def adapter_written(group: Group, recipe: dict[str, Any]) -> dict[str, int]:
@@ -140,7 +141,7 @@ def adapter_written(group: Group, recipe: dict[str, Any]) -> dict[str, int]:
     materials = load_materials(run.recipe, Given(), run.console)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         finish(run, loaded, materials, folder, run.console)
-    return {"rise": _rise(profiled, {file.stat().st_size for file in folder.final.glob("*.safetensors")})}
+    return {"rise": rise(profiled, {file.stat().st_size for file in folder.final.glob("*.safetensors")})}
 
 
 def _begun(group: Group, recipe: dict[str, Any]) -> tuple[Run, LoadedModel]:
@@ -158,7 +159,7 @@ def merged(group: Group, base: str, adapter: str, folder: str, how: dict[str, An
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         merge_together(group, Path(adapter), Path(folder), open_console("off"), trust_remote_code=False, **how)
     mapped = {file.stat().st_size for one in (base, adapter, folder) for file in Path(one).glob("*.safetensors")}
-    return {"rise": _rise(profiled, mapped)}
+    return {"rise": rise(profiled, mapped)}
 
 
 def _no_more(folder: Path) -> None:
@@ -211,7 +212,7 @@ def peak(
     fullest = max(planned, key=lambda one: one["total"])
     beside = sum(fullest.get(name, 0) for name in ("libraries", "products", "gaps"))
     wanted = (fullest["total"] - beside) * GIB
-    return {"planned": wanted, "found": sum(always.values()) + _rise(profiled), "parts": fullest}
+    return {"planned": wanted, "found": sum(always.values()) + rise(profiled), "parts": fullest}
 
 
 def _held_always(model: Any, masters: Masters, updater: Updater) -> Iterator[Tensor]:
@@ -222,7 +223,7 @@ def _held_always(model: Any, masters: Masters, updater: Updater) -> Iterator[Ten
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def _rise(profiled: Any, mapped: Collection[int] = ()) -> int:
+def rise(profiled: Any, mapped: Collection[int] = ()) -> int:
     """How far the bytes of all tensors rose above those at the beginning; mapped: sizes that are not counted."""
     events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
     live = most = 0
@@ -230,3 +231,25 @@ def _rise(profiled: Any, mapped: Collection[int] = ()) -> int:
         live += one.nbytes()
         most = max(most, live)
     return most
+
+
+def adapter_begun(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
+    """How this process came by an adapter and the model beside it; and which of its pieces of weights are not those of
+    the same recipe beside whole weights."""
+    asked, console = Recipe.model_validate(recipe), open_console("off")
+    materials = load_materials(asked, Given(), console)
+    layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
+    loaded = load_for(layout, asked, CPU, dtype, None, [], console)
+    run = assemble(asked, loaded, materials, CPU, dtype, console, layout=layout)
+    whole, adaptation = load_model(asked, CPU, dtype), Lora(asked)
+    adaptation.attach(whole.model)
+    wanted = dict(whole.model.named_parameters(remove_duplicate=False))
+    unlike = [
+        name
+        for name, one in run.model.named_parameters(remove_duplicate=False)
+        if not torch.equal(local_of(one.detach()), wanted[name][cut_of(one).slices].to(one.dtype))
+    ]
+    differences = [float(one.proofs()[0].measured) for one in (run.adaptation, adaptation)]
+    trained = sum(one.requires_grad for one in run.model.parameters())
+    read = "slices" if loaded.files else "whole"
+    return {"read": read, "unlike": unlike, "trained": trained, "differences": differences}

@@ -10,12 +10,13 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.distributed.crew import Crew
 from tests.distributed.lacking import lacks_order
@@ -50,7 +51,8 @@ CASES = [
 def test_the_files_of_all_processes_are_the_model_that_one_writes(
     family, layout, two, tiny_model_folder, uneven_file, tmp_path
 ):
-    model = folder_of(family, tiny_model_folder, tmp_path / "model")
+    model = copytree(folder_of(family, tiny_model_folder, tmp_path / "model"), tmp_path / "base")
+    GenerationConfig(do_sample=True, temperature=0.6, top_k=20).save_pretrained(model)
     settings = {
         "model": {"save_dtype": "bfloat16"},
         "training": {**STEPS, "steps": 2},
@@ -75,7 +77,9 @@ def test_the_files_of_all_processes_are_the_model_that_one_writes(
     assert loaded.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits, so that sums in another order may round to the next number.
     assert apart(loaded.state_dict(), other.state_dict()) <= 2**-8
-    assert json.loads((final / "config.json").read_text()) == json.loads((wanted / "config.json").read_text())
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((final / name).read_text()) == json.loads((wanted / name).read_text())
+    assert json.loads((final / "generation_config.json").read_text())["temperature"] == 0.6
 
 
 def test_what_nothing_has_moved_is_written_as_it_came(two, tiny_model_folder, uneven_file, tmp_path):

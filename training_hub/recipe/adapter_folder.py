@@ -17,6 +17,15 @@ ORIGIN_FILE = "trained_beside.json"
 it computed."""
 
 
+def has_rows(folder: Path) -> bool:
+    """Whether the adapter has rows of a table of embeddings in it, as far as its configuration can be read."""
+    try:
+        said = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads the adapter tells what is wrong with it
+        return False
+    return isinstance(said, dict) and bool(said.get("trainable_token_indices"))
+
+
 def origin_of(folder: Path) -> dict[str, Any]:
     """What the folder of an adapter says of its base: path, revision, quantization, dtype, and qat, by fields."""
     said = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_la
 from training_hub.backends.torch_engine.compiling import compile_blocks
 from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
-from training_hub.backends.torch_engine.loading.dividing import divide, refuse_broken_model
+from training_hub.backends.torch_engine.loading.dividing import attach, divide, refuse_broken_model
 from training_hub.backends.torch_engine.loading.model import LoadedModel, named
 from training_hub.backends.torch_engine.loop import evaluate
 from training_hub.backends.torch_engine.materials import Materials, first_lengths
@@ -56,7 +56,7 @@ def assemble(
     if not loaded.files:
         refuse_broken_model(recipe, nonfinite_tensors(loaded.model.state_dict()))
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
-    model = adaptation.attach(loaded.model)
+    model = attach(loaded, adaptation, device)
     if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
         adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
     if isinstance(adaptation, Osft):

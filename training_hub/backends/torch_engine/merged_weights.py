@@ -19,12 +19,13 @@ from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.loading.blank import (
     loading_report,
     lost_buffers,
+    plain_name,
     see_one_number,
     without_contents,
 )
 from training_hub.backends.torch_engine.loading.model_config import read_config, take_generation_config
 from training_hub.backends.torch_engine.loading.quantization import linear_weights, rounded
-from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, OpenBase, base_of, plain_name
+from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, OpenBase, base_of
 from training_hub.backends.torch_engine.saving.exact_pieces import named_tensors
 from training_hub.errors import RecipeError
 from training_hub.recipe.sections import Model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,26 @@ def test_a_recipe_is_refused_before_its_processes_are_started(case, tmp_path: Pa
     tiny_model("llama").save_pretrained(tmp_path / "model")
     asked = recipe(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out", processes={"procs": 4}, **sections)
     assert any(wanted in problem for problem in TorchEngine().objections(asked))
+
+
+@pytest.mark.parametrize("is_from_folder", [False, True])
+def test_rows_of_a_table_that_is_also_the_head_do_not_train_in_slices(is_from_folder, tmp_path: Path):
+    sections: dict[str, Any] = {"algorithm": "lora_sft", "parallelism": {"data_parallel_shard_degree": 2}}
+    sections["lora"] = {"trainable_tokens": [5, 7]}
+    if is_from_folder:
+        (tmp_path / "adapter").mkdir()
+        said = {"peft_type": "LORA", "trainable_token_indices": [5, 7]}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(said))
+        sections["lora"] = {"adapter": str(tmp_path / "adapter")}
+    found = {}
+    for family in ("llama", "llama-tied"):
+        tiny_config(family).save_pretrained(tmp_path / family)
+        asked = recipe(tmp_path / family, tmp_path / "rows.jsonl", tmp_path / "out", **sections)
+        found[family] = way_problems(asked, degrees_of(asked.parallelism, 2))
+    assert found["llama"] == []
+    (problem,) = found["llama-tied"]
+    assert problem.startswith("lora.adapter: it has rows" if is_from_folder else "lora.trainable_tokens: the table is")
+    assert "Write parallelism.data_parallel_shard_degree: 1" in problem
 
 
 @pytest.mark.parametrize(

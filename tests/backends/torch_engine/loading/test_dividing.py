@@ -13,20 +13,25 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
+from tests.backends.torch_engine.tiny_models import tiny_model
+from tests.distributed.measuring import rise
 from tests.invariants.run import recipe
 from tests.invariants.test_families import folder_of
+from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.layouts import Layout
 from training_hub.backends.torch_engine.layouts.fully_sharded import shard
 from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
 from training_hub.backends.torch_engine.loading.blank import fill, wanted_shapes
-from training_hub.backends.torch_engine.loading.dividing import load_blank
+from training_hub.backends.torch_engine.loading.dividing import attach, load_blank, load_for
 from training_hub.backends.torch_engine.loading.model import LoadedModel
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.errors import RecipeError
+from training_hub.monitoring.console import open_console
 from training_hub.recipe.parallelism import Degrees, Parallelism
 
 CPU = torch.device("cpu")
@@ -61,6 +66,27 @@ def divided(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
     with opened(blank.files) as files:
         fill(blank.model, ExpertFiles(files, shapes), CPU, is_offloaded=offload)
         return blank, files.numbers_read
+
+
+def test_beside_an_adapter_no_more_is_held_than_slices_and_a_tensor(tmp_path, request):
+    """While a base is read; and the adapter, which is whole till it is divided, and once more as that is done."""
+    folder, slices = tmp_path / "model", Parallelism(data_parallel_shard_degree=SIZE)
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8}
+    tiny_model("llama", **sizes).save_pretrained(folder)
+    mesh = request.getfixturevalue("four")
+    asked = recipe(folder, Path("none.jsonl"), Path("none"), algorithm="lora_sft", lora={"r": 2})
+    layout = Layout(degrees=Degrees(dp_shard=SIZE), mesh=mesh, asked=slices)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        blank = load_for(layout, asked, CPU, torch.float32, None, [], open_console("off"))
+        model = attach(blank, Lora(asked), CPU)
+        layout.divide(model, torch.float32)
+        with opened(blank.files) as files:
+            fill(model, ExpertFiles(files, blank.base.shapes), CPU, is_offloaded=False)
+    whole = [4 * one.numel() for one in AutoModelForCausalLM.from_pretrained(folder).parameters()]
+    own = sum(4 * local_of(one).numel() for one in model.parameters())
+    added = sum(4 * one.numel() for one in model.parameters() if one.requires_grad)
+    held = rise(profiled, {file.stat().st_size for file in folder.glob("*.safetensors")})
+    assert own <= held <= own + max(whole) + 2 * added < sum(whole) / 2
 
 
 @pytest.mark.parametrize("folder", ["llama", "qwen3", "mixtral", "qwen3-moe", "gemma3"], indirect=True)

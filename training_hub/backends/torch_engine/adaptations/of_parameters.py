@@ -19,6 +19,10 @@ class OfParameters:
     adds_gradients: bool = False
     """Whether `gather` adds to gradients of parameters, which processes can then not add up before."""
 
+    def begins_beside(self) -> str:
+        """What is attached asks for no weights."""
+        return ""
+
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters: nothing."""
         return {}

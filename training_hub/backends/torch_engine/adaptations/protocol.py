@@ -32,6 +32,10 @@ class Adaptation(Protocol):
         """How the final model is written and read again; None: as a whole one."""
         ...
 
+    def begins_beside(self) -> str:
+        """Why it must be attached to a model that has its weights; "" where they may be read later."""
+        ...
+
     def attach(self, model: nn.Module) -> nn.Module:
         """Choose or replace what trains; the model may lie on the meta device."""
         ...

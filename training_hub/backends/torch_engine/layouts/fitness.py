@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from training_hub.backends.torch_engine.layouts.sequence import slice_problems
 from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import general, split_layers, tensor_problems
-from training_hub.backends.torch_engine.loading.model_config import read_blank_model
+from training_hub.backends.torch_engine.loading.model_config import read_blank_model, read_config
 from training_hub.recipe import Recipe
+from training_hub.recipe.adapter_folder import has_rows
 from training_hub.recipe.parallelism import Degrees, Parallelism
 
 TENSOR = "parallelism.tensor_parallel_degree"
@@ -49,6 +51,8 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_readable = is_folder(chosen.path) and not folder_problems(
         chosen.path, trust_remote_code=chosen.trust_remote_code, with_weights=False
     )
+    if is_readable and not found and degrees.dp_shard > 1:
+        found = _row_problems(recipe)
     if found or not is_readable or (degrees.sharers == 1 and degrees.ep == 1):
         return found
     model = read_blank_model(chosen)[0]
@@ -57,6 +61,22 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     if degrees.tp > 1 and recipe.qat.weight_dtype is not None and not found:
         found = _group_problems(model, degrees.tp, recipe.qat.group_size)
     return [*found, *(answer_problems(model) if answers else [])]
+
+
+def _row_problems(recipe: Recipe) -> list[str]:
+    """Why rows of a table do not train beside slices of it, as far as the model's config tells."""
+    folder, where = recipe.lora.adapter, "lora.trainable_tokens"
+    if folder is not None:
+        where = "lora.adapter: it has rows of a table (lora.trainable_tokens)"
+    has_any = recipe.lora.trainable_tokens if folder is None else has_rows(Path(folder).expanduser())
+    if recipe.algorithm != "lora_sft" or not has_any:
+        return []
+    if not read_config(recipe.model, with_weights=False)[0].get_text_config().tie_word_embeddings:
+        return []
+    return [
+        f"{where}: the table is also the head, which would put rows that lie in slices among whole ones. Write "
+        "parallelism.data_parallel_shard_degree: 1, or use an adapter without trainable_tokens."
+    ]
 
 
 def _group_problems(model: Any, among: int, size: int) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of, whole_cut
@@ -37,6 +37,17 @@ class _WithoutContents(TorchFunctionMode):
         return function(*arguments, **({**options, "device": "meta"} if is_weight else options))
 
 
+OF_ADAPTERS = (".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module")
+"""Parts that PEFT puts into the name of a weight that it wraps or copies."""
+
+
+def plain_name(name: str) -> str:
+    """What a weight is called in a model without adapters."""
+    for part in OF_ADAPTERS:
+        name = name.replace(part, "")
+    return name
+
+
 def without_contents(make: Any) -> PreTrainedModel:
     """The model that `make` makes, with parameters on the meta device and buffers as they are computed."""
     with _WithoutContents(), torch.no_grad():
@@ -60,6 +71,26 @@ def see_one_number(model: nn.Module) -> frozenset[int]:
                 number = torch.zeros((), dtype=one.dtype).expand(one.shape)
                 module._parameters[name] = made.setdefault(id(one), nn.Parameter(number, False))
     return frozenset(map(id, model.parameters()))
+
+
+def has_numbers(parameter: Tensor) -> bool:
+    """Whether a weight has contents of its own: it is not on the meta device, nor one number that looks like all."""
+    return not parameter.is_meta and (parameter.numel() < 2 or any(parameter.stride()))
+
+
+def empty_again(model: nn.Module, names: Collection[str], device: torch.device) -> None:
+    """Let a model's own weights, which are called so without adapters, be without contents again, in place; what has
+    been put beside them comes to `device`."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for owner, module in model.named_modules():
+        for name, one in module._parameters.items():
+            if one is None:
+                continue
+            if plain_name(f"{owner}.{name}" if owner else name) in names:
+                empty = nn.Parameter(one.detach().to("meta"), one.requires_grad)
+                module._parameters[name] = made.setdefault(id(one), (empty, one))[0]
+            else:
+                one.data = one.data.to(device)
 
 
 def lost_buffers(model: nn.Module) -> list[str]:
@@ -103,10 +134,12 @@ def loading_report(
 def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloaded: bool) -> None:
     """Give a divided model on the meta device its weights: this process's pieces, in the format that each has there.
 
-    What trains may be wider there than what is computed in: it begins from the files' own numbers. Buffers come to
-    `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
+    What trains may be wider there than what is computed in: it begins from the files' own numbers. Weights that have
+    numbers keep them. Buffers come to `device`; those that the files hold are read. is_offloaded: the pieces stay on
+    the CPU.
     """
     buffers = dict(model.named_buffers())
+    beside = {name: local_of(one.detach()) for name, one in model.named_parameters() if not one.is_meta}
     same = _names_by_weight(model)
     model.to_empty(device="cpu" if is_offloaded else device)
     for first, *others in same:  # torch has made each of tied weights anew
@@ -115,14 +148,17 @@ def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloade
             model.get_submodule(owner)._parameters[leaf] = model.get_parameter(first)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
-        kept = files.read(name, whole_cut(buffer.shape)).to(buffer.dtype) if name in files.shapes else buffer
+        key = plain_name(name)
+        kept = files.read(key, whole_cut(buffer.shape)).to(buffer.dtype) if key in files.shapes else buffer
         model.get_submodule(owner)._buffers[leaf] = kept.to(device)
-    names = dict(model.named_parameters(remove_duplicate=False))
+    for name, numbers in beside.items():
+        local_of(model.get_parameter(name)).copy_(numbers)
     done: set[int] = set()
-    for name, parameter in names.items():
-        if name in files.shapes and id(parameter) not in done:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = plain_name(name)
+        if name not in beside and key in files.shapes and id(parameter) not in done:
             done.add(id(parameter))
-            local_of(parameter).copy_(files.read(name, cut_of(parameter)))
+            local_of(parameter).copy_(files.read(key, cut_of(parameter)))
 
 
 def _names_by_weight(model: nn.Module) -> list[list[str]]:

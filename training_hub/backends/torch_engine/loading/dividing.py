@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends.shared.model_folder import is_folder
+from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
 from training_hub.backends.torch_engine.attention import register_attention, varlen_problem
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
@@ -20,9 +21,11 @@ from training_hub.backends.torch_engine.layouts import Layout
 from training_hub.backends.torch_engine.layouts.fully_sharded import slices_bytes
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.loading.blank import (
+    empty_again,
     fill,
     loading_report,
     lost_buffers,
+    see_one_number,
     wanted_shapes,
     weight_files,
     without_contents,
@@ -37,7 +40,7 @@ from training_hub.backends.torch_engine.loading.model import (
     named,
     unexpected_notes,
 )
-from training_hub.backends.torch_engine.loading.model_config import read_config
+from training_hub.backends.torch_engine.loading.model_config import read_config, take_generation_config
 from training_hub.backends.torch_engine.loading.quantization import NONE, part
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward, unrounded
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, base_of
@@ -47,6 +50,9 @@ from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import BackendError, RecipeError, TrainingError
 from training_hub.recipe import Recipe
 from training_hub.types import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_for(
@@ -68,8 +74,8 @@ def load_for(
             "parallelism.data_parallel_shard_degree: a model that was handed over is whole in each process. Give its "
             "folder as model.path, or write 1."
         )
-    is_full = find_algorithm(recipe.algorithm).adaptation == "full"
-    blank = load_blank(recipe, device, dtype) if is_full else "what trains is made beside whole weights"
+    whole = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe).begins_beside()
+    blank: LoadedModel | str = whole or load_blank(recipe, device, dtype)
     if isinstance(blank, LoadedModel):
         return blank
     console.say(f"model: each process reads all of it before it is divided, since {blank}")
@@ -97,6 +103,7 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     config, original = read_config(chosen)
     options = {"dtype": dtype, "trust_remote_code": chosen.trust_remote_code}
     model = without_contents(lambda: transformers.AutoModelForCausalLM.from_config(config, **options))
+    take_generation_config(model, chosen)
     files = tuple(weight_files(Path(chosen.path).expanduser()))
     with opened(files) as tensors:
         info = loading_report(model, ExpertFiles(tensors, wanted_shapes(model)))
@@ -109,6 +116,17 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
         swap(model)
     told = [*unexpected_notes(info["unexpected_keys"]), *filter(None, [round_in_forward(model, recipe.qat)])]
     return LoadedModel(model, original, "", tuple(told), files, base_of(chosen, model))
+
+
+def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device) -> PreTrainedModel:
+    """The model with what trains, in place. One without contents gets only what the adaptation puts beside its weights,
+    with the numbers that it has beside whole ones."""
+    if loaded.files:
+        see_one_number(loaded.model)  # in which it is made as beside any weights
+    adaptation.attach(loaded.model)
+    if loaded.files:
+        empty_again(loaded.model, loaded.base.shapes, device)
+    return loaded.model
 
 
 def divide(
@@ -137,7 +155,8 @@ def divide(
         adaptation.divided()
         layout.spread(model)
         return loaded, layout
-    wanted, numbers = wanted_shapes(model), sum(parameter.numel() for parameter in model.parameters())
+    wanted = loaded.base.shapes
+    numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.is_meta)
     layout = layout.divide(model, dtype)
     problem = varlen_problem(device, dtype)
     if recipe.model.attention == "varlen" and problem:
@@ -154,6 +173,7 @@ def divide(
         kernels = stay_on_kernels(model, dtype)
     notes = [*loaded.notes, share, *tried, *attention_notes(attention, names), *model_notes(model)]
     notes += [kernels] if kernels else []
+    adaptation.divided()
     layout.spread(model)
     return replace(loaded, attention=attention, notes=tuple(notes), files=()), layout
 

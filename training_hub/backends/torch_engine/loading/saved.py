@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
-from training_hub.backends.torch_engine.loading.dividing import divide, load_for
+from training_hub.backends.torch_engine.loading.dividing import attach, divide, load_for
 from training_hub.backends.torch_engine.loading.model import choose_device, choose_dtype, load_model
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.recipe import Recipe
@@ -53,7 +53,7 @@ def load_saved_together(
     loaded.model.requires_grad_(False)
     adaptation = ADAPTATIONS[find_algorithm(asked.algorithm).adaptation](asked)
     if is_adapted:
-        adaptation.attach(loaded.model)
+        attach(loaded, adaptation, layout.device)
     loaded, layout = divide(layout, loaded, adaptation, asked, layout.device, dtype, lengths)
     for note in loaded.notes:
         console.say(f"model: {note}")

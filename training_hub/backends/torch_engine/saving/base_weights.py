@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of, whole_cut
-from training_hub.backends.torch_engine.loading.blank import wanted_shapes, weight_files
+from training_hub.backends.torch_engine.loading.blank import plain_name, wanted_shapes, weight_files
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.recipe.sections import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-OF_ADAPTERS = (".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module")
-"""Parts that PEFT puts into the name of a weight that it wraps or copies."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +133,6 @@ class OpenBase:
 def is_finer(came: torch.dtype | None, held: torch.dtype) -> bool:
     """Whether numbers in format `came` are lost in part where they are `held`."""
     return came is not None and held.is_floating_point and torch.promote_types(came, held) != held
-
-
-def plain_name(name: str) -> str:
-    """What a weight is called in a model without adapters."""
-    for part in OF_ADAPTERS:
-        name = name.replace(part, "")
-    return name
 
 
 def base_of(chosen: Model, model: PreTrainedModel, held: dict[str, Tensor] | None = None) -> BaseWeights:

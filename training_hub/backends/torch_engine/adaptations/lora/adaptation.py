@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from training_hub.backends.torch_engine.adaptations.holdings import Holdings
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.adalora import ALLOCATED, Allocation
 from training_hub.backends.torch_engine.adaptations.lora.configs import (
+    begins_beside,
     is_changing_its_base,
     make_config,
     refuse_unrounded,
@@ -30,7 +31,8 @@ from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_i
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
-from training_hub.backends.torch_engine.loading.quantization import METHODS, num_numbers, num_quantised
+from training_hub.backends.torch_engine.loading.blank import has_numbers
+from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, num_numbers, num_quantised
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
@@ -61,6 +63,14 @@ class Lora(OfParameters):
         self._names: dict[str, str] = {}
         self._dtype = torch.float32
 
+    def begins_beside(self) -> str:
+        """Why the adapter must be made beside whole weights: it is made of them, or they are kept in fewer bits."""
+        if self._recipe.model.quantization != NONE:
+            return "it is quantised as it is read"
+        if self._recipe.lora.trainable_tokens:
+            return "rows of a table begin from it"
+        return begins_beside(make_config(self._recipe, None))
+
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model, frozen, with an adapter in the place of each target.
 
@@ -72,7 +82,7 @@ class Lora(OfParameters):
             refuse_unrounded(config, self._recipe.lora.tuner)
         _tie(config, model)
         parameter = next(p for p in model.parameters() if p.is_floating_point())
-        before = None if parameter.is_meta else logits_of_one(model)
+        before = logits_of_one(model) if has_numbers(parameter) else None
         self._put_in(config, model, is_blank=parameter.is_meta)
         refuse_split_experts(config, self._recipe.parallelism)
         self._model = model
@@ -90,14 +100,23 @@ class Lora(OfParameters):
         for trained in model.parameters():
             if trained.requires_grad and trained.is_floating_point():
                 trained.data = trained.data.to(self._dtype)
+        if before is not None and is_changing_its_base(config):
+            self._start = Start(self._adapter_tensors(self._own_weights()))
+        if not parameter.is_meta and self._recipe.lora.adapter is not None:
+            self._take_over(Path(self._recipe.lora.adapter).expanduser())
         if before is not None:
-            if is_changing_its_base(config):
-                self._start = Start(self._adapter_tensors(self._own_weights()))
-            if self._recipe.lora.adapter is not None:
-                self._take_over(Path(self._recipe.lora.adapter).expanduser())
             self._difference = relative_difference(logits_of_one(model), before)
         run_adapters_fused(model)
         return model
+
+    def divided(self) -> None:
+        """Where the base had no weights before, it is told only now how far from it the model with the adapter is."""
+        if self._difference is not None:
+            return
+        is_beside = any(hasattr(module, "lora_A") for module in self._model.modules())  # a stage may have none
+        with library.silent(self._model) if is_beside else nullcontext():
+            before = logits_of_one(self._model)
+        self._difference = relative_difference(logits_of_one(self._model), before)
 
     def holdings(self) -> Holdings:
         """What there is beside the model's parameters, the adapter's among them: the start of PiSSA, small files."""

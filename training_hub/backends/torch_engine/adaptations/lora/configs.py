@@ -34,6 +34,16 @@ CHOOSING_MODULES = ("ia3", "ln_tuning")
 RANK, ALPHA = 16, 32
 """Defaults of the kinds of LoRA."""
 
+APART = (
+    *("r", "lora_alpha", "lora_dropout", "lora_bias", "bias", "use_rslora", "init_lora_weights", "rank_pattern"),
+    *("alpha_pattern", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "fan_in_fan_out", "ensure_weight_tying"),
+)
+"""Fields of PEFT's LoRA that let it begin without a look at the weights, whatever they say; the others as usual."""
+
+DRAWN = (True, False, "gaussian", "orthogonal")
+"""Values of init_lora_weights that are random numbers and zeros."""
+
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "poly": "it needs a task for each row",
@@ -104,6 +114,22 @@ def is_changing_its_base(config: Any) -> bool:
     """Whether the adapter starts from a part of the weights, which is taken out of them (PiSSA, OLoRA)."""
     kind = getattr(config, "init_lora_weights", True)
     return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
+
+
+def begins_beside(config: Any) -> str:
+    """Why an adapter is made of the weights that it stands beside; "" where it begins from random numbers or zeros."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        return f"an adapter of {kind} may begin from the weights"
+    usual = type(config)()
+    found = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in (*OWN_FIELDS, *APART) and getattr(config, field.name) != getattr(usual, field.name)
+    ]
+    if config.init_lora_weights not in DRAWN:
+        found.append("init_lora_weights")
+    return f"an adapter with {', '.join(found)} begins from the weights" if found else ""
 
 
 def refuse_unrounded(config: Any, tuner: str) -> None:

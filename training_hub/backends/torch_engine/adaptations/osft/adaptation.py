@@ -69,6 +69,10 @@ class Osft:
         self._base = UNREAD
         self.claimed: frozenset[str] = frozenset()
 
+    def begins_beside(self) -> str:
+        """Factors are made of whole weights."""
+        return "what trains is made of whole weights"
+
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model; what is frozen gets no gradient. Weights are looked at in `begin`.
 
