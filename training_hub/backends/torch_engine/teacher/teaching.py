@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.loading.model import choose_dtype
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.objectives.targets import Targets, WholeTargets
@@ -47,23 +49,24 @@ def open_teaching(
     console: Console,
     *,
     keeps: bool = True,
-    is_asked: bool = True,
+    layout: Layout = WHOLE,
 ) -> Teaching | None:
     """Where the word of the recipe's teacher on the samples of `store` comes from; None where there is no teacher.
 
-    keeps=False: nothing is made for later; what would be kept is made where it is asked for. is_asked=False: another
-    process asks it, so that it is not loaded here.
+    keeps=False: nothing is made for later; what would be kept is made where it is asked for. layout: how the student
+    lies over processes. Those with its last stage ask the teacher. Where the student lies in slices, a teacher that is
+    asked in each step does, too, and all processes must call this together.
     """
     if facts is None:
         return None
 
-    def load() -> Online:
+    def load(mesh: DeviceMesh | None = None) -> Online:
         lengths: list[int] = store.lengths[:TIMED_TOKENS].tolist()
-        return load_teacher(recipe, facts, device, console, lengths)
+        return load_teacher(recipe, facts, device, console, lengths, mesh)
 
     if recipe.distillation.cache == "none":
-        if is_asked:
-            return load()
+        if layout.has_last_stage:
+            return load(layout.mesh if layout.is_sharded else None)
         console.say(f"teacher: {facts.chosen.path} is loaded and asked by the process with the last stage")
         return Elsewhere(facts.common)
     if not keeps:
