@@ -25,6 +25,8 @@ from training_hub.backends.torch_engine.layouts.fully_sharded import blocks_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.share import Sizes
 from training_hub.backends.torch_engine.materials import load_materials
+from training_hub.backends.torch_engine.parallel import ALONE
+from training_hub.backends.torch_engine.teacher.kept import Kept
 from training_hub.backends.torch_engine.teacher.load import teacher_load
 from training_hub.backends.torch_engine.teacher.online import Online
 from training_hub.backends.torch_engine.teacher.teaching import open_teaching
@@ -87,7 +89,63 @@ def test_processes_with_other_numbers_of_samples_ask_one_that_cannot_pack_equall
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
 
 
+KEPT: dict[str, dict[str, Any]] = {
+    "likeliest tokens": {"distillation": {"cache": "top_k", "top_k": 8}},
+    "tokens drawn": {"distillation": {"cache": "sampled", "samples": 8}},
+    "likeliest tokens, kept for the run alone": {"distillation": {"cache": "top_k", "top_k": 8}},
+    "behind a prompt": {"distillation": {"cache": "top_k", "top_k": 8, "prompt": "You know it."}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KEPT)
+def test_what_a_sliced_teacher_says_before_training_is_what_a_whole_one_says(case, two, folders, uneven_file, tmp_path):
+    settings = settings_of({"training": SMALL_PACKS, **KEPT[case]}, folders("qwen3", hidden_size=48))
+    is_kept = "alone" not in case
+
+    def of(cache: str, **sections: Any) -> dict[str, Any]:
+        where = {"cache": True, "cache_dir": str(tmp_path / cache)} if is_kept else {}
+        return {**settings, "data": {**settings["data"], **where}, **sections}
+
+    together = two.train(folders("llama"), uneven_file, tmp_path / "together", **of("theirs"))
+    alone = train(folders("llama"), uneven_file, tmp_path / "alone", **of("own", parallelism={}))
+    same_steps(alone, together)
+    assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "theirs").rglob("part-*/ids.bin")}
+    assert bool(parts) == is_kept
+    again = two.train(folders("llama"), uneven_file, tmp_path / "again", **of("theirs"))
+    same_steps(alone, again)
+    assert parts == {path: path.stat().st_mtime_ns for path in (tmp_path / "theirs").rglob("part-*/ids.bin")}
+
+
+@pytest.mark.slow
+def test_processes_that_see_no_common_folder_keep_what_a_sliced_teacher_says_each_in_its_own(
+    two, folders, uneven_file, tmp_path
+):
+    settings = settings_of(KEPT["tokens drawn"], folders("qwen3", hidden_size=48))
+    given = (str(folders("llama")), str(uneven_file))
+    called = (*given, str(tmp_path / "together"), settings)
+    first, second = two.call("tests.distributed.test_sliced_teacher:kept_apart", *called)
+    assert first == second == kept_apart(ALONE, *given, str(tmp_path / "alone"), {**settings, "parallelism": {}})
+    assert len(list(tmp_path.glob("together-*/*/*/part-*/ids.bin"))) == 2
+
+
+def kept_apart(group: Any, model: str, rows: str, output: str, settings: dict[str, Any]) -> list[int]:
+    """The tokens that a teacher was heard to say, in a process with a cache of its own."""
+    where = {"cache": True, "cache_dir": f"{output}-{group.rank}"}
+    asked = recipe(Path(model), Path(rows), Path(output), **{**settings, "data": {**settings["data"], **where}})
+    console = open_console("off")
+    materials = load_materials(asked, Given(), console)
+    store, layout = materials.prepared.train, layout_of(asked.parallelism, group, CPU)
+    kept = open_teaching(asked, materials.teacher, store, CPU, console, layout=layout)
+    assert isinstance(kept, Kept)
+    return kept.store.rows(range(len(store))).ids.ravel().tolist()
+
+
+STAGES = {"data_parallel_shard_degree": 2, "pipeline_parallel_degree": 2}
 FOUR: dict[str, dict[str, Any]] = {
+    "slices of stages": STAGES,
+    "slices of stages, asked before": STAGES,
     "two replicas of two slices": {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2},
     "slices of split tokens": {"data_parallel_shard_degree": 2, "context_parallel_degree": 2},
     "slices of split heads": {
@@ -101,7 +159,9 @@ FOUR: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FOUR)
 def test_four_processes_find_them_too(case, four, folders, uneven_file, tmp_path):
-    settings = settings_of({"training": SMALL_PACKS, "parallelism": FOUR[case]}, folders("qwen3", hidden_size=48))
+    asked = {"distillation": {"cache": "top_k", "top_k": 8}} if "before" in case else {}
+    sections = {"training": SMALL_PACKS, "parallelism": FOUR[case], **asked}
+    settings = settings_of(sections, folders("qwen3", hidden_size=48))
     together = four.train(folders("llama"), uneven_file, tmp_path / "together", **settings)
     alone = train(folders("llama"), uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
     same_steps(alone, together)

@@ -148,8 +148,7 @@ class TorchEngine:
             step = group.on_main("looking for checkpoints", lambda: starting_step(known(), console))
         store = materials.prepared.train
         ask = partial(open_teaching, recipe, materials.teacher, store, device, console, layout=layout)
-        is_sliced = layout.is_sharded and recipe.distillation.cache == "none"
-        teaching = ask() if is_sliced else group.main_first("the teacher", ask)
+        teaching = ask() if layout.is_sharded else group.main_first("the teacher", ask)
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_for(layout, recipe, device, dtype, given.model, first_lengths(materials), console)
         run = assemble(recipe, loaded, materials, device, dtype, console, teaching, layout)

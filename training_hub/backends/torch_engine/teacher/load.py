@@ -90,7 +90,8 @@ def teacher_load(
     form = Form.of(recipe.distillation, facts.common, recipe.seed)
     # Ids become 8 bytes wide on the device.
     kept = trained * (form.bytes_per_row + 4 * form.width)
-    return TeacherLoad(kept, 0, weights + states + passing + rows * config.vocab_size * 12, None, facts)
+    before = mine + gathered + states + passing + rows * config.vocab_size * 12
+    return TeacherLoad(kept, 0, before, None, facts)
 
 
 def _widest(model: PreTrainedModel) -> int:
