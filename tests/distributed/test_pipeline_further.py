@@ -260,7 +260,5 @@ def loads_teacher(group: Any, model: str, rows: str, output: str, settings: dict
     )
     materials = load_materials(asked, Given(), console)
     layout = layout_of(asked.parallelism, group, cpu)
-    found = open_teaching(
-        asked, materials.teacher, materials.prepared.train, cpu, console, is_asked=layout.has_last_stage
-    )
+    found = open_teaching(asked, materials.teacher, materials.prepared.train, cpu, console, layout=layout)
     return isinstance(found, Online)

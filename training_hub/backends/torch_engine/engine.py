@@ -146,8 +146,9 @@ class TorchEngine:
         known = partial(outline, recipe, materials, device, dtype)
         if given.model is None:
             step = group.on_main("looking for checkpoints", lambda: starting_step(known(), console))
-        ask = partial(open_teaching, recipe, materials.teacher, materials.prepared.train, device, console)
-        teaching = group.main_first("the teacher", lambda: ask(is_asked=layout.has_last_stage))
+        store = materials.prepared.train
+        ask = partial(open_teaching, recipe, materials.teacher, store, device, console, layout=layout)
+        teaching = ask() if layout.is_sharded else group.main_first("the teacher", ask)
         console.say(f"model: loading {recipe.model.path} as {str(dtype).removeprefix('torch.')} on {device.type}")
         loaded = load_for(layout, recipe, device, dtype, given.model, first_lengths(materials), console)
         run = assemble(recipe, loaded, materials, device, dtype, console, teaching, layout)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tests.backends.torch_engine.tiny_models import VOCABULARY, documents_of, random_pack, tiny_model
 from training_hub.backends import Given
@@ -119,6 +120,31 @@ def test_the_meter_counts_the_teachers_forward(tiny_model_folder: Path, chat_fil
     assert 0 < load.operations(one) < longer.operations(same)
     assert 0 < load.passing < longer.passing
     assert load_of(cache="top_k")[0].operations(one) == 0
+
+
+@pytest.mark.parametrize("cache", ["none", "top_k"])
+def test_of_a_teacher_in_slices_a_process_has_and_sends_a_share(
+    cache: str, tiny_model_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    from training_hub.backends.torch_engine.layouts.share import Sizes
+    from training_hub.backends.torch_engine.teacher.load import teacher_load
+    from training_hub.data.packing import pack
+
+    recipe = asked(tiny_model_folder, chat_file, tmp_path, cache=cache)
+    materials = load_materials(recipe, Given(), SILENT)
+    one = pack([materials.prepared.train[0]], [0])
+    whole, half = (teacher_load(recipe, materials.teacher, one, CPU, slices) for slices in (1, 2))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    sizes, head = Sizes.of(model), model.get_output_embeddings().weight.numel()
+    gathered, width = sizes.around + 2 * sizes.block, 4
+    assert whole.sent == 0
+    if cache == "none":
+        assert half.beside == whole.beside + (head - sizes.total // 2) * width
+        assert half.passing == whole.passing + gathered * width
+        assert half.sent == sizes.total * width / 2
+    else:
+        assert half.beside == whole.beside
+        assert half.before == whole.before + (gathered - sizes.total // 2) * width
 
 
 def test_what_was_asked_is_not_asked_again_after_a_stop(

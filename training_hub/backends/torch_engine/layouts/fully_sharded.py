@@ -78,13 +78,27 @@ def shard(
         # The loss is divided once, by the trained weight of the step; so gradients are added up.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    _tell(model, mesh, dtype)
+    if asked.pipeline_parallel_degree > 1:
+        SlicedStages(model, asked)
+
+
+def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Divide the weights of a model that does not train over `dp_shard` of the mesh, in place, in the format that they
+    have, `dtype`: a block, or what stands around the blocks, is whole only while it computes."""
+    model.requires_grad_(False)
+    for layer in (*blocks_of(model), model):
+        fully_shard(layer, mesh=mesh["dp_shard"], reshard_after_forward=True)
+    _tell(model, mesh, dtype)
+
+
+def _tell(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Leave on a divided model how it is run, in what and where."""
     setattr(model, NAME, MethodType(_run, model))
     register_fsdp_forward_method(model, NAME)
     setattr(model, DTYPE, dtype)
     is_gpu = mesh.device_type == "cuda"
     setattr(model, DEVICE, torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu"))
-    if asked.pipeline_parallel_degree > 1:
-        SlicedStages(model, asked)
 
 
 def slices_bytes(mesh: DeviceMesh) -> bool:
@@ -131,10 +145,12 @@ def _run(model: nn.Module, work: Callable[[], Any]) -> Any:
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """What is gathered at once: the decoder layers; [] where a model does not say which they are."""
+    """What is gathered at once: the decoder layers; [] where a model does not say which they are. Of those that lie
+    within each other the outermost."""
     named = set(getattr(model, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if _own_name(module) in named]
-    return found or list(layers_of(model))
+    within = {one for module in found for one in module.modules() if one is not module}
+    return [module for module in found if module not in within] or list(layers_of(model))
 
 
 def _own_name(module: nn.Module) -> str:

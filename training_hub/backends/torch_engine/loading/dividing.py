@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,11 +93,14 @@ def _refuse_slices_of_bytes(layout: Layout, recipe: Recipe) -> None:
 
 
 def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> LoadedModel | str:
-    """The recipe's model without contents, on our kernels; or why it must be read whole."""
+    """The recipe's model without contents, on our kernels; or why it must be read whole. Raises BackendError where the
+    attention that is asked for is not possible."""
     import transformers
 
     register_attention()
-    chosen = recipe.model
+    chosen, problem = recipe.model, varlen_problem(device, dtype)
+    if chosen.attention == "varlen" and problem:
+        raise BackendError(problem)
     if not is_folder(chosen.path):
         return "it is a name on the hub"
     config, original = read_config(chosen)
@@ -158,24 +161,49 @@ def divide(
     wanted = loaded.base.shapes
     numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.is_meta)
     layout = layout.divide(model, dtype)
-    problem = varlen_problem(device, dtype)
-    if recipe.model.attention == "varlen" and problem:
-        raise BackendError(problem)
+    loaded = filled(loaded, wanted, numbers, device, is_offloaded=recipe.parallelism.enable_cpu_offload)
+    refuse_broken_model(recipe, [line for some in layout.group.gather(broken_pieces(model)) for line in some])
+    loaded = looked_at(loaded, recipe.model.attention, lengths, device, dtype)
+    adaptation.divided()
+    layout.spread(model)
+    return loaded, layout
+
+
+def filled(
+    loaded: LoadedModel,
+    wanted: Mapping[str, tuple[int, ...]],
+    numbers: int,
+    device: torch.device,
+    *,
+    is_offloaded: bool,
+) -> LoadedModel:
+    """The model, divided and without contents, with this process's pieces of its weights, read from its files.
+
+    wanted, numbers: the shapes that it had as a whole, by name, and how many numbers its weights had."""
     with opened(loaded.files) as files:
-        fill(model, ExpertFiles(files, wanted), device, is_offloaded=recipe.parallelism.enable_cpu_offload)
+        fill(loaded.model, ExpertFiles(files, wanted), device, is_offloaded)
         share = f"each process reads its own slices of the weights; here {files.numbers_read / numbers:.1%}"
-    broken = nonfinite_tensors({name: local_of(weight) for name, weight in model.named_parameters()})
-    refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
-    model.eval()
-    names, tried = attention_names(recipe.model.attention, model, lengths, device, dtype)
+    return replace(loaded, notes=(*loaded.notes, share), files=())
+
+
+def broken_pieces(model: nn.Module) -> list[str]:
+    """What this process has of a divided model that is not finite."""
+    return nonfinite_tensors({name: local_of(weight) for name, weight in model.named_parameters()})
+
+
+def looked_at(
+    loaded: LoadedModel, requested: str, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> LoadedModel:
+    """The divided model with the attention and the kernels under which it says what it says by itself, in evaluation
+    mode; all processes must call it."""
+    model = loaded.model.eval()
+    names, tried = attention_names(requested, model, lengths, device, dtype)
     with unrounded(model):  # where rounding would make much of little differences
         attention = attach_attention(model, names, dtype)
         kernels = stay_on_kernels(model, dtype)
-    notes = [*loaded.notes, share, *tried, *attention_notes(attention, names), *model_notes(model)]
+    notes = [*loaded.notes, *tried, *attention_notes(attention, names), *model_notes(model)]
     notes += [kernels] if kernels else []
-    adaptation.divided()
-    layout.spread(model)
-    return replace(loaded, attention=attention, notes=tuple(notes), files=()), layout
+    return replace(loaded, attention=attention, notes=tuple(notes))
 
 
 @torch.no_grad()

@@ -66,10 +66,12 @@ def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
     return found
 
 
-def load_beside(recipe: Recipe, materials: Materials, feed: Feed, device: torch.device) -> TeacherLoad | None:
-    """What a teacher costs the run, None where there is none."""
+def load_beside(
+    recipe: Recipe, materials: Materials, feed: Feed, device: torch.device, slices: int = 1
+) -> TeacherLoad | None:
+    """What a teacher costs the run, None where there is none. slices: in how many it lies."""
     facts = materials.teacher
-    return None if facts is None else teacher_load(recipe, facts, feed.largest_pack(), device)
+    return None if facts is None else teacher_load(recipe, facts, feed.largest_pack(), device, slices)
 
 
 def feed_settings(recipe: Recipe, longest: int, device: torch.device, is_packed: bool) -> FeedSettings:
@@ -96,10 +98,10 @@ def describe(
     moved = [p for name, p in model.named_parameters() if p.requires_grad and name not in holdings.claimed]
     trained = sum(p.numel() for p in moved) + holdings.trained
     told = planned(recipe, materials.prepared, materials.template, feed)
-    beside = load_beside(recipe, materials, feed, device)
     in_stages = recipe.parallelism.pipeline_parallel_degree > 1
     local = blank_like(fullest(model, recipe.parallelism) if in_stages else model)
     share = Share.of(recipe.parallelism, world_size)
+    beside = load_beside(recipe, materials, feed, device, share.slices)
     sizes = Sizes.of(local, cut_down(local, share))
     is_whole = share.slices == share.heads == 1 and not in_stages
     moving = replace(sizes, trained=trained) if is_whole else sizes  # between replicas only what moves passes
@@ -107,6 +109,7 @@ def describe(
     makes_later = in_stages and ORDERS[recipe.parallelism.pipeline_parallel_schedule].splits
     sent = exchanged_bytes(moving, share, dtype, packs_of_one, makes_later=makes_later)
     sent += _passed_bytes(recipe, model, feed, dtype, packs_of_one) / (share.heads * share.tokens)
+    sent += beside.sent * packs_of_one if beside is not None else 0
     checkpointing, memory = memory_of(recipe, model, feed, device, dtype, holdings, free_gib(device), beside, share)
     return {
         "algorithm": recipe.algorithm,

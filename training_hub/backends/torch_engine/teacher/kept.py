@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.objectives.targets import Targets
+from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.processor import give_back_memory
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts
 from training_hub.backends.torch_engine.teacher.form import Form
@@ -29,6 +31,9 @@ from training_hub.recipe import Recipe
 from training_hub.types import Console
 
 VERSION = 1  # of what is kept, beside the code that key_of counts in
+
+Write = Callable[[int, Rows, np.ndarray], None]
+"""Puts the rows of a part, by its number, with how many each of its samples has, where they are kept."""
 
 
 @dataclass(frozen=True)
@@ -109,26 +114,86 @@ def kept_teaching(
     load: Callable[[], Online],
     budget: int,
     console: Console,
+    group: Group = ALONE,
 ) -> Kept:
     """The kept targets of `store`: those found under the hash of all they are made from, the others made now.
 
-    load: the teacher, asked for only where something is missing. budget: tokens that it reads at once.
+    load: the teacher, asked for only where something is missing. budget: tokens that it reads at once. group: the
+    processes in whose slices it lies, which must all call this.
     """
     form = Form.of(recipe.distillation, facts.common, recipe.seed)
-    starts = borders(store)
+    starts, data = borders(store), recipe.data
+    cache = Cache(cache_folder(data.cache_dir), data.cache_size * 1e9) if data.cache else None
+    key = key_of(_made_from(form, facts, store, dtype))
 
-    def make(folder: Path) -> None:
+    def find(folder: Path) -> list[int]:
         missing = missing_parts(folder, starts, console)
         if missing:
-            _make_parts(folder, missing, starts, store, form, load(), budget, console)
-            give_back_memory()
+            _refuse_full_disk(folder, missing, starts, store, form)
         else:
             console.say(f"teacher: asked before, its targets taken from {folder}")
+        return missing
 
-    data = recipe.data
-    cache = Cache(cache_folder(data.cache_dir), data.cache_size * 1e9) if data.cache else None
-    folder, use = kept_in_parts(cache, key_of(_made_from(form, facts, store, dtype)), make, console)
+    def ask(missing: list[int], write: Write) -> None:
+        _ask_parts(missing, starts, store, form, load(), budget, console, write)
+        give_back_memory()
+
+    def make(folder: Path) -> None:
+        if missing := find(folder):
+            ask(missing, partial(write_part, folder))
+
+    if group.world_size == 1:
+        folder, use = kept_in_parts(cache, key, make, console)
+    else:
+        folder, use = _together(_Shelf(group, cache, key, console), find, ask)
     return Kept(TargetStore(folder, starts, form.width, keep_alive=use), form)
+
+
+def _together(
+    shelf: _Shelf, find: Callable[[Path], list[int]], ask: Callable[[list[int], Write], None]
+) -> tuple[Path, object]:
+    """As kept_in_parts, of what all processes must ask for together: each makes the same passes, and the first that
+    misses something writes it. Those that do not find it then, in folders of their own, write after it."""
+    while True:
+        place, lacking = shelf.looked_for(find)
+        writer = next((rank for rank, some in enumerate(lacking) if some), None)
+        if writer is None:
+            return place
+        ask(lacking[writer], partial(shelf.write, place[0], shelf.group.rank == writer))
+        if shelf.cache is None:
+            return place
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """Where the processes of a group keep what a teacher said: under `key` of the cache; without one each for itself.
+    Whoever waits for another here does so for as long as that is alive."""
+
+    group: Group
+    cache: Cache | None
+    key: str
+    console: Console
+
+    def looked_for(self, find: Callable[[Path], list[int]]) -> tuple[tuple[Path, object], list[list[int]]]:
+        """The folder, with what must live as long as it is used, and the parts that each of the processes misses."""
+        missing: list[int] = []
+        found: list[tuple[Path, object]] = []
+
+        def look() -> list[int]:
+            found.append(kept_in_parts(self.cache, self.key, lambda place: missing.extend(find(place)), self.console))
+            return missing
+
+        lacking = self.group.each("what is kept of the teacher", look)
+        return found[0], lacking
+
+    def write(self, folder: Path, is_writer: bool, number: int, rows: Rows, counts: np.ndarray) -> None:
+        def put() -> None:
+            if self.cache is None:
+                write_part(folder, number, rows, counts)
+            elif is_writer:
+                kept_in_parts(self.cache, self.key, lambda place: write_part(place, number, rows, counts), self.console)
+
+        self.group.each("the writing of what the teacher said", put)
 
 
 def _made_from(form: Form, facts: TeacherFacts, store: TokenStore, dtype: torch.dtype) -> dict[str, object]:
@@ -144,9 +209,19 @@ def _made_from(form: Form, facts: TeacherFacts, store: TokenStore, dtype: torch.
     }
 
 
+def _refuse_full_disk(folder: Path, missing: list[int], starts: list[int], store: TokenStore, form: Form) -> None:
+    spans = [slice(starts[number], starts[number + 1]) for number in missing]
+    needed = form.bytes_per_row * sum(int(store.trained_tokens[span].sum()) for span in spans)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskError(
+            f"distillation.cache: {needed / 1e9:.3g} GB are needed in {folder}, and {free / 1e9:.3g} GB are free. Make "
+            "room, name another folder as data.cache_dir, or keep less: distillation.top_k, distillation.samples."
+        )
+
+
 @torch.no_grad()
-def _make_parts(
-    folder: Path,
+def _ask_parts(
     missing: list[int],
     starts: list[int],
     store: TokenStore,
@@ -154,22 +229,14 @@ def _make_parts(
     online: Online,
     budget: int,
     console: Console,
+    write: Write,
 ) -> None:
     spans = [range(starts[number], starts[number + 1]) for number in missing]
-    trained, lengths = store.trained_tokens, store.lengths
-    total = sum(int(lengths[span.start : span.stop].sum()) for span in spans)
-    needed = form.bytes_per_row * sum(int(trained[span.start : span.stop].sum()) for span in spans)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskError(
-            f"distillation.cache: {needed / 1e9:.3g} GB are needed in {folder}, and {free / 1e9:.3g} GB are free. Make "
-            "room, name another folder as data.cache_dir, or keep less: distillation.top_k, distillation.samples."
-        )
+    total = sum(int(store.lengths[span.start : span.stop].sum()) for span in spans)
     with console.progress("asking the teacher", total, "tokens") as advance:
         for number, span in zip(missing, spans, strict=True):
-            counts = trained[span.start : span.stop]
-            rows = _rows_of(span, counts, store, form, online, budget, number, advance)
-            write_part(folder, number, rows, counts)
+            counts = store.trained_tokens[span.start : span.stop]
+            write(number, _rows_of(span, counts, store, form, online, budget, number, advance), counts)
 
 
 def _rows_of(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from training_hub.backends.torch_engine.layouts.share import Share, Sizes, held
 from training_hub.backends.torch_engine.loading.model import choose_dtype
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.backends.torch_engine.objectives.head import chunk_rows
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class TeacherLoad:
     """Bytes: what is there during the student's forward and backward (weights, states and a chunk of logits, or kept
     targets); what comes and goes while the teacher is asked; and all there is before the first step, where it is asked
-    then. work: operations of asking it in each step; None where nobody does. prompted: as in TeacherFacts.
+    then. work: operations of asking it in each step; None where nobody does. prompted: as in TeacherFacts. sent: what
+    a process sends of it for each pack.
     """
 
     beside: int
@@ -36,6 +38,7 @@ class TeacherLoad:
     before: int
     work: Work | None
     facts: TeacherFacts
+    sent: float = 0
 
     def operations(self, pack: Pack) -> float:
         """Those that the teacher needs for a pack of the student's."""
@@ -56,8 +59,11 @@ class TeacherLoad:
         return self.work.per_token * tokens + self.work.per_trained_token * run["trained_tokens"]
 
 
-def teacher_load(recipe: Recipe, facts: TeacherFacts, largest: Pack, device: torch.device) -> TeacherLoad:
-    """The load of the recipe's teacher in a run whose largest pack is `largest`."""
+def teacher_load(
+    recipe: Recipe, facts: TeacherFacts, largest: Pack, device: torch.device, slices: int = 1
+) -> TeacherLoad:
+    """The load of the recipe's teacher in a run whose largest pack is `largest`; of one in `slices`, for the first of
+    the processes that have them."""
     with told_of_teacher():
         blank, _ = read_blank_model(facts.chosen)
         dtype = choose_dtype(facts.chosen.dtype, device)
@@ -65,6 +71,10 @@ def teacher_load(recipe: Recipe, facts: TeacherFacts, largest: Pack, device: tor
     if facts.prompted is not None:
         tokens = int(facts.prompted.lengths[largest.samples].sum())
     weights = sum(parameter.numel() for parameter in blank.parameters()) * dtype.itemsize
+    own, sizes = Share(slices=slices), Sizes.of(blank)
+    mine = sum(held(parameter, own, ()).numel() for parameter in blank.parameters()) * dtype.itemsize
+    # What stands around the blocks, a block and the one that is fetched ahead, or the place it is gathered in.
+    gathered = (sizes.around + 2 * sizes.block) * dtype.itemsize * (slices > 1)
     config = blank.config.get_text_config()
     states = trained * config.hidden_size * dtype.itemsize
     rows = min(trained, chunk_rows(config.vocab_size, device.type))
@@ -72,11 +82,16 @@ def teacher_load(recipe: Recipe, facts: TeacherFacts, largest: Pack, device: tor
     chunk = rows * config.vocab_size * (dtype.itemsize if device.type == "cpu" else 8)
     passing = tokens * _widest(blank) * dtype.itemsize
     if recipe.distillation.cache == "none":
-        return TeacherLoad(weights + states + chunk, passing, 0, work_of(blank, learns=False), facts)
+        matrix = getattr(blank.get_output_embeddings(), "weight", None)
+        head = matrix.numel() * dtype.itemsize if slices > 1 and matrix is not None else 0
+        sent = weights * (slices - 1) / slices
+        work = work_of(blank, learns=False)
+        return TeacherLoad(mine + head + states + chunk, passing + gathered, 0, work, facts, sent)
     form = Form.of(recipe.distillation, facts.common, recipe.seed)
     # Ids become 8 bytes wide on the device.
     kept = trained * (form.bytes_per_row + 4 * form.width)
-    return TeacherLoad(kept, 0, weights + states + passing + rows * config.vocab_size * 12, None, facts)
+    before = mine + gathered + states + passing + rows * config.vocab_size * 12
+    return TeacherLoad(kept, 0, before, None, facts)
 
 
 def _widest(model: PreTrainedModel) -> int:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from training_hub.backends.torch_engine.attention_trial import TIMED_TOKENS
+from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.loading.model import choose_dtype
 from training_hub.backends.torch_engine.objectives.distillation import Teaching
 from training_hub.backends.torch_engine.objectives.targets import Targets, WholeTargets
+from training_hub.backends.torch_engine.parallel import ALONE
 from training_hub.backends.torch_engine.teacher.facts import TeacherFacts, told_of_teacher
 from training_hub.backends.torch_engine.teacher.form import Form
 from training_hub.backends.torch_engine.teacher.kept import Condensed, kept_teaching
@@ -47,22 +49,25 @@ def open_teaching(
     console: Console,
     *,
     keeps: bool = True,
-    is_asked: bool = True,
+    layout: Layout = WHOLE,
 ) -> Teaching | None:
     """Where the word of the recipe's teacher on the samples of `store` comes from; None where there is no teacher.
 
-    keeps=False: nothing is made for later; what would be kept is made where it is asked for. is_asked=False: another
-    process asks it, so that it is not loaded here.
+    keeps=False: nothing is made for later; what would be kept is made where it is asked for. layout: how the student
+    lies over processes. Those with its last stage ask the teacher in each step. Where the student lies in slices, the
+    teacher does, too, and all processes must call this together.
     """
     if facts is None:
         return None
 
+    mesh = layout.mesh if layout.is_sharded else None
+
     def load() -> Online:
         lengths: list[int] = store.lengths[:TIMED_TOKENS].tolist()
-        return load_teacher(recipe, facts, device, console, lengths)
+        return load_teacher(recipe, facts, device, console, lengths, mesh)
 
     if recipe.distillation.cache == "none":
-        if is_asked:
+        if layout.has_last_stage:
             return load()
         console.say(f"teacher: {facts.chosen.path} is loaded and asked by the process with the last stage")
         return Elsewhere(facts.common)
@@ -72,4 +77,5 @@ def open_teaching(
         dtype = choose_dtype(facts.chosen.dtype, device)
     most = READ_AT_ONCE[device.type]
     budget = max(int(store.lengths.max()), min(recipe.training.max_tokens_per_gpu or most, most))
-    return kept_teaching(recipe, facts, store, dtype, load, budget, console)
+    group = ALONE if mesh is None else layout.group
+    return kept_teaching(recipe, facts, store, dtype, load, budget, console, group)
