@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed.test_equal_numbers import SGD, STEPS
 from tests.invariants.run import recipe
+from training_hub.backends.torch_engine.adaptations.lora import Lora
 
 SLICES = {"data_parallel_shard_degree": -1}
 HEADS = {"tensor_parallel_degree": 2}
@@ -45,3 +46,19 @@ def test_an_adapter_begins_as_beside_a_whole_base(case, two, folders, chat_file,
         assert each["unlike"] == [] and each["trained"] > 4
         found, wanted = each["differences"]
         assert found == pytest.approx(wanted, rel=0.11, abs=1e-3)
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "quantised as it is read": {"model": {"quantization": "int8"}},
+    "use_dora": {"lora": {"tuner": "dora"}},
+    "init_lora_weights": {"lora": {"tuner": "pissa"}},
+    "an adapter of IA3": {"lora": {"tuner": "ia3"}},
+    "modules_to_save": {"lora": {"modules_to_save": ["lm_head"]}},
+    "rows of a table": {"lora": {"trainable_tokens": [5]}},
+}
+
+
+@pytest.mark.parametrize("words", WHOLE)
+def test_what_is_made_of_whole_weights_says_why(words, tmp_path):
+    asked = recipe(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out", algorithm="lora_sft", **WHOLE[words])
+    assert words in Lora(asked).begins_beside()
