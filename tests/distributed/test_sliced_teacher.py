@@ -5,12 +5,14 @@ Float32, plain SGD, as in test_equal_numbers.py, whose reasons for both hold her
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
@@ -87,6 +89,42 @@ def test_processes_with_other_numbers_of_samples_ask_one_that_cannot_pack_equall
     alone = train(folders("llama"), uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
     same_steps(alone, together)
     assert apart(weights(alone.model_path), weights(together[0]["model_path"])) <= CLOSE
+
+
+def rewritten(folder: Path, place: Path, change: Any) -> Path:
+    """A copy of a model's folder whose weights, by name, are what `change` makes of them."""
+    shutil.copytree(folder, place)
+    file = place / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return place
+
+
+@pytest.mark.slow
+def test_one_whose_files_name_weights_otherwise_is_read_whole_and_then_divided(two, folders, uneven_file, tmp_path):
+    def renamed(held: dict[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix("model."): weight for name, weight in held.items()}
+
+    teacher = rewritten(folders("llama-tied"), tmp_path / "teacher", renamed)
+    settings = settings_of({"training": SMALL_PACKS}, teacher)
+    together = two.train(folders("llama"), uneven_file, tmp_path / "together", **settings)
+    alone = train(folders("llama"), uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
+    same_steps(alone, together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [0, -1])
+def test_numbers_that_are_not_finite_in_one_process_end_all(row, two, folders, uneven_file, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def broken(held: dict[str, Any]) -> dict[str, Any]:
+        held[name][row] = torch.nan
+        return held
+
+    teacher = rewritten(folders("llama"), tmp_path / "teacher", broken)
+    ended = two.train(folders("llama"), uneven_file, tmp_path / "together", **settings_of({}, teacher))
+    assert [each["error"] for each in ended] == ["TrainingError"] * 2, ended
+    said = ["\n".join(each["problems"]) for each in ended]
+    assert name in said[row] and all(f"The teacher {teacher} came with them" in one for one in said)
 
 
 KEPT: dict[str, dict[str, Any]] = {

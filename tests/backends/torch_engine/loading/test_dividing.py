@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from tests.backends.torch_engine.tiny_models import tiny_model
+from tests.backends.torch_engine.tiny_models import SHAPE, from_config, tiny_model
 from tests.distributed.measuring import rise
 from tests.invariants.run import recipe
 from tests.invariants.test_families import folder_of
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.layouts import Layout
-from training_hub.backends.torch_engine.layouts.fully_sharded import shard
+from training_hub.backends.torch_engine.layouts.fully_sharded import blocks_of, shard
 from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
 from training_hub.backends.torch_engine.loading.blank import fill, wanted_shapes
 from training_hub.backends.torch_engine.loading.dividing import attach, load_blank, load_for
@@ -126,6 +127,13 @@ def test_experts_of_which_processes_could_use_others_are_refused(four):
     model.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
     with pytest.raises(RecipeError, match="experts of Module is a list of modules, of which"):
         shard(model, four, Parallelism(data_parallel_shard_degree=SIZE), torch.float32)
+
+
+def test_of_blocks_that_lie_within_each_other_the_outermost_is_gathered(four):
+    model = from_config(transformers.MambaConfig(**{**SHAPE, "state_size": 8}))
+    assert blocks_of(model) == list(model.backbone.layers)
+    shard(model, four, Parallelism(data_parallel_shard_degree=SIZE), torch.float32)
+    assert all(isinstance(one, DTensor) for one in model.parameters())
 
 
 def test_files_that_name_weights_otherwise_are_read_whole(tiny_model_folder, tmp_path):
