@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
-from training_hub.backends.torch_engine.attention import register_attention, varlen_problem
+from training_hub.backends.torch_engine.attention import FUNCTIONS, register_attention, varlen_problem
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
 from training_hub.backends.torch_engine.fused.swap import stay_on_kernels, swap
 from training_hub.backends.torch_engine.layouts import Layout
@@ -192,18 +193,34 @@ def broken_pieces(model: nn.Module) -> list[str]:
 
 
 def looked_at(
-    loaded: LoadedModel, requested: str, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+    loaded: LoadedModel,
+    requested: str,
+    lengths: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    group: dist.ProcessGroup | None = None,
 ) -> LoadedModel:
     """The divided model with the attention and the kernels under which it says what it says by itself, in evaluation
-    mode; all processes must call it."""
+    mode; all processes of the group, or all there are, must call it."""
     model = loaded.model.eval()
     names, tried = attention_names(requested, model, lengths, device, dtype)
+    names = _agreed(names, group)
     with unrounded(model):  # where rounding would make much of little differences
         attention = attach_attention(model, names, dtype)
         kernels = stay_on_kernels(model, dtype)
     notes = [*loaded.notes, *tried, *attention_notes(attention, names), *model_notes(model)]
     notes += [kernels] if kernels else []
     return replace(loaded, attention=attention, notes=tuple(notes))
+
+
+def _agreed(names: list[str], group: dist.ProcessGroup | None) -> list[str]:
+    """The attentions to try, in the order of the group's first process: each has timed them, and passes of a divided
+    model are made together."""
+    known = list(FUNCTIONS)
+    places = torch.full((len(known),), -1)
+    places[: len(names)] = torch.tensor([known.index(name) for name in names])
+    dist.broadcast(places, group=group, group_src=0)
+    return [known[place] for place in places.tolist() if place >= 0]
 
 
 @torch.no_grad()

@@ -43,4 +43,6 @@ def load_sliced(
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=mesh.get_group("dp_shard"))
     if found:
         return loaded, broken or ["Slices that other processes read have numbers that are not finite."]
-    return looked_at(loaded, recipe.model.attention, lengths, device, dtype) if not loaded.attention else loaded, []
+    if loaded.attention:
+        return loaded, []
+    return looked_at(loaded, recipe.model.attention, lengths, device, dtype, mesh.get_group("dp_shard")), []
