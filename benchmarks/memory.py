@@ -52,6 +52,8 @@ that had most is shown. The models are in `memory_cases.py`.
 - **Resident** is the most anonymous memory, in swap or not, with mapped files, and planned for it is `total`. Beside
   blocks that is libraries and holes between blocks, which glibc before 2.38 does not fill with aligned blocks of the
   size that left them: so they grow with blocks that come and go in each layer, and differ from run to run.
+- Weights trained in the format of their files (float32 of a float32 folder) may lie where the file was mapped, which is
+  no block but resident: 0.59 GiB of 158 million.
 """
 
 
