@@ -28,6 +28,17 @@ from typing import Any
 
 HERE = Path(__file__).parent
 
+LLAMA_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 LLAMA_1B = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -71,11 +82,11 @@ TINY = {
     "vocab_size": 512,
     "tie_word_embeddings": True,
 }
-SHAPES = {"1b": LLAMA_1B, "1.7b": QWEN_2B, "8b": LLAMA_8B, "tiny": TINY}
+SHAPES = {"135m": LLAMA_135M, "1b": LLAMA_1B, "1.7b": QWEN_2B, "8b": LLAMA_8B, "tiny": TINY}
 ALGORITHMS = {"full": "sft", "lora": "lora_sft"}
-WORKLOADS = ("1b-full", "1.7b-full", "8b-full", "8b-lora")
+WORKLOADS = ("135m-full", "1b-full", "1.7b-full", "8b-full", "8b-lora")
 TARGETS = {"1b-full": 55_000, "1.7b-full": 42_000, "8b-full": 12_500, "8b-lora": 17_000}
-"""Tokens per second that one H200 is meant to reach."""
+"""Tokens per second that one H200 is meant to reach, where there is such a number."""
 OWN = {"8b-full": {"optimizer.state": "8bit"}}
 """Settings without which a workload would not fit: with gradients, full state is 18 bytes for each weight, 8bit 10."""
 AT_ONCE = {"8b-full": 2}

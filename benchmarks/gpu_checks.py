@@ -82,6 +82,8 @@ def checks(folder: Path, *, tiny: bool) -> list[Check]:
         return ("benchmarks/gpu.py", workload, *many, *lines, *words)
 
     eight_bit = () if tiny else ("--set", "training.fp8=true")  # refused where there is no GPU that can
+    short = ("--length", "1024", "--rows", "32", "--rows-at-once", "8")
+    replayed = () if tiny else ("--set", "training.cuda_graphs=true")
     roomy = () if tiny else ("--rows", "33", "--rows-at-once", "3", "--set", "training.activation_checkpointing=none")
     workers = min(6, (os.cpu_count() or 1) // 2)
     side_by_side = ("-p", "xdist", "-n", str(workers)) if workers > 1 and find_spec("xdist") is not None else ()
@@ -93,6 +95,8 @@ def checks(folder: Path, *, tiny: bool) -> list[Check]:
         Check("8b-lora in 8 bits", trained("8b-lora", *eight_bit), 100, waits=True),
         Check("8b-full in 8 bits", trained("8b-full", *eight_bit), 120, waits=True),
         Check("8b-full in full packs", trained("8b-full", *roomy, steps=3, warm_up=1), 120, waits=True),
+        Check("135m-full", trained("135m-full", *short, steps=12), 45, waits=True),
+        Check("135m-full replayed", trained("135m-full", *short, *replayed, steps=12, warm_up=4), 60, waits=True),
         Check("8b-lora taken apart", trained("8b-lora", "--profile", "--rows", "4"), 75, waits=True),
         Check("8b-full taken apart", trained("8b-full", "--profile", "--rows", "2"), 75, waits=True),
         Check("1b-full", trained("1b-full", steps=10), 60, waits=True),

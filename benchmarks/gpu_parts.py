@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu import TINY, random_model
+from gpu import LLAMA_135M, TINY, random_model
 from torch import Tensor
 
 from training_hub.backends.torch_engine.attention import DOCUMENTS, FUNCTIONS, VARLEN, register_attention
@@ -35,19 +35,6 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16
 ROUNDS = 20 if ON_GPU else 2
-
-SMALL = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
-"""The shape of a model of 135 million parameters."""
 
 Work = Callable[[], Any]
 
@@ -193,7 +180,7 @@ def attended(tokens: int, options: argparse.Namespace) -> Iterator[dict[str, Any
 def small_model(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Forward and backward of one pack, step for step and as a graph, whose numbers are compared."""
     register_attention()
-    model = random_model(TINY if options.tiny else SMALL).to(DTYPE)
+    model = random_model(TINY if options.tiny else LLAMA_135M).to(DTYPE)
     model.set_attn_implementation(VARLEN if ON_GPU else DOCUMENTS)
     note = run_on_kernels(model)
     length = 64 if options.tiny else 1024
@@ -223,6 +210,8 @@ def small_model(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def replayed(learn: Callable[[PackTensors], Tensor], packs: list[PackTensors], weights: list[Any]) -> dict[str, Any]:
     """Recorded on the first pack and replayed on the second, which must learn what it learns step for step."""
     place, other = packs
+    learn(other)
+    before = [weight.grad.clone() for weight in weights]
     wanted = learn(other).clone()
     gradients = [weight.grad.clone() for weight in weights]
     beside = torch.cuda.Stream()
@@ -237,12 +226,19 @@ def replayed(learn: Callable[[PackTensors], Tensor], packs: list[PackTensors], w
     for name in ("ids", "positions", "weights", "cu_seqlens", "rows"):
         getattr(place, name).copy_(getattr(other, name))
     graph.replay()
-    differences = [
-        float((weight.grad.float() - gradient.float()).norm() / gradient.float().norm().clamp_min(1e-12))
-        for weight, gradient in zip(weights, gradients, strict=True)
-    ]
     loss = abs(float(total) - float(wanted)) / float(wanted)
-    return {"seconds": timed(graph.replay), "loss_difference": loss, "gradient_difference": max(differences)}
+    return {"seconds": timed(graph.replay), "loss_difference": loss, **furthest(gradients, before, weights)}
+
+
+def furthest(gradients: list[Tensor], before: list[Tensor], weights: list[Any]) -> dict[str, float]:
+    """How far the gradient of some weight lies from that of the replay, and from that of another eager pass."""
+
+    def difference(other: Tensor, gradient: Tensor) -> float:
+        return float((other.float() - gradient.float()).norm() / gradient.float().norm().clamp_min(1e-12))
+
+    replayed = max(difference(weight.grad, gradient) for weight, gradient in zip(weights, gradients, strict=True))
+    again = max(map(difference, before, gradients))
+    return {"gradient_difference": replayed, "difference_of_eager_gradients": again}
 
 
 def pack_of(documents: int, length: int, vocabulary: int, seed: int) -> Pack:
@@ -266,7 +262,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     with Path(options.output).open("a", encoding="utf-8") as file:
         file.write(json.dumps({**found, "device": device, "torch": torch.__version__}) + "\n")
     rates = [f"{found[unit]:,.3g} {unit} a second" for unit in ("tflops", "terabytes") if unit in found]
-    rest = [f"{name} {found[name]:.1e}" for name in ("loss_difference", "gradient_difference") if name in found]
+    rest = [f"{name} {found[name]:.1e}" for name in found if "difference" in name]
     took = f"{found['seconds'] * 1e3:9.3f} ms" if "seconds" in found else found["error"]
     print(f"{found['part']:<44} {'  '.join([took, *rates, *rest])}", flush=True)
 

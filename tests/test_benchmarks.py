@@ -73,7 +73,7 @@ def test_what_cannot_be_trained_is_a_line_too(tmp_path: Path):
 
 CHECKS = [
     *("8b-full", "8b-lora", "1.7b-full", "tests", "8b-lora in 8 bits", "8b-full in 8 bits", "8b-full in full packs"),
-    *("8b-lora taken apart", "8b-full taken apart", "1b-full", "parts"),
+    *("135m-full", "135m-full replayed", "8b-lora taken apart", "8b-full taken apart", "1b-full", "parts"),
 ]
 
 
@@ -83,7 +83,7 @@ def test_all_that_waits_for_a_gpu_is_tried_in_one_command(tmp_path: Path):
     assert [(one["name"], one["ended"]) for one in lines(tmp_path / "checks.jsonl")] == [(n, "done") for n in CHECKS]
     assert [one["workload"] for one in lines(tmp_path / "gpu.jsonl")] == [
         *("tiny-full", "tiny-lora", "tiny-full", "tiny-lora", "tiny-full"),
-        *("tiny-full", "tiny-lora", "tiny-full", "tiny-full"),
+        *("tiny-full", "tiny-full", "tiny-full", "tiny-lora", "tiny-full", "tiny-full"),
     ]  # fmt: skip
     parts = {one["part"]: one for one in lines(tmp_path / "parts.jsonl")}
     assert {"sum and norm, one pass, backward", "small model, eager", "small model, recorded"} <= parts.keys()

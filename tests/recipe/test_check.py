@@ -139,6 +139,21 @@ def problems_of(settings: dict[str, Any], **arguments: Any) -> list[str]:
             ["training.compile: true does not go with lora.tuner: oft", "training.compile: false"],
         ),
         (
+            {"training.cuda_graphs": True, "model.attention": "documents"},
+            {"training.cuda_graphs": True, "model.attention": "varlen"},
+            ["training.cuda_graphs: true does not go with model.attention: documents", "training.cuda_graphs: false"],
+        ),
+        (
+            {"training.cuda_graphs": True, "loss.neftune_noise_alpha": 5.0},
+            {"training.cuda_graphs": True, "loss.label_smoothing": 0.1},
+            ["training.cuda_graphs: true does not go with loss.neftune_noise_alpha: 5.0"],
+        ),
+        (
+            {"training.cuda_graphs": True, "algorithm": "osft", "osft.unfreeze_rank_ratio": 0.3},
+            {"training.cuda_graphs": True, "algorithm": "lora_sft"},
+            ["training.cuda_graphs: true does not go with algorithm: osft"],
+        ),
+        (
             {"checkpoint.max_shard_size": "5 GiB"},
             {"checkpoint.max_shard_size": "5 GB"},
             ["checkpoint.max_shard_size: found '5 GiB'", "KB, MB, GB or TB", "checkpoint.max_shard_size: 50GB"],

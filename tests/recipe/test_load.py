@@ -136,6 +136,7 @@ FREE = [
         "training.max_tokens_per_gpu",
         "model.quantization",
         "training.compile",
+        "training.cuda_graphs",
         "training.activation_checkpointing",  # some need a compiler
         "optimizer.name",  # a schedule-free one forbids schedules
     }

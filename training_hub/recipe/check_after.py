@@ -143,4 +143,36 @@ def _compiled(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             )
 
 
-CHECKS = (_generation, _best, _hub, _shards, _compiled)
+UNRECORDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("algorithm", ("sft", "lora_sft"), "others look at gradients, or at further models, between two operations"),
+    ("training.compile", (False,), "compiled blocks were not tried within a graph"),
+    ("training.fp8", (False,), "weights in 8 bits are kept from pack to pack"),
+    ("training.activation_checkpointing", ("auto", "none"), "layers that run again ask the host for random numbers"),
+    ("model.attention", ("auto", "varlen"), "attention by documents is called as the host reads their lengths"),
+    ("model.quantization", ("none",), "kernels of quantised weights were not tried within a graph"),
+    ("qat.weight_dtype", (None,), "rounding was not tried within a graph"),
+    ("qat.activation_dtype", (None,), "rounding was not tried within a graph"),
+    ("data.packing", (True,), "packs are filled up with further documents"),
+    ("distillation.teacher", (None,), "the host looks up what a teacher says"),
+    ("loss.neftune_noise_alpha", (0,), "the host reads the lengths of documents for its noise"),
+    ("freezing.unfreeze_interval", (None,), "what trains must stay the same"),
+    ("monitoring.profile", (False,), "a graph cannot be taken apart"),
+)
+"""What packs are not recorded beside: a setting, its values that go, and why no others do."""
+
+
+def _recorded(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
+    path = "training.cuda_graphs"
+    if not recipe.training.cuda_graphs:
+        return
+    for other, values, reason in UNRECORDED:
+        found = value_at(recipe, other)
+        if found not in values:
+            yield Contradiction(
+                (path, other),
+                f"{names(path)}: true does not go with {names(other)}: {plainly(found)}, since {reason}. Write "
+                f"{names.write(path, False)}.",
+            )
+
+
+CHECKS = (_generation, _best, _hub, _shards, _compiled, _recorded)

@@ -227,7 +227,7 @@ class Training(Section):
     full: all but their input. selective: not the results of matrix products and of torch's attention. offload: as full,
     and the inputs wait in the host's memory, beside a GPU. memory_budget: what the compiler finds cheapest, within
     activation_memory_budget. auto: as little as the device's free memory allows, by the plan's estimate, of none,
-    selective and full (with training.compile: none)."""
+    selective and full (with training.compile or cuda_graphs: none)."""
 
     activation_memory_budget: Share = 0.5
     """With activation_checkpointing: memory_budget, what a compiled block may keep for its backward pass, from 0 (its
@@ -236,6 +236,11 @@ class Training(Section):
     compile: bool = False
     """Compile each decoder block with torch.compile, which takes up to minutes at the first step. For GPUs: fewer and
     larger kernels. The result differs by rounding."""
+
+    cuda_graphs: bool = False
+    """Record forward and backward of a pack for each of a few sizes, to which packs are filled up, and replay them. For
+    models so small that a GPU waits for its host, of which one process trains all or LoRA's weights. Needs the varlen
+    attention of a CUDA device. The result differs by rounding; activations may take twice the memory."""
 
     fp8: bool = False
     """Multiply the matrices of linear layers in 8-bit floating point, forward and for the gradient of their input; the

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.backends.torch_engine.steps import CASES, assembled, gradients, update
+from training_hub.backends.torch_engine.recording import Recorder, cuda_graphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +52,27 @@ def test_a_wait_is_found(tiny_model_folder: Path, chat_file: Path, tmp_path: Pat
     mean, _ = gradients(run, run.feed.batch(1, 0, 1))
     with nobody_waits(), pytest.raises(RuntimeError, match="synchroniz"):
         mean.item()
+
+
+@pytest.mark.parametrize("case", ["full", "8-bit moments", "lora", "lora with dropout"])
+def test_replayed_steps_are_those_that_run_by_themselves(
+    case: str, tiny_model_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    found = []
+    for is_recorded in (False, True):
+        output = tmp_path / str(is_recorded)
+        output.mkdir()
+        run = assembled(case, GPU, tiny_model_folder, chat_file, output)
+        if is_recorded:
+            masters = run.updater.masters
+            run.recorder = Recorder(run.model, run.objective, masters, 128, GPU, run.console, cuda_graphs())
+        for number in range(1, 9):
+            mean, norm = gradients(run, run.feed.batch(number, 0, 1))
+            found.append([float(mean), float(norm)])
+            update(run)
+    assert run.recorder is not None and run.recorder.sizes, run.recorder and run.recorder.refused
+    if "dropout" not in case:  # other numbers are drawn for a pack of another length
+        for ours, theirs in zip(found[8:], found[:8], strict=True):
+            assert ours == pytest.approx(theirs, rel=0.03)  # bfloat16, in packs of other lengths
+    with nobody_waits():
+        gradients(run, run.feed.batch(8, 0, 1))

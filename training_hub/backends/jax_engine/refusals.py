@@ -43,6 +43,7 @@ CHECKS: tuple[Check, ...] = (
     ("qat.activation_dtype", lambda value: value is not None, "products are not rounded here; leave qat out, " + TORCH),
     ("training.fp8", bool, "matrices are multiplied in bfloat16 or float32 here; write false, " + TORCH),
     ("training.compile", bool, "JAX compiles whole steps, always; write false."),
+    ("training.cuda_graphs", bool, "JAX compiles whole steps, always; write false."),
     ("distillation.teacher", lambda value: value is not None, "this engine has no teachers; leave it out, " + TORCH),
     ("optimizer.state", lambda value: value != "full", "masters and moments are float32 here; write full, " + TORCH),
     (

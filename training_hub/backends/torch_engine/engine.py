@@ -53,6 +53,7 @@ from training_hub.backends.torch_engine.planning.work import Scale, measured_pea
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
+from training_hub.backends.torch_engine.recording import recorder_of, recording_problem
 from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.final import finish, saved_dtype, write_model
 from training_hub.backends.torch_engine.saving.steps import resume, settle, settled
@@ -120,7 +121,11 @@ class TorchEngine:
 
     def _number_problems(self, recipe: Recipe) -> list[str]:
         device, how = choose_device(), recipe.training.activation_checkpointing
-        problems = [eight_bit.problem_on(device) if recipe.training.fp8 else None, way_problem(how, device)]
+        problems = [
+            eight_bit.problem_on(device) if recipe.training.fp8 else None,
+            recording_problem(recipe, device),
+            way_problem(how, device),
+        ]
         return [problem for problem in problems if problem]
 
     def train(self, recipe: Recipe, given: Given) -> TrainResult:
@@ -204,6 +209,7 @@ class TorchEngine:
             dry_step(run)
             if recipe.training.preflight and run.step == 0:
                 run.layout.together("preflight", lambda: begin_safely(run, loaded, materials, given, memory, folder))
+            run.recorder = recorder_of(run)
             for report in train(run, stop):
                 for watch in watchers:
                     watch(report)

@@ -170,9 +170,13 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
         run.adaptation.expect_last_backward()
         run.updater.expect_last_backward()
 
-    done = run.layout.learn(
-        run.model, run.objective, batch.packs, batch.trained_weight, spare_pack(run), last=last, made=masters.collect
-    )
+    divisor = batch.trained_weight
+    if run.recorder is not None:
+        done = run.recorder.learn(batch.packs, divisor, last)
+    else:
+        done = run.layout.learn(
+            run.model, run.objective, batch.packs, divisor, spare_pack(run), last=last, made=masters.collect
+        )
     for one, tensors, term in done:
         total += term.total
         if run.by_source is not None:
@@ -180,7 +184,7 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
     run.updater.end_backward()
     if run.by_source is not None:
         run.layout.sum(run.by_source.sums)
-    return run.layout.sum(total) / batch.trained_weight
+    return run.layout.sum(total) / divisor
 
 
 def spare_pack(run: Run) -> Callable[[], Pack]:

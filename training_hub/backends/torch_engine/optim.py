@@ -42,6 +42,7 @@ class Masters:
     a float32 master. An adaptation may claim parameters, which it moves itself, and add weights of its own.
 
     are_held: products may add their gradients of low-precision parameters to those of the masters themselves.
+    keeps_gradients: those of all weights stay where they are from step to step.
 
     Of a parameter that is divided over processes the optimizer moves this one's piece. sources: by weight, the name of
     the parameter whose gradient its own is, or is made from, and that parameter. published: called once weights have
@@ -61,6 +62,7 @@ class Masters:
     ):
         self._published = published
         self.adaptation = adaptation
+        self.keeps_gradients = False
         claimed = adaptation.claimed if adaptation is not None else ()
         named = dict(named_parameters)
         self.parameters = {name: p for name, p in named.items() if p.requires_grad and name not in claimed}
@@ -174,7 +176,10 @@ class Masters:
                 parameter.grad_dtype = parameter.dtype
 
     def drop_gradients(self) -> None:
-        """Forget all gradients, and free their memory."""
+        """Forget all gradients, and free their memory; zeros in their place where a graph adds to them there."""
+        if self.keeps_gradients:
+            torch._foreach_zero_([weight.grad for weight in self.weights.values() if weight.grad is not None])
+            return
         for weight in (*self.parameters.values(), *self.weights.values()):
             weight.grad = None
         if self.adaptation is not None:

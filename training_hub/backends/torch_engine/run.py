@@ -19,6 +19,7 @@ from training_hub.backends.torch_engine.optim import Updater
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.planning.work import Scale
 from training_hub.backends.torch_engine.profile import StepProfile
+from training_hub.backends.torch_engine.recording import Recorder
 from training_hub.backends.torch_engine.saving.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.saving.staging import Staging
 from training_hub.backends.torch_engine.saving.writing import Writer
@@ -35,6 +36,7 @@ class Run:
     many steps up to now were left out without a break; stop_reason is what a watcher of the user's ends it for.
 
     objective: what is minimised. plain: cross-entropy, by which validation and watch measure whatever is minimised.
+    recorder: learns from packs in place of the layout, where they are replayed.
     staging: copies from which `writer` writes a checkpoint while training goes on; None where that stands still.
     """
 
@@ -65,6 +67,7 @@ class Run:
     profile: StepProfile | None = None
     by_source: BySource | None = None
     thaw: Thaw | None = None
+    recorder: Recorder | None = None
     layout: Layout = WHOLE
     validation_sets: BySource | None = None
     packs_validation: bool = True

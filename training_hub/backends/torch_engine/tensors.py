@@ -37,6 +37,11 @@ class PackTensors:
     on_host: Pack | None = None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    @property
     def targets(self) -> Tensor:
         """[N] int64: the token that follows each of `rows`."""
         return self.ids[0, self.rows + 1]
@@ -72,12 +77,13 @@ class PackTensors:
         """
         offered: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
         if len(self.lengths) > 1:
+            longest = self.longest
             offered |= {
                 "document_lengths": self.lengths,
                 "cu_seq_lens_q": self.cu_seqlens,
                 "cu_seq_lens_k": self.cu_seqlens,
-                "max_length_q": max(self.lengths),
-                "max_length_k": max(self.lengths),
+                "max_length_q": longest,
+                "max_length_k": longest,
             }
         parameters = inspect.signature(forward).parameters
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -102,13 +108,7 @@ def to_device(pack: Pack, device: torch.device | str) -> PackTensors:
 
     Raises DataError where the first token of a document has a weight: nothing predicts it.
     """
-    starts = pack.boundaries[:-1]
-    led = np.flatnonzero(pack.weights[starts])
-    if len(led):
-        found = ", ".join(str(pack.samples[i]) for i in led[:5])
-        raise DataError(
-            f"samples {found}: the first token has a weight, but nothing predicts it; its weight must be 0."
-        )
+    refuse_trained_starts(pack)
     lengths = np.diff(pack.boundaries)
     return PackTensors(
         ids=put(pack.ids.astype(np.int64)[None], device),
@@ -119,6 +119,16 @@ def to_device(pack: Pack, device: torch.device | str) -> PackTensors:
         rows=put(np.flatnonzero(pack.weights[1:]).astype(np.int64), device),
         on_host=pack,
     )
+
+
+def refuse_trained_starts(pack: Pack) -> None:
+    """Raise DataError where the first token of a document has a weight."""
+    led = np.flatnonzero(pack.weights[pack.boundaries[:-1]])
+    if len(led):
+        found = ", ".join(str(pack.samples[i]) for i in led[:5])
+        raise DataError(
+            f"samples {found}: the first token has a weight, but nothing predicts it; its weight must be 0."
+        )
 
 
 def put(array: np.ndarray, device: torch.device | str) -> Tensor:

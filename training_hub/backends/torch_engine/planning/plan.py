@@ -191,12 +191,14 @@ def memory_of(
     asked, wanted = recipe.parallelism, recipe.training.activation_checkpointing
     parts = list(stages_of(model, asked, max(1.0, packs / share.of_data)))
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
-    ways = (wanted,) if wanted != "auto" else possible if num_layers(model) and not recipe.training.compile else (NONE,)
+    keeps = packs > share.of_data or recipe.training.cuda_graphs
+    forgets = num_layers(model) and not (recipe.training.compile or recipe.training.cuda_graphs)
+    ways = (wanted,) if wanted != "auto" else possible if forgets else (NONE,)
     for how in ways:
         each = [
             estimate(
                 here, recipe.optimizer, dtype, device, feed.largest_pack(),
-                accumulates=packs > share.of_data, holdings=_held_here(holdings, here, model), checkpointing=how,
+                accumulates=keeps, holdings=_held_here(holdings, here, model), checkpointing=how,
                 teacher=teacher if stage.is_last else None, share=share,
                 stage=stage,
                 is_compiled=recipe.training.compile,

@@ -1,0 +1,228 @@
+"""Forward and backward of a pack recorded as a CUDA graph and replayed, for models so small that they await their host.
+
+A graph repeats the same operations on the same addresses. So packs are filled up to one of a few sizes, the numbers of
+each are copied to where the graph of its size reads them, and gradients stay where they are. A size is run operation by
+operation when it first comes, recorded when it comes again, and replayed from then on if the replay of another pack
+learns what the operations learn of it.
+
+Source of what a graph needs: PyTorch 2.11, "CUDA semantics", the part on CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training_hub.backends.torch_engine.attention import VARLEN
+from training_hub.backends.torch_engine.filling import TENSORS, FilledPack, Size, Untold, filled
+from training_hub.backends.torch_engine.layouts import Done, Objective
+from training_hub.backends.torch_engine.layouts.beforehand import world_size_of
+from training_hub.backends.torch_engine.optim import Masters
+from training_hub.backends.torch_engine.tensors import Term
+from training_hub.recipe import Recipe
+from training_hub.types import Console, Pack
+
+if TYPE_CHECKING:
+    from training_hub.backends.torch_engine.run import Run
+
+MOST = 32
+"""Sizes that are recorded; each holds its kernels, and all share the memory of activations."""
+
+ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""How far losses and gradients of a replay may lie from those of the operations, relative to their norm; ROUGH for
+16-bit numbers, whose gradients of attention are added up in any order."""
+
+ROUGH = 0.05
+
+NOT_REPLAYED = "training.cuda_graphs: each pack runs operation by operation, since"
+
+Work = Callable[[], None]
+
+
+def recording_problem(recipe: Recipe, device: torch.device) -> str | None:
+    """Why packs cannot be recorded in a run of this recipe on this device, with the remedy; None where they can."""
+    if not recipe.training.cuda_graphs:
+        return None
+    processes = world_size_of(recipe)
+    if device.type != "cuda":
+        return f"training.cuda_graphs: needs a CUDA device, this run is on {device.type}. Write false."
+    if processes > 1:
+        return f"training.cuda_graphs: gradients of {processes} processes are not added up within a graph. Write false."
+    return None
+
+
+def recorder_of(run: Run) -> Recorder | None:
+    """What replays the packs of the run, where it is asked for; says why it cannot be, where it cannot."""
+    if not run.recipe.training.cuda_graphs:
+        return None
+    attention, settings = run.model.config._attn_implementation, run.feed.settings
+    reason = f"attention of this architecture is {attention}, which is not for graphs" if attention != VARLEN else ""
+    if not settings.is_packed:
+        reason = "this architecture does not keep the documents of a pack apart"
+    if reason:
+        run.console.say(f"{NOT_REPLAYED} {reason}")
+        return None
+    masters, budget = run.updater.masters, settings.token_budget
+    return Recorder(run.model, run.objective, masters, budget, run.device, run.console, cuda_graphs())
+
+
+def cuda_graphs() -> Callable[[Work], Work]:
+    """What records work as a CUDA graph, without doing it, and gives what replays it; all share one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+        return graph.replay
+
+    return record
+
+
+@dataclass
+class Recorded:
+    """What is replayed for packs of one size: the tensors it reads, and what it has found."""
+
+    place: FilledPack
+    replay: Work = lambda: None
+    found: Term | None = None
+
+    def __call__(self, pack: FilledPack) -> Term:
+        self.place.copy_(pack)
+        self.replay()
+        assert self.found is not None
+        losses = self.found.losses
+        return Term(self.found.total.clone(), losses.clone() if losses is not None else None)
+
+
+class Recorder:
+    """Learns from the packs of a step as a layout of one process does, by replaying what it recorded where it can.
+
+    budget: tokens of a large pack. record: takes work, and gives what repeats it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        masters: Masters,
+        budget: int,
+        device: torch.device,
+        console: Console,
+        record: Callable[[Work], Work],
+    ):
+        self._model, self._objective, self._masters = model, objective, masters
+        self._budget, self._device, self._console, self._record = budget, device, console, record
+        self._share = torch.ones(
+            (), dtype=torch.float64, device=device
+        )  # of the step, that a trained token of weight 1 is
+        self._seen: set[Size] = set()
+        self._graphs: dict[Size, Recorded] = {}
+        self.refused = ""
+        masters.keeps_gradients = True
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Those that are replayed."""
+        return list(self._graphs)
+
+    def learn(self, packs: Sequence[Pack], divisor: float, last: Callable[[], None]) -> Iterator[Done]:
+        """Forward and backward on a step's packs, of the sum of their terms divided by `divisor`; each once that is
+        done. last: called before the last of them."""
+        self._share.fill_(1 / divisor)
+        for number, one in enumerate(packs, 1):
+            if number == len(packs):
+                last()
+            size = Size.of(one, self._budget)
+            given = filled(one, size, self._device)
+            term = self._graph_of(size, one)(given)
+            rows = given.rows[: int(np.count_nonzero(one.weights[1:]))]
+            losses = term.losses[: len(rows)] if term.losses is not None else None
+            yield one, replace(given, rows=rows), Term(term.total, losses)
+
+    def _graph_of(self, size: Size, pack: Pack) -> Callable[[FilledPack], Term]:
+        """What learns from packs of this size; `pack` is one."""
+        is_new = size not in self._seen
+        self._seen.add(size)
+        if size not in self._graphs and not (is_new or self.refused or len(self._graphs) >= MOST):
+            graph = self._recorded(size, pack)
+            if self.refused:
+                self._console.say(f"{NOT_REPLAYED} {self.refused}")
+            else:
+                self._graphs[size] = graph
+                if len(self._graphs) == 1:
+                    self._console.say(f"training.cuda_graphs: packs of {size.tokens:,} tokens are replayed from now on")
+        return self._graphs.get(size, self._pass)
+
+    def _pass(self, pack: FilledPack) -> Term:
+        term = self._objective(self._model, pack)
+        (term.total * self._share.to(term.total.dtype)).backward()
+        return Term(term.total.detach(), term.losses)
+
+    def _recorded(self, size: Size, pack: Pack) -> Recorded:
+        """The graph of a size, whose `pack` is one; `refused` says why it cannot be used."""
+        place = filled(pack, size, self._device)
+        own = {name: getattr(place, name).clone() for name in TENSORS}
+        graph = Recorded(replace(place, **own, lengths=Untold(place.lengths)))
+
+        def work() -> None:
+            graph.found = self._pass(graph.place)
+
+        before = [weight.grad for weight in self._masters.weights.values()]
+        try:
+            graph.replay = self._record(work)
+        except RuntimeError as error:
+            self.refused = str(error).strip().splitlines()[0]
+            return graph
+        for weight, gradient in zip(self._masters.weights.values(), before, strict=True):
+            if weight.grad is not gradient:  # the graph would write over it where it should add
+                self.refused = "some weight gets a gradient from some packs only"
+                weight.grad = gradient
+        self.refused = self.refused or self._unlike(graph, filled(_turned(pack), size, self._device))
+        return graph
+
+    def _unlike(self, graph: Recorded, other: FilledPack) -> str:
+        """What the graph, recorded with one pack, learns of another that the operations do not; "" where nothing is.
+
+        Gradients of the step so far are as they were afterwards, and so is what random numbers come next."""
+        gradients = [weight.grad for weight in self._masters.weights.values() if weight.grad is not None]
+        kept = [gradient.clone() for gradient in gradients]
+
+        def learned(way: Callable[[FilledPack], Term]) -> tuple[Tensor, list[Tensor]]:
+            torch._foreach_zero_(gradients)
+            torch.manual_seed(0)
+            return way(other).total, [gradient.clone() for gradient in gradients]
+
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            wanted, theirs = learned(self._pass)
+            found, ours = learned(graph)
+        torch._foreach_copy_(gradients, kept)
+        off = {"loss": _relative([found], [wanted]), "gradient": _relative(ours, theirs)}
+        allowed = ALIKE.get(self._model.dtype, ROUGH)
+        return ", ".join(f"its {name} is {by:.1%} off" for name, by in off.items() if not by <= allowed)
+
+
+def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The norm of the difference over that of what is wanted."""
+    norm: Callable[[Sequence[Tensor]], Tensor] = partial(torch.nn.utils.get_total_norm)
+    apart = norm([one - other for one, other in zip(found, wanted, strict=True)])
+    return float(apart / norm(wanted).clamp_min(1e-30))
+
+
+def _turned(pack: Pack) -> Pack:
+    """The documents of a pack in reverse order, with their tokens in reverse: another pack of the same size."""
+    lengths = np.diff(pack.boundaries)[::-1]
+    documents = [slice(start, end) for start, end in zip(pack.boundaries, pack.boundaries[1:], strict=False)][::-1]
+    return Pack(
+        ids=np.concatenate([pack.ids[one][::-1] for one in documents]),
+        positions=np.concatenate([pack.positions[one] for one in documents]),
+        weights=np.concatenate([pack.weights[one] for one in documents]),
+        boundaries=np.concatenate([[0], np.cumsum(lengths)]).astype(pack.boundaries.dtype),
+        samples=pack.samples[::-1],
+    )
