@@ -100,7 +100,10 @@ def _shards(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
         )
 
 
-UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+Apart = tuple[tuple[str, tuple[Any, ...], str], ...]
+"""What a setting does not go with: another, its values that go, and why no others do."""
+
+UNCOMPILED: Apart = (
     ("lora.tuner", ("lora", "rslora", "dora", "pissa", "olora", "adalora"), "no other tuner was tried beside it"),
     ("training.fp8", (False,), "products in 8 bits are kernels of their own, which were not tried beside it"),
     ("qat.weight_dtype", (None,), "what differs by a hair is rounded to another number, and the loss with it"),
@@ -110,8 +113,7 @@ UNCOMPILED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         "a compiled block makes gradients of weights and of activations in one piece",
     ),
 )
-"""What blocks are not compiled beside: a setting, its values that go, and why no others do. Layers that round were
-tried."""
+"""What blocks are not compiled beside. Layers that round were tried."""
 
 FORGETTING = ("selective", "full", "offload")
 
@@ -133,17 +135,10 @@ def _compiled(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
             f"{names(path)}: torch compiles nothing within a layer that {names(how)}: {asked.activation_checkpointing} "
             f"runs again. Write {names.write(how, 'memory_budget')}, or none.",
         )
-    for other, values, reason in UNCOMPILED:
-        found = value_at(recipe, other)
-        if found not in values:
-            yield Contradiction(
-                (path, other),
-                f"{names(path)}: true does not go with {names(other)}: {plainly(found)}, since {reason}. Write "
-                f"{names.write(path, False)}.",
-            )
+    yield from _apart(recipe, names, path, UNCOMPILED)
 
 
-UNRECORDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+UNRECORDED: Apart = (
     ("algorithm", ("sft", "lora_sft"), "others look at gradients, or at further models, between two operations"),
     ("training.compile", (False,), "compiled blocks were not tried within a graph"),
     ("training.fp8", (False,), "weights in 8 bits are kept from pack to pack"),
@@ -158,14 +153,17 @@ UNRECORDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("freezing.unfreeze_interval", (None,), "what trains must stay the same"),
     ("monitoring.profile", (False,), "a graph cannot be taken apart"),
 )
-"""What packs are not recorded beside: a setting, its values that go, and why no others do."""
+"""What packs are not recorded beside."""
 
 
 def _recorded(recipe: Recipe, names: Names) -> Iterator[Contradiction]:
-    path = "training.cuda_graphs"
-    if not recipe.training.cuda_graphs:
-        return
-    for other, values, reason in UNRECORDED:
+    if recipe.training.cuda_graphs:
+        yield from _apart(recipe, names, "training.cuda_graphs", UNRECORDED)
+
+
+def _apart(recipe: Recipe, names: Names, path: str, goes: Apart) -> Iterator[Contradiction]:
+    """What stands beside the setting, which is true, and does not go with it."""
+    for other, values, reason in goes:
         found = value_at(recipe, other)
         if found not in values:
             yield Contradiction(
