@@ -125,6 +125,12 @@ def test_a_filled_pack_teaches_what_the_pack_teaches():
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+def tried(work: Work) -> Work:
+    """As a GPU does, work once before it is recorded."""
+    work()
+    return work
+
+
 def steps_of(attend: str, record: Callable[[Work], Work]) -> tuple[Recorder, list[Tensor], list[Tensor]]:
     """The recorder after STEPS; what it found of each and of the weights, and what plain passes find."""
     found: list[Tensor] = []
@@ -151,7 +157,7 @@ def steps_of(attend: str, record: Callable[[Work], Work]) -> tuple[Recorder, lis
 
 
 def test_what_is_replayed_learns_what_plain_passes_learn():
-    recorder, found, wanted = steps_of(ON_DEVICE, lambda work: work)
+    recorder, found, wanted = steps_of(ON_DEVICE, tried)
     assert not recorder.refused and {size.tokens for size in recorder.sizes} == {64, 8}
     # In which order a pack's tokens are added up differs; in float64 that is all.
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
@@ -174,8 +180,8 @@ def failing(work: Work) -> Work:
     [
         (ON_DEVICE, doubled, "its gradient is 100.0% off"),
         (ON_DEVICE, failing, "operation not permitted when stream is capturing"),
-        (BAKED, lambda work: work, "its loss is"),
-        (DOCUMENTS, lambda work: (work(), work)[1], "the host reads how long documents are"),
+        (BAKED, tried, "its loss is"),
+        (DOCUMENTS, tried, "the host reads how long documents are"),
     ],
     ids=["learns twice", "cannot be recorded", "told once", "steered by the host"],
 )
@@ -195,9 +201,7 @@ def test_whole_steps_of_a_run_are_replayed(case: str, tiny_model_folder: Path, c
         run = assembled(case, CPU, tiny_model_folder, chat_file, output)
         run.model.set_attn_implementation(ON_DEVICE)
         if is_recorded:
-            run.recorder = Recorder(
-                run.model, run.objective, run.updater.masters, 128, CPU, SilentConsole(), lambda work: work
-            )
+            run.recorder = Recorder(run.model, run.objective, run.updater.masters, 128, CPU, SilentConsole(), tried)
         for number in (1, 2, 3):
             mean, norm = gradients(run, run.feed.batch(number, 0, 1))
             update(run)

@@ -73,12 +73,20 @@ def recorder_of(run: Run) -> Recorder | None:
 
 
 def cuda_graphs() -> Callable[[Work], Work]:
-    """What records work as a CUDA graph, without doing it, and gives what replays it; all share one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
+    """What does work once, to have all that it needs ready, records it as a CUDA graph, and gives what replays that.
+
+    All graphs share one pool of memory and are recorded on one stream. Other threads, in which a checkpoint may just be
+    written, may use the device meanwhile.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(work: Work) -> Work:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
@@ -104,7 +112,7 @@ class Recorded:
 class Recorder:
     """Learns from the packs of a step as a layout of one process does, by replaying what it recorded where it can.
 
-    budget: tokens of a large pack. record: takes work, and gives what repeats it.
+    budget: tokens of a large pack. record: takes work, which it may do on the way, and gives what repeats it.
     """
 
     def __init__(
@@ -166,43 +174,48 @@ class Recorder:
         return Term(term.total.detach(), term.losses)
 
     def _recorded(self, size: Size, pack: Pack) -> Recorded:
-        """The graph of a size, whose `pack` is one; `refused` says why it cannot be used."""
+        """The graph of a size, whose `pack` is one; `refused` says why it cannot be used.
+
+        Gradients of the step so far are afterwards what they were, and so is what random numbers come next."""
         place = filled(pack, size, self._device)
         own = {name: getattr(place, name).clone() for name in TENSORS}
         graph = Recorded(replace(place, **own, lengths=Untold(place.lengths)))
+        gradients = [weight.grad for weight in self._masters.weights.values()]
+        kept = [gradient.clone() if gradient is not None else None for gradient in gradients]
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            self.refused = self._try(graph, filled(_turned(pack), size, self._device))
+        for weight, gradient, before in zip(self._masters.weights.values(), gradients, kept, strict=True):
+            weight.grad = gradient
+            if gradient is not None and before is not None:
+                gradient.copy_(before)
+        return graph
+
+    def _try(self, graph: Recorded, other: FilledPack) -> str:
+        """Record the graph, and let it learn of another pack; why it cannot be used, "" where it can."""
 
         def work() -> None:
             graph.found = self._pass(graph.place)
 
-        before = [weight.grad for weight in self._masters.weights.values()]
+        weights = list(self._masters.weights.values())
+        gradients = [weight.grad for weight in weights]
         try:
             graph.replay = self._record(work)
         except RuntimeError as error:
-            self.refused = str(error).strip().splitlines()[0]
-            return graph
-        for weight, gradient in zip(self._masters.weights.values(), before, strict=True):
-            if weight.grad is not gradient:  # the graph would write over it where it should add
-                self.refused = "some weight gets a gradient from some packs only"
-                weight.grad = gradient
-        self.refused = self.refused or self._unlike(graph, filled(_turned(pack), size, self._device))
-        return graph
+            return str(error).strip().splitlines()[0]
+        if any(weight.grad is not gradient for weight, gradient in zip(weights, gradients, strict=True)):
+            return "some weight has a gradient from some packs only"  # the graph would write where it should add
+        return self._unlike(graph, other, [gradient for gradient in gradients if gradient is not None])
 
-    def _unlike(self, graph: Recorded, other: FilledPack) -> str:
-        """What the graph, recorded with one pack, learns of another that the operations do not; "" where nothing is.
-
-        Gradients of the step so far are as they were afterwards, and so is what random numbers come next."""
-        gradients = [weight.grad for weight in self._masters.weights.values() if weight.grad is not None]
-        kept = [gradient.clone() for gradient in gradients]
+    def _unlike(self, graph: Recorded, other: FilledPack, gradients: list[Tensor]) -> str:
+        """What the graph learns of a pack, in these gradients, and the operations do not; "" where nothing is."""
 
         def learned(way: Callable[[FilledPack], Term]) -> tuple[Tensor, list[Tensor]]:
             torch._foreach_zero_(gradients)
             torch.manual_seed(0)
             return way(other).total, [gradient.clone() for gradient in gradients]
 
-        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            wanted, theirs = learned(self._pass)
-            found, ours = learned(graph)
-        torch._foreach_copy_(gradients, kept)
+        wanted, theirs = learned(self._pass)
+        found, ours = learned(graph)
         off = {"loss": _relative([found], [wanted]), "gradient": _relative(ours, theirs)}
         allowed = ALIKE.get(self._model.dtype, ROUGH)
         return ", ".join(f"its {name} is {by:.1%} off" for name, by in off.items() if not by <= allowed)
