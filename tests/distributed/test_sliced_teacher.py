@@ -25,7 +25,7 @@ from training_hub.backends import Given
 from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.fully_sharded import blocks_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
-from training_hub.backends.torch_engine.layouts.share import Sizes
+from training_hub.backends.torch_engine.layouts.share import Share, Sizes
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.parallel import ALONE
 from training_hub.backends.torch_engine.teacher.kept import Kept
@@ -248,7 +248,7 @@ def held(group: Any, model: str, rows: str, output: str, settings: dict[str, Any
         next(block.children()).register_forward_pre_hook(look)
     one = pack([store[0], store[1]], [0, 1])
     online.targets(to_device(one, CPU))
-    load = teacher_load(asked, materials.teacher, one, CPU, 2)
+    load = teacher_load(asked, materials.teacher, one, CPU, Share(slices=2))
     sizes, beside = Sizes.of(teacher), teacher_load(asked, materials.teacher, one, CPU).beside
     return {
         "own": sum(_bytes(local_of(one)) for one in teacher.parameters()),

@@ -183,7 +183,7 @@ def test_a_run_goes_on_however_the_model_is_split(two, folders, uneven_file, tmp
 
 WHOLE_LOSS = {**TENSOR, "disable_loss_parallel": True}
 TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "heads": (WHOLE_LOSS, {}),
+    "heads and a head that is gathered": (WHOLE_LOSS, {}),
     "tokens": (CONTEXT, {}),
     "tokens, asked before": (CONTEXT, {"cache": "top_k", "top_k": 8}),
     "tokens, drawn before": (CONTEXT, {"cache": "sampled", "samples": 8}),
@@ -191,9 +191,8 @@ TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["heads", *(pytest.param(one, marks=pytest.mark.slow) for one in TEACHERS if one != "heads")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TEACHERS)
 def test_a_teacher_is_asked_beside_a_split_student(case, two, folders, uneven_file, tmp_path):
     parallelism, asked = TEACHERS[case]
     settings = {

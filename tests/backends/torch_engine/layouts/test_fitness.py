@@ -132,10 +132,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "32 does not divide the 16 inputs of model.layers.*.self_attn.o_proj that a process has where heads and "
         "widths are split among 2. Write 8, or parallelism.tensor_parallel_degree: 1.",
     ),
-    "a loss of a teacher": (
-        {"parallelism": {"tensor_parallel_degree": 4}, "distillation": {"teacher": "."}},
-        "disable_loss_parallel: true",
-    ),
     "more stages than layers": ({"parallelism": {"pipeline_parallel_degree": 4}}, "but the model has 2 layers"),
     "ranks shared out over stages": (
         {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft", "lora": {"tuner": "adalora"}},

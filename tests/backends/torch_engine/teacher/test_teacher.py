@@ -126,14 +126,14 @@ def test_the_meter_counts_the_teachers_forward(tiny_model_folder: Path, chat_fil
 def test_of_a_teacher_in_slices_a_process_has_and_sends_a_share(
     cache: str, tiny_model_folder: Path, chat_file: Path, tmp_path: Path
 ) -> None:
-    from training_hub.backends.torch_engine.layouts.share import Sizes
+    from training_hub.backends.torch_engine.layouts.share import Share, Sizes
     from training_hub.backends.torch_engine.teacher.load import teacher_load
     from training_hub.data.packing import pack
 
     recipe = asked(tiny_model_folder, chat_file, tmp_path, cache=cache)
     materials = load_materials(recipe, Given(), SILENT)
     one = pack([materials.prepared.train[0]], [0])
-    whole, half = (teacher_load(recipe, materials.teacher, one, CPU, slices) for slices in (1, 2))
+    whole, half = (teacher_load(recipe, materials.teacher, one, CPU, Share(slices=slices)) for slices in (1, 2))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     sizes, head = Sizes.of(model), model.get_output_embeddings().weight.numel()
     gathered, width = sizes.around + 2 * sizes.block, 4
@@ -145,6 +145,27 @@ def test_of_a_teacher_in_slices_a_process_has_and_sends_a_share(
     else:
         assert half.beside == whole.beside
         assert half.before == whole.before + (gathered - sizes.total // 2) * width
+
+
+@pytest.mark.parametrize("cache", ["none", "top_k"])
+def test_of_a_split_vocabulary_a_process_makes_a_slice_of_each_chunk(
+    cache: str, tiny_model_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    from training_hub.backends.torch_engine.layouts.share import Share
+    from training_hub.backends.torch_engine.teacher.load import teacher_load
+    from training_hub.data.packing import pack
+
+    recipe = asked(tiny_model_folder, chat_file, tmp_path, cache=cache)
+    materials = load_materials(recipe, Given(), SILENT)
+    one = pack([materials.prepared.train[0]], [0])
+    shares = (Share(), Share(heads=2), Share(heads=2, gathers_head=True))
+    whole, split, gathered = (teacher_load(recipe, materials.teacher, one, CPU, share) for share in shares)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    logits = int((one.weights != 0).sum()) * model.config.vocab_size
+    assert gathered == whole and whole.chunk == (4 * logits if cache == "none" else 0)
+    # The student's own two are counted with it; of a vocabulary that is odd the first process has one more.
+    assert split.chunk == pytest.approx(4 * logits / 2 * (8.25 - 2 if cache == "none" else 2), rel=0.01)
+    assert split.beside == whole.beside
 
 
 def test_what_was_asked_is_not_asked_again_after_a_stop(

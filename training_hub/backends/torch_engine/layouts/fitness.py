@@ -104,10 +104,6 @@ def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         "model.quantization: none.": degrees.tp > 1 and recipe.model.quantization != "none",
         f"{TENSOR}: inputs of a token that are rounded together would lie in several processes. Write 1, or leave "
         "qat.activation_dtype out.": degrees.tp > 1 and recipe.qat.activation_dtype is not None,
-        f"{TENSOR}: the loss of a teacher needs the whole vocabulary. Write 1, or "
-        "parallelism.disable_loss_parallel: true.": degrees.tp > 1
-        and recipe.distillation.teacher
-        and not recipe.parallelism.disable_loss_parallel,
     }
     return [*(problem for problem, is_so in refused.items() if is_so), *_pipeline_problems(recipe, degrees)]
 

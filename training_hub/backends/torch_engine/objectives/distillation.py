@@ -1,10 +1,11 @@
 """Distillation: how far the model's next token is from a teacher's, summed over the trained tokens of a pack."""
 
-# N trained positions, R rows of one chunk, V vocabulary of the student, C tokens that both vocabularies have
+# N trained positions, R rows of one chunk, V vocabulary of the student, C tokens that both vocabularies have; of both
+# those that are here, where they are split over ranks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from training_hub.backends.torch_engine.as_forward import as_forward
 from training_hub.backends.torch_engine.layouts.cut import route_of
+from training_hub.backends.torch_engine.layouts.shared import Rows
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy, decoder_states, model_logits
 from training_hub.backends.torch_engine.objectives.divergence import Divergence
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.objectives.targets import Targets, Weighed
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
+from training_hub.backends.torch_engine.objectives.vocabulary import Split, Vocabulary, Whole
 from training_hub.backends.torch_engine.tensors import PackTensors, Term
 from training_hub.recipe import Recipe
 
@@ -58,7 +61,7 @@ class Distillation:
 
     def _losses(self, model: PreTrainedModel, pack: PackTensors, targets: Targets) -> tuple[Tensor, Tensor]:
         """Their sum, and each of them without gradients."""
-        head = find_head(model) if self.plain.through_head else None
+        head = find_head(model, is_split=self.plain.is_split) if self.plain.through_head else None
         if head is None:
             losses_N = self.plain_losses(model, pack, targets)
             return losses_N.sum(), losses_N.detach()
@@ -94,16 +97,27 @@ def from_teacher(plain: CrossEntropy, recipe: Recipe, teaching: Teaching | None)
 @dataclass(frozen=True)
 class DistillationCriterion:
     """The weighted losses of tokens against a teacher's targets, chunk by chunk of the student's logits, with the
-    gradient formed beside them."""
+    gradient formed beside them.
+
+    rows: those tokens whose logits are here, where the vocabulary is split over ranks. Of the teacher's logits each
+    then makes those of the same tokens; what is exchanged is a few numbers for each row, and for each token that is
+    kept of the teacher's.
+    """
 
     divergence: Divergence
     tokens: TokenCriterion
     targets: Targets
     common: int
+    rows: Rows | None = None
 
     @property
     def has_kernel(self) -> bool:
-        return self.targets.has_kernel and (self.tokens.loss == PLAIN or self.divergence.alpha == 1)
+        is_known = self.tokens.loss == PLAIN or self.divergence.alpha == 1
+        return self.rows is None and self.targets.has_kernel and is_known
+
+    def of_rows(self, rows: Rows) -> DistillationCriterion:
+        """The same where the vocabulary is split over ranks."""
+        return replace(self, rows=rows)
 
     def on_kernel_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor:
         weighed = Weighed(self.tokens.targets_N[part], self.tokens.weights_N[part].float(), multiplier)
@@ -111,14 +125,17 @@ class DistillationCriterion:
 
     def in_torch_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor:
         share, weights_R = 1 - self.divergence.alpha, self.tokens.weights_N[part].to(logits_RV.dtype)
-        found = self.targets.losses_and_gradient(logits_RV[:, : self.common], part, self.divergence)
-        losses_R, gradient_RC = self.divergence.scale * found[0] * weights_R, found[1]
+        vocabulary: Vocabulary = Whole(self.common) if self.rows is None else Split(self.rows, self.common)
+        common_RC = logits_RV[:, : vocabulary.tokens.stop - vocabulary.tokens.start]
+        value_R, gradient_RC = self.targets.losses_and_gradient(common_RC, part, self.divergence, vocabulary)
+        losses_R = self.divergence.scale * value_R * weights_R
         if share:
-            losses_R = losses_R + share * self.tokens.in_torch_(logits_RV, part, multiplier)
+            of_tokens = self.tokens if self.rows is None else self.tokens.of_rows(self.rows)
+            losses_R = losses_R + share * of_tokens.in_torch_(logits_RV, part, multiplier)
             logits_RV.mul_(share)
         else:
             logits_RV.zero_()
         # The logits were divided by the temperature: one of its two factors is spent on that.
         each_R = (self.divergence.scale / self.divergence.temperature * multiplier) * weights_R
-        logits_RV[:, : self.common] += gradient_RC.mul_(each_R[:, None])
+        common_RC += gradient_RC.mul_(each_R[:, None])
         return losses_R

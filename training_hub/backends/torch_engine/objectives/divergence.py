@@ -11,6 +11,7 @@ The last is the generalised divergence of Agarwal et al. 2023, arXiv:2306.13649,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,13 @@ from training_hub.recipe.distillation import Distillation
 
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
 """In the order in which kernels.c numbers them."""
+
+Summed = Callable[..., Sequence[Tensor]]
+"""Sums over all entries, from sums [N] over those that are here."""
+
+
+def _as_they_are(*sums_N: Tensor) -> Sequence[Tensor]:
+    return sums_N
 
 
 @dataclass(frozen=True)
@@ -51,25 +59,30 @@ class Divergence:
         to_teacher_N = _mean_of(log_p_NV, log_p_NV - log_m_NV)
         return self.beta * to_teacher_N + (1 - self.beta) * _mean_of(log_q_NV, log_q_NV - log_m_NV)
 
-    def with_gradient(self, log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def with_gradient(self, log_p_NV: Tensor, log_q_NV: Tensor, summed: Summed = _as_they_are) -> tuple[Tensor, Tensor]:
         """D [N], and its gradient [N, V] by the logits of q, divided by the temperature already.
+
+        summed: what makes sums over the entries that are here into sums over all, where some are elsewhere.
 
         With r = log q - log p, or log q - log m: the gradient of KL(q, .) is q (r - sum of q r), whatever p and m are,
         as m moves with q by (1 - beta) and the two parts in which it stands cancel.
         """
         q_NV = log_q_NV.exp()
         if self.kind == "forward_kl":
-            return self.value(log_p_NV, log_q_NV), q_NV.sub_(log_p_NV.exp())
+            (value_N,) = summed(self.value(log_p_NV, log_q_NV))
+            return value_N, q_NV.sub_(log_p_NV.exp())
         log_other_NV = log_p_NV
         if self.kind == "jensen_shannon":
             log_other_NV = torch.log(self.beta * log_p_NV.exp() + (1 - self.beta) * q_NV)
         rise_NV = log_q_NV - log_other_NV
-        mean_N = torch.where(q_NV > 0, q_NV * rise_NV, 0).sum(-1)
+        means = [torch.where(q_NV > 0, q_NV * rise_NV, 0).sum(-1)]
+        if self.kind == "jensen_shannon":
+            means.append(_mean_of(log_p_NV, log_p_NV - log_other_NV))
+        mean_N, *to_teacher = summed(*means)
         gradient_NV = q_NV.mul_(rise_NV.sub_(mean_N[:, None]))
         if self.kind == "reverse_kl":
             return mean_N, gradient_NV
-        value_N = self.beta * _mean_of(log_p_NV, log_p_NV - log_other_NV) + (1 - self.beta) * mean_N
-        return value_N, gradient_NV.mul_(1 - self.beta)
+        return self.beta * to_teacher[0] + (1 - self.beta) * mean_N, gradient_NV.mul_(1 - self.beta)
 
 
 def _mean_of(log_weights_NV: Tensor, values_NV: Tensor) -> Tensor:

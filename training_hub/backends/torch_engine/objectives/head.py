@@ -25,7 +25,6 @@ from training_hub.backends.torch_engine.fused.products import (
 from training_hub.backends.torch_engine.layouts.cut import Elsewhere, Route, route_of
 from training_hub.backends.torch_engine.layouts.exchanges import entering
 from training_hub.backends.torch_engine.layouts.shared import Rows
-from training_hub.backends.torch_engine.objectives.split_tokens import SplitTokens
 from training_hub.backends.torch_engine.objectives.token_loss import PLAIN, TokenCriterion, TokenLoss
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ DIVIDED = {
 """Model families whose logits are divided by a number."""
 
 
-class Criterion(Protocol):
+class Losses(Protocol):
     """What is made of the logits of some trained positions, `part` of all N. Both ways give the losses [R], and turn
     the logits into the gradient of their sum.
 
@@ -72,6 +71,14 @@ class Criterion(Protocol):
     def on_kernel_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor: ...
 
     def in_torch_(self, logits_RV: Tensor, part: slice, multiplier: float) -> Tensor: ...
+
+
+class Criterion(Losses, Protocol):
+    """The same, of logits of the whole vocabulary."""
+
+    def of_rows(self, rows: Rows) -> Losses:
+        """The same losses, on every rank, from the logits of the tokens `rows` that each has."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,14 @@ class Head:
         low_NK, up_VK = (self.adapter.of(hidden_ND), self.adapter.up_VK) if self.adapter else (None, None)
         return _cap_(_raw_logits(hidden_ND, self.weight, self.bias, self.multiplier, low_NK, up_VK), self.cap)
 
+    def of_tokens(self, tokens: slice) -> Head:
+        """The head of these tokens alone, over the same weight."""
+        if (tokens.start, tokens.stop) == (0, len(self.weight)):
+            return self
+        bias = None if self.bias is None else self.bias[tokens]
+        adapter = None if self.adapter is None else replace(self.adapter, up_VK=self.adapter.up_VK[tokens])
+        return replace(self, weight=self.weight[tokens], bias=bias, adapter=adapter)
+
     def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor, loss: TokenLoss = PLAIN) -> Tensor:
         """Sum over n of weights[n] * loss of targets[n], -log p(targets[n]) by default: as `weigh` gives it."""
         return self.weigh(hidden_ND, TokenCriterion(loss, targets_N, weights_N))[0]
@@ -114,13 +129,14 @@ class Head:
             here = replace(self, route=None)
             total, losses_N = self.route.told(2, hidden_ND, lambda: here.weigh(hidden_ND, criterion))
             return total, losses_N.detach()
+        losses: Losses = criterion
         if self.rows is not None:
-            if not isinstance(criterion, TokenCriterion):
-                raise TypeError(f"{type(criterion).__name__} needs the whole vocabulary")
-            hidden_ND, criterion = entering(hidden_ND, self.rows.mesh), SplitTokens(criterion, self.rows)
-        rows = chunk_rows(self.weight.shape[0], hidden_ND.device.type)
+            hidden_ND, losses = entering(hidden_ND, self.rows.mesh), criterion.of_rows(self.rows)
+        # Ranks have chunks together, though the last ones may have fewer tokens.
+        most = len(self.weight) if self.rows is None else self.rows.most
+        rows = chunk_rows(most, hidden_ND.device.type)
         low_NK, up_VK = (self.adapter.of(hidden_ND), self.adapter.up_VK) if self.adapter else (None, None)
-        arguments = (hidden_ND, self.weight, self.bias, low_NK, up_VK, criterion)
+        arguments = (hidden_ND, self.weight, self.bias, low_NK, up_VK, losses)
         total, losses_N = _HeadLoss.apply(*arguments, self.multiplier, self.cap, rows, torch.is_grad_enabled())
         return total, losses_N
 
@@ -181,7 +197,7 @@ class _HeadLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         low_NK: Tensor | None,
         up_VK: Tensor | None,
-        criterion: Criterion,
+        criterion: Losses,
         multiplier: float,
         cap: float | None,
         rows: int,
@@ -293,7 +309,7 @@ def _has_triton(hidden: Tensor) -> bool:
 
 
 def _chunk_(
-    logits_RV: Tensor, criterion: Criterion, part: slice, multiplier: float, cap: float | None
+    logits_RV: Tensor, criterion: Losses, part: slice, multiplier: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:
     """The chunk's losses, and the gradient by hidden @ weight.T + bias, written over `logits_RV`."""
     capped_RV = _cap_(logits_RV, cap)

@@ -8,7 +8,8 @@
 logits, by operators that autograd can differentiate.
 """
 
-# N trained positions, R rows of one chunk, C tokens that both vocabularies have, K tokens of the teacher's kept
+# N trained positions, R rows of one chunk, C tokens that both vocabularies have, or those of them that are here,
+# K tokens of the teacher's kept
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from training_hub.backends.torch_engine.fused.functions import are_fit, bucket_divergence_, divergence_
 from training_hub.backends.torch_engine.objectives.divergence import KINDS, Divergence
 from training_hub.backends.torch_engine.objectives.head import Head
+from training_hub.backends.torch_engine.objectives.vocabulary import Vocabulary, Whole
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Targets(Protocol):
         """Losses [R], weighted; `logits_RV` become the gradient of their sum."""
         ...
 
-    def losses_and_gradient(self, logits_RC: Tensor, part: slice, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        """D [R], and the gradient [R, C] of its sum by the logits, times the temperature."""
+    def losses_and_gradient(
+        self, logits_RC: Tensor, part: slice, divergence: Divergence, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor]:
+        """D [R], and the gradient [R, C] of its sum by the logits of the vocabulary that are here, times the
+        temperature."""
         ...
 
     def plain_losses(self, logits_NC: Tensor, divergence: Divergence) -> Tensor:
@@ -68,12 +73,13 @@ class WholeTargets:
             return False
         return are_fit(self.states_ND, self.head.weight)
 
-    def logits(self, part: slice) -> Tensor:
-        """[R, C] in float32 at least: the teacher's logits of these positions."""
+    def logits(self, part: slice, tokens: slice | None = None) -> Tensor:
+        """[R, C] in float32 at least: the teacher's logits of these positions, for all common tokens or some."""
+        tokens = slice(0, self.common) if tokens is None else tokens
         if self.logits_NV is not None:
-            return self.logits_NV[part, : self.common].to(torch.promote_types(self.logits_NV.dtype, torch.float32))
+            return self.logits_NV[part, tokens].to(torch.promote_types(self.logits_NV.dtype, torch.float32))
         assert self.head is not None and self.states_ND is not None
-        return self.head.logits(self.states_ND[part])[:, : self.common]
+        return self.head.of_tokens(tokens).logits(self.states_ND[part])
 
     def on_kernel_(self, logits_RV: Tensor, part: slice, divergence: Divergence, weighed: Weighed) -> Tensor:
         assert self.head is not None and self.states_ND is not None
@@ -85,9 +91,13 @@ class WholeTargets:
             divergence.temperature, divergence.alpha,
         )  # fmt: skip
 
-    def losses_and_gradient(self, logits_RC: Tensor, part: slice, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        log_p_RC = torch.log_softmax(self.logits(part).to(logits_RC.dtype) / divergence.temperature, -1)
-        return divergence.with_gradient(log_p_RC, torch.log_softmax(logits_RC / divergence.temperature, -1))
+    def losses_and_gradient(
+        self, logits_RC: Tensor, part: slice, divergence: Divergence, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor]:
+        teacher_RC = self.logits(part, vocabulary.tokens).to(logits_RC.dtype) / divergence.temperature
+        log_p_RC, log_q_RC = vocabulary.log_softmax(teacher_RC, logits_RC / divergence.temperature)
+        del teacher_RC
+        return divergence.with_gradient(log_p_RC, log_q_RC, vocabulary.summed)
 
     def plain_losses(self, logits_NC: Tensor, divergence: Divergence) -> Tensor:
         log_p_NC = torch.log_softmax(self.logits(slice(None)).to(logits_NC.dtype) / divergence.temperature, -1)
@@ -114,33 +124,37 @@ class TopTargets:
             self.common, weighed.multiplier, kind, divergence.beta, divergence.temperature, divergence.alpha,
         )  # fmt: skip
 
-    def losses_and_gradient(self, logits_RC: Tensor, part: slice, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        log_p_RB, log_q_RB, q_RC = self._entries(logits_RC, part, divergence)
+    def losses_and_gradient(
+        self, logits_RC: Tensor, part: slice, divergence: Divergence, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor]:
+        log_p_RB, log_q_RB, others_RC = self._entries(logits_RC, part, divergence, vocabulary)
         value_R, gradient_RB = divergence.with_gradient(log_p_RB, log_q_RB)
-        others_RC = q_RC.scatter(-1, self.ids_NK[part], 0.0)
         if self.tails_N is not None:
             # A token of the tail has its share of what moves the tail as a whole.
-            others_RC = others_RC * (gradient_RB[:, -1:] / log_q_RB[:, -1:].exp())
+            others_RC.mul_(gradient_RB[:, -1:] / log_q_RB[:, -1:].exp())
         else:
-            others_RC = torch.zeros_like(q_RC)
+            others_RC.zero_()
         kept_RK = gradient_RB[:, : self.ids_NK.shape[-1]]
-        return value_R, others_RC.scatter(-1, self.ids_NK[part], kept_RK)
+        return value_R, vocabulary.add_(others_RC, self.ids_NK[part], kept_RK)
 
     def plain_losses(self, logits_NC: Tensor, divergence: Divergence) -> Tensor:
-        return divergence.value(*self._entries(logits_NC, slice(None), divergence)[:2])
+        return divergence.value(*self._entries(logits_NC, slice(None), divergence, Whole(self.common))[:2])
 
-    def _entries(self, logits_RC: Tensor, part: slice, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
-        """Logarithms of both distributions over the kept tokens and, last, all others; the student's over all."""
+    def _entries(
+        self, logits_RC: Tensor, part: slice, divergence: Divergence, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logarithms of both distributions over the kept tokens and, last, all others; the student's probabilities of
+        these."""
         ids_RK, log_p_RB = self.ids_NK[part], self.logs_NK[part].to(logits_RC.dtype)
-        log_q_RC = torch.log_softmax(logits_RC / divergence.temperature, -1)
-        q_RC, log_q_RB = log_q_RC.exp(), log_q_RC.gather(-1, ids_RK)
+        (log_q_RC,) = vocabulary.log_softmax(logits_RC / divergence.temperature)
+        log_q_RB, others_RC = vocabulary.gathered(log_q_RC, ids_RK), vocabulary.without(log_q_RC.exp(), ids_RK)
         if self.tails_N is not None:
             least = torch.finfo(logits_RC.dtype).tiny
             tail_R = self.tails_N[part].to(logits_RC.dtype).clamp_min(least)
-            others_R = q_RC.scatter(-1, ids_RK, 0.0).sum(-1).clamp_min(least)
+            (others_R,) = vocabulary.summed(others_RC.sum(-1))
             log_p_RB = torch.cat([log_p_RB, tail_R.log()[:, None]], -1)
-            log_q_RB = torch.cat([log_q_RB, others_R.log()[:, None]], -1)
-        return log_p_RB, log_q_RB, q_RC
+            log_q_RB = torch.cat([log_q_RB, others_R.clamp_min(least).log()[:, None]], -1)
+        return log_p_RB, log_q_RB, others_RC
 
 
 @dataclass(frozen=True)
@@ -165,12 +179,14 @@ class DrawnTargets:
             self.common, weighed.multiplier, len(KINDS), divergence.beta, divergence.temperature, divergence.alpha,
         )  # fmt: skip
 
-    def losses_and_gradient(self, logits_RC: Tensor, part: slice, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    def losses_and_gradient(
+        self, logits_RC: Tensor, part: slice, divergence: Divergence, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor]:
         ids_RK = self.ids_NK[part]
         share_RK = logits_RC.new_full(ids_RK.shape, -1.0 / ids_RK.shape[-1])
-        log_q_RC = torch.log_softmax(logits_RC / divergence.temperature, -1)
-        value_R = -log_q_RC.gather(-1, ids_RK).mean(-1) - self.entropies_N[part].to(logits_RC.dtype)
-        return value_R, log_q_RC.exp_().scatter_add_(-1, ids_RK, share_RK)
+        (log_q_RC,) = vocabulary.log_softmax(logits_RC / divergence.temperature)
+        value_R = -vocabulary.gathered(log_q_RC, ids_RK).mean(-1) - self.entropies_N[part].to(logits_RC.dtype)
+        return value_R, vocabulary.add_(log_q_RC.exp_(), ids_RK, share_RK)
 
     def plain_losses(self, logits_NC: Tensor, divergence: Divergence) -> Tensor:
         log_q_NC = torch.log_softmax(logits_NC / divergence.temperature, -1)

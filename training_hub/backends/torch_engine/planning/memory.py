@@ -181,6 +181,7 @@ def estimate(
         parts["gathered"] = parts.get("gathered", 0) + head.numel() * share.heads * dtype.itemsize
     if teacher is not None:
         parts["teacher"] = teacher.beside
+        parts["logits"] += teacher.chunk
     kept, note = _kept(blank.to(dtype), largest, ways, checkpointing, share)
     row = len(part.ids) * blank.config.get_text_config().hidden_size * dtype.itemsize
     passing = _passing(blank, largest, row, device, share, forgets=checkpointing != NONE)

@@ -67,11 +67,11 @@ def plan(recipe: Recipe, console: Console, *, measures: bool) -> dict[str, Any]:
 
 
 def load_beside(
-    recipe: Recipe, materials: Materials, feed: Feed, device: torch.device, slices: int = 1
+    recipe: Recipe, materials: Materials, feed: Feed, device: torch.device, share: Share = EVERYTHING
 ) -> TeacherLoad | None:
-    """What a teacher costs the run, None where there is none. slices: in how many it lies."""
+    """What a teacher costs the run, None where there is none. share: what the first process has of the student."""
     facts = materials.teacher
-    return None if facts is None else teacher_load(recipe, facts, feed.largest_pack(), device, slices)
+    return None if facts is None else teacher_load(recipe, facts, feed.largest_pack(), device, share)
 
 
 def feed_settings(recipe: Recipe, longest: int, device: torch.device, is_packed: bool) -> FeedSettings:
@@ -101,7 +101,7 @@ def describe(
     in_stages = recipe.parallelism.pipeline_parallel_degree > 1
     local = blank_like(fullest(model, recipe.parallelism) if in_stages else model)
     share = Share.of(recipe.parallelism, world_size)
-    beside = load_beside(recipe, materials, feed, device, share.slices)
+    beside = load_beside(recipe, materials, feed, device, share)
     sizes = Sizes.of(local, cut_down(local, share))
     is_whole = share.slices == share.heads == 1 and not in_stages
     moving = replace(sizes, trained=trained) if is_whole else sizes  # between replicas only what moves passes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from training_hub.backends.torch_engine.layouts.share import Share, Sizes, held
+from training_hub.backends.torch_engine.layouts.share import EVERYTHING, Share, Sizes, held
 from training_hub.backends.torch_engine.loading.model import choose_dtype
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.backends.torch_engine.objectives.head import chunk_rows
@@ -25,15 +25,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+NUMBERS = {"forward_kl": 8.25, "reverse_kl": 7.25, "jensen_shannon": 10.25}
+"""Float32 numbers for each logit of a chunk at the fullest moment of torch's operators, counted by what these make; the
+student's own and its exponential are two of them."""
+
+NUMBERS_OF_KEPT = 4.0
+"""The same where targets are tokens that were kept."""
+
+
 @dataclass(frozen=True)
 class TeacherLoad:
-    """Bytes: what is there during the student's forward and backward (weights, states and a chunk of logits, or kept
-    targets); what comes and goes while the teacher is asked; and all there is before the first step, where it is asked
-    then. work: operations of asking it in each step; None where nobody does. prompted: as in TeacherFacts. sent: what
-    a process sends of it for each pack.
+    """Bytes: what is there during the student's forward and backward (weights and states, or kept targets); what is
+    made of a chunk of logits, beside what the student's own loss makes of it; what comes and goes while the teacher is
+    asked; and all there is before the first step, where it is asked then. work: operations of asking it in each step;
+    None where nobody does. prompted: as in TeacherFacts. sent: what a process sends of it for each pack.
     """
 
     beside: int
+    chunk: int
     passing: int
     before: int
     work: Work | None
@@ -60,10 +69,10 @@ class TeacherLoad:
 
 
 def teacher_load(
-    recipe: Recipe, facts: TeacherFacts, largest: Pack, device: torch.device, slices: int = 1
+    recipe: Recipe, facts: TeacherFacts, largest: Pack, device: torch.device, share: Share = EVERYTHING
 ) -> TeacherLoad:
-    """The load of the recipe's teacher in a run whose largest pack is `largest`; of one in `slices`, for the first of
-    the processes that have them."""
+    """The load of the recipe's teacher in a run whose largest pack is `largest`. share: what the first process has of
+    the student, and so in how many slices the teacher lies, and whose logits it makes there."""
     with told_of_teacher():
         blank, _ = read_blank_model(facts.chosen)
         dtype = choose_dtype(facts.chosen.dtype, device)
@@ -71,27 +80,41 @@ def teacher_load(
     if facts.prompted is not None:
         tokens = int(facts.prompted.lengths[largest.samples].sum())
     weights = sum(parameter.numel() for parameter in blank.parameters()) * dtype.itemsize
-    own, sizes = Share(slices=slices), Sizes.of(blank)
+    slices, own, sizes = share.slices, Share(slices=share.slices), Sizes.of(blank)
     mine = sum(held(parameter, own, ()).numel() for parameter in blank.parameters()) * dtype.itemsize
     # What stands around the blocks, a block and the one that is fetched ahead, or the place it is gathered in.
     gathered = (sizes.around + 2 * sizes.block) * dtype.itemsize * (slices > 1)
     config = blank.config.get_text_config()
     states = trained * config.hidden_size * dtype.itemsize
     rows = min(trained, chunk_rows(config.vocab_size, device.type))
-    # On a CPU the kernels take logits as a product gives them; elsewhere they are float32, with their logarithm beside.
-    chunk = rows * config.vocab_size * (dtype.itemsize if device.type == "cpu" else 8)
+    chunk = _chunk(recipe, config.vocab_size, trained, dtype, device, share)
     passing = tokens * _widest(blank) * dtype.itemsize
     if recipe.distillation.cache == "none":
         matrix = getattr(blank.get_output_embeddings(), "weight", None)
         head = matrix.numel() * dtype.itemsize if slices > 1 and matrix is not None else 0
         sent = weights * (slices - 1) / slices
         work = work_of(blank, learns=False)
-        return TeacherLoad(mine + head + states + chunk, passing + gathered, 0, work, facts, sent)
+        return TeacherLoad(mine + head + states, chunk, passing + gathered, 0, work, facts, sent)
     form = Form.of(recipe.distillation, facts.common, recipe.seed)
     # Ids become 8 bytes wide on the device.
     kept = trained * (form.bytes_per_row + 4 * form.width)
     before = mine + gathered + states + passing + rows * config.vocab_size * 12
-    return TeacherLoad(kept, 0, before, None, facts)
+    return TeacherLoad(kept, chunk, 0, before, None, facts)
+
+
+def _chunk(
+    recipe: Recipe, vocabulary: int, trained: int, dtype: torch.dtype, device: torch.device, share: Share
+) -> int:
+    """What is made of a chunk of logits beside what the student's cross-entropy makes of it."""
+    is_split = share.heads > 1 and not share.gathers_head
+    tokens = -(-vocabulary // share.heads) if is_split else vocabulary
+    logits = min(trained, chunk_rows(tokens, device.type)) * tokens
+    is_kept = recipe.distillation.cache != "none"
+    # On a CPU the kernels take logits as a product gives them.
+    if device.type == "cpu" and not is_split:
+        return 0 if is_kept else logits * dtype.itemsize
+    numbers = NUMBERS_OF_KEPT if is_kept else NUMBERS[recipe.distillation.divergence]
+    return int(logits * 4 * (numbers - 2))
 
 
 def _widest(model: PreTrainedModel) -> int:
