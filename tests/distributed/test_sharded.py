@@ -112,7 +112,7 @@ STILL = {"optimizer": {"lr": 1e-30}, "model": {"dtype": "bfloat16"}, "training":
         {"freezing": {"blocks": 1, "embeddings": True}},
         {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "cache": False, "others": "freeze"}},
     ],
-    ids=["read in slices, in part frozen", "read whole, osft"],
+    ids=["in part frozen", "osft"],
 )
 def test_what_does_not_move_is_what_the_files_hold_though_bfloat16_is_computed(
     sections,

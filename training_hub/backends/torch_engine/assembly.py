@@ -13,6 +13,7 @@ from training_hub.backends.shared.watch import Watch
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
+from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
 from training_hub.backends.torch_engine.answers.exam import exam_of
 from training_hub.backends.torch_engine.by_source import BySource, sets_of
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers
@@ -57,15 +58,16 @@ def assemble(
         refuse_broken_model(recipe, nonfinite_tensors(loaded.model.state_dict()))
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
     model = attach(loaded, adaptation, device)
-    if isinstance(adaptation, Osft) and recipe.osft.importance and materials.watch is not None:
-        adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console))
+    is_decomposed_late = isinstance(adaptation, Osft) and bool(loaded.files)
     if isinstance(adaptation, Osft):
         adaptation.share_work(layout)
-        adaptation.begin_as_it_came(loaded.base)
-    adaptation.begin(console)
+    if not is_decomposed_late:
+        _begin(adaptation, recipe, loaded, materials, device, console, WHOLE)
     turns = turns_of(model, recipe.freezing)
     if layout.is_divided:
         loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
+    if is_decomposed_late:
+        _begin(adaptation, recipe, loaded, materials, device, console, layout)
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
     layout.refuse_other_numbers(model, plain, dtype)
     for line in (*loaded.notes, *([note] if note else [])):
@@ -110,6 +112,23 @@ def assemble(
     if materials.watch is not None:
         run.watch = Watch(materials.watch, recipe.evaluation, partial(evaluate, run))
     return run
+
+
+def _begin(
+    adaptation: Adaptation,
+    recipe: Recipe,
+    loaded: LoadedModel,
+    materials: Materials,
+    device: torch.device,
+    console: Console,
+    layout: Layout,
+) -> None:
+    """Let the adaptation prepare what depends on the weights of the model, which is divided as `layout` says."""
+    if isinstance(adaptation, Osft):
+        if recipe.osft.importance and materials.watch is not None:
+            adaptation.weigh(layer_importance(loaded.model, materials.watch, device, console, layout))
+        adaptation.begin_as_it_came(loaded.base)
+    adaptation.begin(console)
 
 
 def forget_activations(run: Run, how: str) -> None:

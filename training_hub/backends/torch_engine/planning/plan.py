@@ -13,6 +13,7 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
+from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.shared.packs import planned, settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
@@ -203,7 +204,7 @@ def memory_of(
                 stage=stage,
                 is_compiled=recipe.training.compile,
                 is_staged=recipe.checkpoint.async_mode != "disabled",
-                is_read_whole=find_algorithm(recipe.algorithm).adaptation != "full",
+                is_read_whole=_is_read_whole(recipe),
             )
             for here, stage in parts
         ]  # fmt: skip
@@ -211,6 +212,12 @@ def memory_of(
         if free is None or memory["activations"] is None or memory["total"] <= USABLE * free:
             break
     return how, memory
+
+
+def _is_read_whole(recipe: Recipe) -> bool:
+    """Whether each process holds all of the model before it is divided."""
+    adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
+    return not is_folder(recipe.model.path) or bool(adaptation.begins_beside())
 
 
 def _held_here(holdings: Holdings, here: PreTrainedModel, model: PreTrainedModel) -> Holdings:

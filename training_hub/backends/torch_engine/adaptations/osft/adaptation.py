@@ -6,7 +6,7 @@ Source: Nayak et al. 2025, arXiv:2504.07097; the trajectory is that of mini_trai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,19 @@ from training_hub.backends.torch_engine.adaptations.osft.spaces import (
     parameters_of,
     reported,
 )
-from training_hub.backends.torch_engine.adaptations.osft.table import Row, told
+from training_hub.backends.torch_engine.adaptations.osft.table import Row, Weights, told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.layouts.stages import DEGREE
+from training_hub.backends.torch_engine.loading.blank import has_numbers
 from training_hub.backends.torch_engine.parallel import Group, shared_out
-from training_hub.backends.torch_engine.saving.base_weights import UNREAD, BaseWeights, OpenBase, Written
+from training_hub.backends.torch_engine.saving.base_weights import (
+    UNREAD,
+    BaseWeights,
+    OpenBase,
+    Written,
+    is_finer,
+)
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.data.cache import cache_folder
 from training_hub.errors import RecipeError
@@ -67,11 +74,13 @@ class Osft:
         self._layout = WHOLE
         self._is_staged = recipe.parallelism.pipeline_parallel_degree > 1
         self._base = UNREAD
+        self._weights = Weights({}, frozenset())
+        self._here: frozenset[str] = frozenset()
         self.claimed: frozenset[str] = frozenset()
 
     def begins_beside(self) -> str:
-        """Factors are made of whole weights."""
-        return "what trains is made of whole weights"
+        """Factors are made in `begin`, each of a whole weight, which is read for that alone."""
+        return ""
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model; what is frozen gets no gradient. Weights are looked at in `begin`.
@@ -96,7 +105,8 @@ class Osft:
         for name, parameter in model.named_parameters():
             if (ratio == 0 and name in chosen) or (settings.others == "freeze" and name not in chosen):
                 parameter.requires_grad_(False)
-        self._model = model
+        self._model, self._weights = model, Weights.of(model)
+        self._here = frozenset(self._weights.numbers)
         return model
 
     def weigh(self, importance: Mapping[str, float]) -> None:
@@ -106,8 +116,9 @@ class Osft:
         self._shares = shares_kept(importance, settings.least_kept, target)
 
     def share_work(self, layout: Layout) -> None:
-        """Let each process decompose a share of the weights that it will have; for `begin`, which comes after."""
-        self._layout = layout
+        """Let each process decompose a share of the weights that it will have; for `begin`, which comes after. The
+        model must still be whole."""
+        self._layout, self._here = layout, frozenset(layout.names_here(self._model))
 
     def begin_as_it_came(self, base: BaseWeights) -> None:
         """Decompose the weights that came, and go on from them, not from their rounding; for `begin`."""
@@ -136,7 +147,11 @@ class Osft:
 
     @torch.no_grad()
     def begin(self, console: Console) -> None:
-        """Decompose the targets, and say what is protected, trained in full and frozen."""
+        """Decompose the targets, and say what is protected, trained in full and frozen.
+
+        Of a model that had no contents when it was attached, and has been divided since, each target is read whole
+        where it is decomposed, one at a time.
+        """
         earlier = read_state(self._came_from, self._targets) if self._settings.carry else NOTHING
         if not self._settings.carry and (self._came_from / FILE).is_file():
             console.say(
@@ -145,8 +160,7 @@ class Osft:
             )
         elif earlier.path is not None:
             console.say(f"osft: going on from what {self._came_from / FILE} protects")
-        here = self._layout.names_here(self._model)
-        targets = [one for one in self._targets if one.parameter_name in here]
+        targets = [one for one in self._targets if one.parameter_name in self._here]
         costs = {one.name: _cost(one) for one in targets}
         named = {one.name: one for one in targets}
         number, count = self._layout.alike
@@ -161,21 +175,23 @@ class Osft:
             for name in own:
                 splits[name] = self._split(named[name], earlier.of(name), console, came)
                 advance(costs[name])
+            splits = collected(splits, targets, self._layout)
+            targets = [self._present(one) for one in targets]
             starts = {name: _start(name, p, came) for name, p in parameters_of(targets).items() if is_low_precision(p)}
         self._base.let_go(starts)
-        splits = collected(splits, targets, self._layout)
         pairs = [(one, splits[one.name]) for one in targets]
         is_layerwise = self._settings.gradients == "layer"
         self._spaces = LowSpaces(pairs, self._settings.form, starts, is_layerwise=is_layerwise)
         for block, share in self._shares.items():
             console.say(f"osft: {block} keeps {share:.1%} of its directions, by its importance")
         rows = self._layout.told_by_stages({name: asdict(row) for name, row in self._spaces.rows().items()})
-        for line in told(self._model, [Row(**row) for row in rows.values()]):
+        for line in told(self._weights, [Row(**row) for row in rows.values()]):
             console.say(f"osft: {line}")
 
     def divided(self) -> None:
         """Hold on to the model's parameters as they are now: divided over processes."""
         self._spaces.divide(dict(self._model.named_parameters()))
+        self._targets = [replace(one, parameter=_only_shape(one.parameter)) for one in self._targets]
 
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters, by name."""
@@ -264,7 +280,7 @@ class Osft:
 
     def _split(self, target: Target, before: Split | None, console: Console, came: OpenBase) -> Split:
         ratio, energy = self._settings.unfreeze_rank_ratio, self._settings.energy or 0.0
-        weight = target.view(_start(target.parameter_name, target.parameter, came))
+        weight = target.view(self._whole(target, came))
         if before is not None:
             before = Split(**{name: tensor.to(weight.device) for name, tensor in before.tensors().items()})
         free = before.right.shape[-2] if before is not None else target.short_side
@@ -275,6 +291,19 @@ class Osft:
             return split(weight, kept, before, energy)
         cut = f"energy {energy}" if kept is None else f"kept {kept}"
         return self._shelf.get(weight, cut, lambda: split(weight, kept, energy=energy), console.say)
+
+    def _present(self, target: Target) -> Target:
+        """The target with the parameter that the model has now."""
+        return replace(target, parameter=self._model.get_parameter(target.parameter_name))
+
+    def _whole(self, target: Target, came: OpenBase) -> Tensor:
+        """What a weight begins as, from the files where the model had no contents when it was attached."""
+        like = target.parameter
+        if has_numbers(like):
+            return _start(target.parameter_name, like, came)
+        whole = came.whole(target.parameter_name)
+        is_kept = is_low_precision(like) and is_finer(whole.dtype, like.dtype)
+        return whole.to(self._layout.device, torch.float32 if is_kept else like.dtype)
 
 
 def _refuse_ends(model: Any, targets: Sequence[Target]) -> None:
@@ -288,9 +317,15 @@ def _refuse_ends(model: Any, targets: Sequence[Target]) -> None:
 
 
 def _start(name: str, parameter: Tensor, came: OpenBase) -> Tensor:
-    """What a weight begins as, which is a copy where it is finer than the parameter: in float32 then."""
+    """What a weight begins as, or this process's piece of it: a copy where it is finer than the parameter, in float32
+    then."""
     exact = came.finer(name, parameter) if is_low_precision(parameter) else None
     return parameter.detach() if exact is None else exact.to(parameter.device, torch.float32, copy=True)
+
+
+def _only_shape(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter without its contents, which nobody shall keep who asks for its shape."""
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 def _cost(target: Target) -> float:

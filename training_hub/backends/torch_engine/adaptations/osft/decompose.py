@@ -44,6 +44,10 @@ class Split:
     def is_square(self) -> bool:
         return self.left.shape[-2] == self.right.shape[-1]
 
+    @property
+    def short_side(self) -> int:
+        return self.right.shape[-1]
+
     def project_left(self, x: Tensor, products: torch.dtype | None = None) -> Tensor:
         """(I - U_h U_h^T) x, for x [..., N, r]; products: the format that is multiplied in, if not that of x."""
         basis = (self.left if self.is_square else self.protected).to(products or x.dtype)

@@ -19,16 +19,15 @@ def collected(mine: Mapping[str, Split], targets: Sequence[Target], layout: Layo
         return dict(mine)
     shapes = {name: {key: list(t.shape) for key, t in one.tensors().items()} for name, one in mine.items()}
     known = {name: each for said in layout.group.gather(shapes) for name, each in said.items()}
-    found = {}
+    found, device = {}, layout.device
     for target in targets:
-        like = target.parameter
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if target.parameter.dtype == torch.float64 else torch.float32
         own = mine[target.name].tensors() if target.name in mine else {}
         parts = {}
         for field in fields(Split):
             # Of a sum in which all but one are 0, every bit is that one's.
             part = own.get(field.name)
-            part = part if part is not None else like.new_zeros(known[target.name][field.name], dtype=dtype)
+            part = part if part is not None else torch.zeros(known[target.name][field.name], dtype=dtype, device=device)
             parts[field.name] = layout.sum_alike(part) if part.numel() else part
         found[target.name] = Split(**parts)
     return found

@@ -62,8 +62,9 @@ class LowSpaces:
         *,
         is_layerwise: bool = False,
     ):
-        """starts: what the parameters in bfloat16 came as, where that is finer than they are. is_layerwise: turn each
-        dense gradient into those of what trains as soon as backward has it, and free it."""
+        """starts: what the parameters in bfloat16 came as, or this process's pieces of it, where that is finer than
+        they are. is_layerwise: turn each dense gradient into those of what trains as soon as backward has it, and free
+        it."""
         self.spaces = [Space(target, FORMS[form](split)) for target, split in pairs]
         self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
         self._starts = _starts_of(self.parameters, starts or {})
@@ -82,8 +83,8 @@ class LowSpaces:
         return {
             one.target.name: Row(
                 one.target.parameter_name,
-                one.target.short_side - one.trained.split.left.shape[-1],
-                one.target.short_side,
+                one.trained.split.short_side - one.trained.split.left.shape[-1],
+                one.trained.split.short_side,
                 sum(tensor.numel() for tensor in one.weights().values()),
             )
             for one in self.spaces
@@ -102,7 +103,9 @@ class LowSpaces:
             for one in self.spaces
         ]
         self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
-        self._starts = _starts_of(self.parameters, self._starts)
+        self._starts = _starts_of(
+            self.parameters, {name: _own_piece(start, self.parameters[name]) for name, start in self._starts.items()}
+        )
         for name, parameter in self.parameters.items():
             if parameter is not before[name]:
                 parameter.register_post_accumulate_grad_hook(self._taken(name))
@@ -294,21 +297,27 @@ class LowSpaces:
 
 
 def _starts_of(parameters: Mapping[str, nn.Parameter], came: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What those in 16 bits begin as, cut as they are: what they came as where that is finer, else as they are."""
+    """What those in 16 bits begin as, cut as they are: what they came as where that is finer, else as they are.
+
+    came: this process's pieces of what they came as."""
     finer = {name: start for name, start in came.items() if start.dtype == torch.float32}
     return {
-        name: _cut_as(p, finer[name]) if name in finer else p.detach().clone()
+        name: _divided_as(p, finer[name]) if name in finer else p.detach().clone()
         for name, p in parameters.items()
         if is_low_precision(p)
     }
 
 
-def _cut_as(weight: Tensor, whole: Tensor) -> Tensor:
+def _own_piece(whole: Tensor, weight: Tensor) -> Tensor:
+    """Of a whole tensor what this process has of one that is divided as `weight` is, in memory of its own."""
+    return whole[cut_of(weight).slices].clone() if isinstance(weight, DTensor) else whole
+
+
+def _divided_as(weight: Tensor, piece: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
-        return whole
-    piece, mesh = whole[cut_of(weight).slices].clone(), weight.device_mesh
+        return piece
     return DTensor.from_local(
-        piece, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        piece, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
 
 

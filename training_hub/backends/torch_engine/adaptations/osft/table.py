@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,11 +22,25 @@ class Row:
     trained: int
 
 
-def told(model: nn.Module, rows: Sequence[Row]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a whole model: how many `numbers` each has, by name, and which are `moving`."""
+
+    numbers: Mapping[str, int]
+    moving: frozenset[str]
+
+    @staticmethod
+    def of(model: nn.Module) -> Weights:
+        """As they are now."""
+        named = dict(model.named_parameters())
+        moving = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
+        return Weights({name: parameter.numel() for name, parameter in named.items()}, moving)
+
+
+def told(weights: Weights, rows: Sequence[Row]) -> Iterator[str]:
     """One line each for what is protected, trained in full, and frozen, with numbers and shares."""
     held = {row.parameter_name for row in rows}
-    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    numbers, moving = weights.numbers, weights.moving
     total = sum(numbers.values())
 
     def line(what: str, names: Iterable[str]) -> str:
