@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
+from tests.invariants.run import recipe
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.assembly import assemble
@@ -175,9 +176,16 @@ def peak(
 ) -> dict[str, Any]:
     """The most bytes that tensors take in a step, as planned and as torch's profiler found them in this process.
 
-    how: checkpointing, optimizer and state, as far as they are not the usual ones.
+    how: checkpointing, optimizer and state, as far as they are not the usual ones; lora: of what beside the weights.
     """
     kind, asked = getattr(torch, dtype), Parallelism(**parallelism)
+
+    def beside(model: Any) -> Any:
+        if "lora" not in how:
+            return model
+        sections = {"algorithm": "lora_sft", "lora": how["lora"], "parallelism": parallelism}
+        return Lora(recipe(Path("model"), Path("rows.jsonl"), Path("out"), **sections)).attach(model)
+
     settings = Optimizer(lr=1e-3, name=how.get("optimizer", "AdamW"), state=how.get("state", "full"))
     checkpointing, given = how.get("checkpointing", "none"), [random_pack(LONG)] * packs
     share = Share.of(asked, group.world_size)
@@ -186,10 +194,10 @@ def peak(
             here, settings, kind, CPU, given[0],
             accumulates=packs > 1, share=share, stage=stage, checkpointing=checkpointing,
         )
-        for here, stage in stages_of(tiny_model(family, **LARGE), asked, packs)
+        for here, stage in stages_of(beside(tiny_model(family, **LARGE)), asked, packs)
     ]  # fmt: skip
     register_attention()
-    model = tiny_model(family, **LARGE).to(kind)
+    model = beside(tiny_model(family, **LARGE).to(kind))
     model.set_attn_implementation(DOCUMENTS)
     if kernels() is not None:
         swap(model)

@@ -226,23 +226,6 @@ def test_adapters_that_are_one_do_not_lie_in_two_stages(settings, tmp_path: Path
     Lora(asked).attach(blank("llama"))
 
 
-@pytest.mark.parametrize("degree", ["tensor_parallel_degree", "expert_parallel_degree"])
-def test_an_adapter_of_experts_is_not_dealt_out_with_them(degree, tmp_path: Path):
-    folder, rows, output = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
-    others = {"target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"]}
-    asked, remedied = (
-        recipe(folder, rows, output, parallelism={degree: 2}, algorithm="lora_sft", lora=lora) for lora in ({}, others)
-    )
-    with pytest.raises(RecipeError) as caught:
-        Lora(asked).attach(blank("qwen3-moe"))
-    assert caught.value.problems == [
-        f"parallelism.{degree}: 2 deals experts out, and an adapter of theirs is one for all. Write 1, or "
-        "lora.target_modules: [k_proj, o_proj, q_proj, v_proj]."
-    ]
-    Lora(remedied).attach(blank("qwen3-moe"))
-    Lora(asked).attach(blank("llama"))
-
-
 def test_a_table_in_two_stages_is_not_decomposed(tmp_path: Path):
     sections = {"algorithm": "osft", "osft": {"unfreeze_rank_ratio": 0.5, "targets": ["embed_tokens", "mlp"]}}
     folder, rows, output = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"

@@ -378,7 +378,8 @@ class Layout:
         if tokens is not None:
             summed = split_tensors(model, tokens, deals_experts=self.experts is None)
         if self.experts is not None:
-            deal_out_all(model, self.experts["ep"])
+            of_adapters = deal_out_all(model, self.experts["ep"])
+            summed |= of_adapters if tokens is not None else frozenset()  # elsewhere they are added up in any case
         if tokens is not None and tokens.are_sliced:
             summed |= slice_tokens(model, tokens)
         pipeline = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.layouts.context import PIECES, padded, seen
-from training_hub.backends.torch_engine.layouts.experts import experts_of
+from training_hub.backends.torch_engine.layouts.experts import experts_of, run_part
 from training_hub.backends.torch_engine.layouts.fully_sharded import LOW_PRECISION, blocks_of
 from training_hub.backends.torch_engine.layouts.tensor import split_dimensions
 from training_hub.recipe.parallelism import Parallelism, degrees_of
@@ -78,7 +78,8 @@ EVERYTHING = Share()
 def cut_down(blank: Any, share: Share) -> frozenset[nn.Parameter]:
     """Leave a model without contents what the first process has of weights that are split by heads, or dealt out as
     experts, in place; those of experts that are dealt out, and not sliced."""
-    mixtures = [module for _, module in experts_of(blank)]
+    named = dict(experts_of(blank))
+    mixtures = list(named.values())
     dealt = mixtures if share.experts > 1 else []
     if share.heads > 1:
         for weight, dimension in list(split_dimensions(blank, deals_experts=not dealt)):
@@ -90,6 +91,8 @@ def cut_down(blank: Any, share: Share) -> frozenset[nn.Parameter]:
             _shorten(weight, 0, share.experts)
             setattr(weight, SLICES, share.expert_slices)
         module.num_experts = -(-module.num_experts // share.experts)
+    for name in named if dealt or share.heads > 1 else ():
+        run_part(blank, name)
     for module in blank.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # it may be a row of another process

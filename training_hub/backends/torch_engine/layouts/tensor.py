@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from training_hub.backends.torch_engine.fused.exchange import Forward
 from training_hub.backends.torch_engine.fused.low_rank import ADAPTER
 from training_hub.backends.torch_engine.layouts.exchanges import leaving
-from training_hub.backends.torch_engine.layouts.experts import deal_out, experts_of
+from training_hub.backends.torch_engine.layouts.experts import bare, deal_out, experts_of
 from training_hub.backends.torch_engine.layouts.shared import Rows, exchange, locally
 from training_hub.backends.torch_engine.layouts.split_linear import STYLES, Style, keep_slice, split_linear
 from training_hub.backends.torch_engine.layouts.tokens import Tokens, num_tokens, on_entry
@@ -171,7 +171,7 @@ def split_tensors(model: Any, tokens: Tokens, *, deals_experts: bool = True) -> 
                 keep_slice(model, f"{name}.lora_A.{ADAPTER}")  # it reads what has entered
                 summed.add(f"{name}.lora_A.{ADAPTER}.weight")
         elif style == EXPERTS and deals_experts:
-            deal_out(model, name, module, mesh, are_tokens_shared=not tokens.are_sliced)
+            summed |= deal_out(model, name, mesh, are_tokens_shared=not tokens.are_sliced)
         elif style == SUMMED:
             summed |= {f"{name}.{key}" for key, _ in module.named_parameters()}
     for name in closed:
@@ -200,7 +200,7 @@ def split_dimensions(model: Any, *, deals_experts: bool = True) -> Iterator[tupl
                 if not dimension and part.bias is not None:
                     yield part.bias, 0
         elif style == EXPERTS and deals_experts:
-            yield from ((weight, 0) for weight in module.parameters(recurse=False))
+            yield from ((weight, 0) for weight in bare(module).parameters(recurse=False))
     if is_table_fit and (is_head_fit or not is_tied):
         yield table.weight, 0
 

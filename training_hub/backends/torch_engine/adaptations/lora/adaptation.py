@@ -27,7 +27,7 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
-from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle, refuse_split_experts
+from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
@@ -84,7 +84,6 @@ class Lora(OfParameters):
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = logits_of_one(model) if has_numbers(parameter) else None
         self._put_in(config, model, is_blank=parameter.is_meta)
-        refuse_split_experts(config, self._recipe.parallelism)
         self._model = model
         if self._recipe.parallelism.pipeline_parallel_degree > 1:
             self._names = names_in_file(self._peft, model)

@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from training_hub.errors import RecipeError
 from training_hub.recipe.names import nearest
-from training_hub.recipe.parallelism import Parallelism
 
 ALL_LINEAR = "all-linear"
 
@@ -19,22 +18,6 @@ ALL_LINEAR = "all-linear"
 def refuse_idle(model: nn.Module, targets: Any, kept: Iterable[str] | None) -> None:
     """Raise RecipeError for each target and each module to save that no module of the model answers to."""
     found = [*_idle_targets(model, targets), *_idle_modules(model, kept or ())]
-    if found:
-        raise RecipeError(found)
-
-
-def refuse_split_experts(config: Any, asked: Parallelism) -> None:
-    """Raise RecipeError for adapters of experts that are to be dealt out. config: PEFT's, once it knows the model."""
-    if not getattr(config, "target_parameters", None):
-        return
-    degrees = ("tensor_parallel_degree", "expert_parallel_degree")
-    others = ", ".join(sorted(getattr(config, "target_modules", None) or ()))
-    found = [
-        f"parallelism.{name}: {getattr(asked, name)} deals experts out, and an adapter of theirs is one for all. Write "
-        f"1, or lora.target_modules: [{others}]."
-        for name in degrees
-        if getattr(asked, name) > 1
-    ]
     if found:
         raise RecipeError(found)
 
