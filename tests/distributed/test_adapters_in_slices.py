@@ -49,7 +49,6 @@ def test_an_adapter_begins_as_beside_a_whole_base(case, two, folders, chat_file,
 
 
 WHOLE: dict[str, dict[str, Any]] = {
-    "quantised as it is read": {"model": {"quantization": "int8"}},
     "use_dora": {"lora": {"tuner": "dora"}},
     "init_lora_weights": {"lora": {"tuner": "pissa"}},
     "an adapter of IA3": {"lora": {"tuner": "ia3"}},

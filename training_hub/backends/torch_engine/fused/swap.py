@@ -20,6 +20,7 @@ from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels
 from training_hub.backends.torch_engine.fused.layers import LAYERS, NORM_OFFSETS, last_layer, layer, norm, only
 from training_hub.backends.torch_engine.fused.low_rank import project
 from training_hub.backends.torch_engine.fused.products import linear
+from training_hub.backends.torch_engine.loading.quantization import PACKED
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def run_on_kernels(model: PreTrainedModel) -> str | None:
 def stay_on_kernels(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
     """Keep a model that is divided since `swap` on the kernels, if it says the same without; else what a user should be
     told. It cannot be swapped back: its modules then run the library's forward in place of ours."""
-    swapped = [module for module in model.modules() if isinstance(module, OnKernels)]
+    # The library cannot multiply by the bytes of a quantised layer.
+    swapped = [one for one in model.modules() if isinstance(one, OnKernels) and not hasattr(one, PACKED)]
     if not swapped:
         return None
     ours = logits_of_one(model)

@@ -135,8 +135,8 @@ def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloade
     """Give a divided model on the meta device its weights: this process's pieces, in the format that each has there.
 
     What trains may be wider there than what is computed in: it begins from the files' own numbers. Weights that have
-    numbers keep them. Buffers come to `device`; those that the files hold are read. is_offloaded: the pieces stay on
-    the CPU.
+    numbers keep them; quantised ones, which are made of more than a piece, wait for theirs (`low_bits.py`). Buffers
+    come to `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
     """
     buffers = dict(model.named_buffers())
     beside = {name: local_of(one.detach()) for name, one in model.named_parameters() if not one.is_meta}
@@ -156,7 +156,8 @@ def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloade
     done: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = plain_name(name)
-        if name not in beside and key in files.shapes and id(parameter) not in done:
+        is_read = parameter.is_floating_point() and name not in beside and key in files.shapes
+        if is_read and id(parameter) not in done:
             done.add(id(parameter))
             local_of(parameter).copy_(files.read(key, cut_of(parameter)))
 

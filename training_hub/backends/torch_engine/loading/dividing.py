@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,13 @@ from training_hub.backends.torch_engine.loading.blank import (
     fill,
     loading_report,
     lost_buffers,
+    plain_name,
     see_one_number,
     wanted_shapes,
     weight_files,
     without_contents,
 )
+from training_hub.backends.torch_engine.loading.low_bits import empty_layers, fill_layers, whole_reason
 from training_hub.backends.torch_engine.loading.model import (
     LoadedModel,
     attach_attention,
@@ -116,10 +119,15 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
         return f"its buffers {named(lost)} are not computed anew"
     if info["missing_keys"] or info["mismatched_keys"]:
         return "its files call weights otherwise than it does"
+    base = base_of(chosen, model)
+    if chosen.quantization != NONE:
+        if reason := whole_reason(model, chosen.quantization):
+            return reason
+        empty_layers(model, chosen.quantization)
     if dtype in TYPES and problem_on(device) is None and not recipe.training.compile:
         swap(model)
     told = [*unexpected_notes(info["unexpected_keys"]), *filter(None, [round_in_forward(model, recipe.qat)])]
-    return LoadedModel(model, original, "", tuple(told), files, base_of(chosen, model))
+    return LoadedModel(model, original, "", tuple(told), files, base)
 
 
 def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device) -> PreTrainedModel:
@@ -160,10 +168,11 @@ def divide(
         layout.spread(model)
         return loaded, layout
     wanted = loaded.base.shapes
-    numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.is_meta)
+    numbers = sum(math.prod(wanted[plain_name(name)]) for name, one in model.named_parameters() if one.is_meta)
     layout = layout.divide(model, dtype)
-    loaded = filled(loaded, wanted, numbers, device, is_offloaded=recipe.parallelism.enable_cpu_offload)
-    refuse_broken_model(recipe, [line for some in layout.group.gather(broken_pieces(model)) for line in some])
+    is_offloaded = recipe.parallelism.enable_cpu_offload
+    loaded, broken = filled(loaded, wanted, numbers, device, is_offloaded=is_offloaded)
+    refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
     loaded = looked_at(loaded, recipe.model.attention, lengths, device, dtype)
     adaptation.divided()
     layout.spread(model)
@@ -177,14 +186,17 @@ def filled(
     device: torch.device,
     *,
     is_offloaded: bool,
-) -> LoadedModel:
-    """The model, divided and without contents, with this process's pieces of its weights, read from its files.
+) -> tuple[LoadedModel, list[str]]:
+    """The model, divided and without contents, with this process's pieces of its weights, read from its files; and
+    which of them, or of what it read for others, are not finite. All among which a quantised layer lies must call it.
 
     wanted, numbers: the shapes that it had as a whole, by name, and how many numbers its weights had."""
     with opened(loaded.files) as files:
-        fill(loaded.model, ExpertFiles(files, wanted), device, is_offloaded)
+        by_name = ExpertFiles(files, wanted)
+        fill(loaded.model, by_name, device, is_offloaded)
+        broken = fill_layers(loaded.model, by_name, device)
         share = f"each process reads its own slices of the weights; here {files.numbers_read / numbers:.1%}"
-    return replace(loaded, notes=(*loaded.notes, share), files=())
+    return replace(loaded, notes=(*loaded.notes, share), files=()), [*broken, *broken_pieces(loaded.model)]
 
 
 def broken_pieces(model: nn.Module) -> list[str]:

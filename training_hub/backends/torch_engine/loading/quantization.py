@@ -24,6 +24,9 @@ from training_hub.recipe.sections import Model
 
 NONE = "none"
 
+BLOCK, SECOND = 64, 256
+"""Weights, one behind the other, that share a scale in int4, and scales that share one of their own."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -33,7 +36,7 @@ class Method:
     bits: float
 
 
-METHODS = {"int4": Method("bitsandbytes", 4 + 8 / 64 + 32 / (64 * 256)), "int8": Method("torchao", 8.0)}
+METHODS = {"int4": Method("bitsandbytes", 4 + 8 / BLOCK + 32 / (BLOCK * SECOND)), "int8": Method("torchao", 8.0)}
 """By name. On a CPU with AVX512_BF16, LoRA on a Llama of width 512 in bfloat16, processor time of a step over that of
 unquantised weights: NF4 of bitsandbytes 1.01, int8 of torchao 1.01, int8 of bitsandbytes (LLM.int8) 1.18, with casts to
 float16 on the way. torchao's own int4 needs a GPU."""
@@ -76,6 +79,10 @@ def loading_options(quantization: str, dtype: torch.dtype, device: torch.device)
 PACKED = "training_hub_packed"
 """Attribute of a quantised layer whose weight has been parted: what makes numbers of its bytes, a `Packing`."""
 
+OWN = "training_hub_own"
+"""Attribute of such a layer that was split while it had no contents: a function from the bytes and the packing of the
+whole weight to those that this process computes with, the bytes laid out as the layer's weight is cut."""
+
 
 def quantiser(quantization: str) -> dict[str, str]:
     """Name and version of what quantises, for the files of a run."""
@@ -92,10 +99,10 @@ def num_numbers(parameter: Tensor) -> int:
 def num_quantised(model: Any) -> int:
     """How many weights linear layers have that are frozen, and so are kept in fewer bits; from shapes: `model` may be
     quantised already, and parted, or lie on the meta device."""
-    return sum(layer.in_features * layer.out_features for layer in _frozen_layers(model))
+    return sum(layer.in_features * layer.out_features for layer in frozen_layers(model))
 
 
-def _frozen_layers(model: Any) -> Iterator[nn.Linear]:
+def frozen_layers(model: Any) -> Iterator[nn.Linear]:
     # The head stays as it is, and so does one that PEFT keeps beside a copy that trains.
     left = {id(module) for module in model.get_output_embeddings().modules()}
     for module in model.modules():
@@ -163,7 +170,8 @@ def multiply_dense(model: nn.Module) -> None:
     own) has no gradient, and says so by a warning only; this is the same arithmetic in every mode.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not isinstance(module, OnKernels) and is_quantised(module.weight):
+        is_low = isinstance(module, nn.Linear) and (hasattr(module, PACKED) or is_quantised(module.weight))
+        if is_low and not isinstance(module, OnKernels):
             exchange(model, name, module, _dense_forward)
 
 
@@ -199,28 +207,34 @@ def _product(x: Tensor, layer: nn.Linear, *, is_turned: bool) -> Tensor:
 
 def linear_weights(model: Any, quantization: str) -> frozenset[str]:
     """The names of the weights that are kept in fewer bits, of a model that has none of them yet."""
-    chosen = {id(layer.weight) for layer in _frozen_layers(model)} if quantization != NONE else set[int]()
+    chosen = {id(layer.weight) for layer in frozen_layers(model)} if quantization != NONE else set[int]()
     return frozenset(name for name, one in model.named_parameters() if id(one) in chosen)
 
 
 @torch.no_grad()
-def rounded(weight: Tensor, quantization: str) -> Tensor:
-    """[N, M] in float32: the numbers of the weight of a linear layer once it is kept in 4 or 8 bits, as `dequantise`
-    finds them in a model that was read so."""
+def quantised(weight: Tensor, quantization: str) -> nn.Linear:
+    """A linear layer with this weight [N, M], kept in 4 or 8 bits as in a model that was read so, on its device."""
     with quiet():
         import_module(METHODS[quantization].package)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     if quantization == "int4":
+        from bitsandbytes.functional import quantize_4bit
         from bitsandbytes.nn import Params4bit
 
-        packed = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
-        layer.weight = packed.to(weight.device)
+        low, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        layer.weight = Params4bit(low, quant_state=state, quant_type="nf4", bnb_quantized=True)
     else:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         layer.weight = nn.Parameter(weight, requires_grad=False)
         quantize_(layer, Int8WeightOnlyConfig())
-    return dense(layer, torch.float32)
+    return layer
+
+
+def rounded(weight: Tensor, quantization: str) -> Tensor:
+    """[N, M] in float32: the numbers of the weight of a linear layer once it is kept in 4 or 8 bits, as `dequantise`
+    finds them in a model that was read so."""
+    return dense(quantised(weight, quantization), torch.float32)
 
 
 @torch.no_grad()

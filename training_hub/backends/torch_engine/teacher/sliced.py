@@ -33,12 +33,12 @@ def load_sliced(
         model = blank.model
         wanted, numbers = wanted_shapes(model), sum(parameter.numel() for parameter in model.parameters())
         shard_frozen(model, mesh, dtype)
-        loaded = filled(blank, wanted, numbers, device, is_offloaded=False)
+        loaded, broken = filled(blank, wanted, numbers, device, is_offloaded=False)
     else:
         console.say(f"teacher: each process reads all of it before it is divided, since {blank}")
         loaded = load_model(recipe, device, dtype, lengths=lengths, is_trained=False)
         shard_frozen(loaded.model, mesh, dtype)
-    broken = broken_pieces(loaded.model)
+        broken = broken_pieces(loaded.model)
     found = torch.tensor(len(broken))
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=mesh.get_group("dp_shard"))
     if found:

@@ -32,7 +32,7 @@ from training_hub.backends.torch_engine.adaptations.of_parameters import OfParam
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.loading.blank import has_numbers
-from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, num_numbers, num_quantised
+from training_hub.backends.torch_engine.loading.quantization import METHODS, num_numbers, num_quantised
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
@@ -64,9 +64,8 @@ class Lora(OfParameters):
         self._dtype = torch.float32
 
     def begins_beside(self) -> str:
-        """Why the adapter must be made beside whole weights: it is made of them, or they are kept in fewer bits."""
-        if self._recipe.model.quantization != NONE:
-            return "it is quantised as it is read"
+        """Why the adapter must be made beside whole weights: it is made of them. Beside a quantised
+        base, which has bytes in their place, only what begins from random numbers or zeros needs none."""
         if self._recipe.lora.trainable_tokens:
             return "rows of a table begin from it"
         return begins_beside(make_config(self._recipe, None))

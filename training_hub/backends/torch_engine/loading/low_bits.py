@@ -1,0 +1,156 @@
+"""Quantised layers of a model without contents: made so, divided like any, and given their numbers matrix by matrix.
+
+Scales of int4 are quantised once more with one mean for all of a matrix, so that no slice of it can be quantised by
+itself. The processes among which a matrix lies take turns: each reads and quantises one, whole in it alone, and sends
+the bytes; of these each keeps its slice. So the bits are those of a process by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training_hub.backends.torch_engine.layouts.pieces import cut_of, groups_across, local_of, whole_cut
+from training_hub.backends.torch_engine.loading.blank import plain_name
+from training_hub.backends.torch_engine.loading.packing import Packing, packed
+from training_hub.backends.torch_engine.loading.quantization import (
+    BLOCK,
+    OWN,
+    PACKED,
+    SECOND,
+    frozen_layers,
+    multiply_dense,
+    quantised,
+)
+from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
+from training_hub.backends.torch_engine.tensors import nonfinite_tensors
+
+Matrix = tuple[str, nn.Linear]
+"""A quantised layer, and the name of its weight in a model without adapters."""
+
+
+def whole_reason(model: nn.Module, quantization: str) -> str:
+    """Why the library quantises a model otherwise than matrix by matrix of its linear layers; "" where it does that."""
+    from transformers.pytorch_utils import Conv1D
+
+    if quantization == "int4" and any(isinstance(module, Conv1D) for module in model.modules()):
+        return "its layers are turned before they are quantised"
+    return ""
+
+
+def empty_layers(model: nn.Module, quantization: str) -> None:
+    """Let the layers of a model without contents that are to be kept in fewer bits be such layers, in place: bytes on
+    the meta device, which can be divided, and what makes numbers of them, there as well.
+    """
+    for layer in list(frozen_layers(model)):
+        bytes_of, packing = empty_parts(layer, quantization, layer.weight.dtype)
+        layer.weight = nn.Parameter(bytes_of, requires_grad=False)
+        setattr(layer, PACKED, packing)
+    multiply_dense(model)
+
+
+def empty_parts(layer: nn.Linear, quantization: str, dtype: torch.dtype) -> tuple[Tensor, Packing]:
+    """The bytes of the whole weight of a linear layer and their packing, without contents. dtype: of its numbers."""
+    shape, meta = (layer.out_features, layer.in_features), torch.device("meta")
+    if quantization == "int8":
+        return packed(quantised(torch.empty(shape, dtype=dtype, device=meta), quantization).weight)
+    # Not by the library as well: it would keep a table that it has made once on the meta device.
+    blocks = math.ceil(math.prod(shape) / BLOCK)
+    codes, scales = torch.uint8, torch.float32
+    sizes = ((blocks, codes), (16, scales), (math.ceil(blocks / SECOND), scales), (256, scales))
+    tensors = tuple(torch.empty(size, dtype=kind, device=meta) for size, kind in sizes)
+    mean = torch.empty((), dtype=scales, device=meta)
+    bytes_of = torch.empty(math.ceil(math.prod(shape) / 2), 1, dtype=codes, device=meta)
+    return bytes_of, Packing(quantization, (*tensors, mean), (*shape, BLOCK, SECOND), dtype)
+
+
+def is_empty(layer: nn.Module) -> bool:
+    """Whether this is a quantised layer that has no numbers yet."""
+    packing: Packing | None = getattr(layer, PACKED, None)
+    return packing is not None and packing.tensors[0].is_meta
+
+
+@torch.no_grad()
+def fill_layers(model: nn.Module, files: ExpertFiles, device: torch.device) -> list[str]:
+    """Give the quantised layers of a divided model what this process has of them; which are not finite in their files.
+
+    All processes among which a layer lies must call it. Each holds a dense matrix at most, or then the bytes of two.
+    """
+    empty = {f"{name}.weight": layer for name, layer in model.named_modules() if is_empty(layer)}
+    matrices: list[Matrix] = [(plain_name(name), layer) for name, layer in empty.items()]
+    broken: list[str] = []
+    for group, some in _by_readers(matrices):
+        rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+        for turn in _in_turns(some, size):
+            mine: list[Tensor] = []
+            if rank < len(turn):
+                name, layer = turn[rank]
+                mine, found = _read(name, layer, files, device)
+                broken += found
+            for reader, (_, layer) in enumerate(turn):
+                _keep(layer, _sent(mine if reader == rank else _like(layer, device), reader, group))
+                if reader == rank:
+                    mine = []
+    return broken
+
+
+def _by_readers(matrices: list[Matrix]) -> list[tuple[dist.ProcessGroup | None, list[Matrix]]]:
+    """The matrices by the group that takes turns in reading them; None where a process has them by itself."""
+    found: dict[Any, list[Matrix]] = {}
+    for name, layer in matrices:
+        weight: Any = layer.weight
+        groups = groups_across(weight if hasattr(weight, "placements") else None)
+        found.setdefault(groups[0] if groups else None, []).append((name, layer))
+    return list(found.items())
+
+
+def _in_turns(matrices: list[Matrix], size: int) -> Iterator[list[Matrix]]:
+    rest = iter(matrices)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+def _read(name: str, layer: nn.Linear, files: ExpertFiles, device: torch.device) -> tuple[list[Tensor], list[str]]:
+    """The bytes of the whole weight and the tensors of its packing; and what is wrong with it."""
+    packing: Packing = getattr(layer, PACKED)
+    whole = files.read(name, whole_cut(files.shapes[name])).to(device, packing.dtype)
+    bytes_of, made = packed(quantised(whole, _quantization(packing)).weight)
+    return [bytes_of, *made.tensors], nonfinite_tensors({name: whole})
+
+
+def _like(layer: nn.Linear, device: torch.device) -> list[Tensor]:
+    """Room for what `_read` gives in another process."""
+    bytes_of, packing = _whole(layer)  # one that is split lacks some of it
+    return [torch.empty_like(one, device=device) for one in (bytes_of, *packing.tensors)]
+
+
+def _whole(layer: nn.Linear) -> tuple[Tensor, Packing]:
+    packing: Packing = getattr(layer, PACKED)
+    return empty_parts(layer, _quantization(packing), packing.dtype)
+
+
+def _sent(parts: list[Tensor], reader: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+    if group is not None:
+        for one in parts:
+            dist.broadcast(one.view(-1).view(torch.uint8), group=group, group_src=reader)
+    return parts
+
+
+def _keep(layer: nn.Linear, parts: list[Tensor]) -> None:
+    """Let the layer have its own of the bytes and tensors of the whole weight."""
+    bytes_of, packing = parts[0], replace(_whole(layer)[1], tensors=tuple(parts[1:]))
+    if hasattr(layer, OWN):
+        bytes_of, packing = getattr(layer, OWN)(bytes_of, packing)
+    local_of(layer.weight.detach()).copy_(bytes_of[cut_of(layer.weight).slices])
+    setattr(layer, PACKED, packing)
+
+
+def _quantization(packing: Packing) -> str:
+    return "int8" if packing.form == "int8" else "int4"
