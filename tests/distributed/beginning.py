@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,10 +46,14 @@ class Counted(BaseWeights):
 
 def begun(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     """Which tensors of this process are not those that a process by itself begins with, and what it took to make them:
-    numbers that were read beside its slices, and how far the bytes of all tensors rose."""
+    numbers that were read beside its slices, and how far the bytes of all tensors rose.
+
+    decomposed: numbers of all targets. own: bytes of what it keeps, the model's slices among it; alone: of the targets
+    and all that is kept for them by a process by itself."""
     asked, console = Recipe.model_validate(recipe), open_console("off")
     materials, folder = load_materials(asked, Given(), console), Path(asked.model.path)
     layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
+    gc.collect()  # what earlier tests have left would seem to be let go
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loaded = load_for(layout, asked, CPU, dtype, None, [], console)
         base = Counted(loaded.base.files, loaded.base.shapes, loaded.base.prefix)
@@ -63,8 +69,10 @@ def begun(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
         "is_blank": bool(loaded.files),
         "made": len(made),
         "unlike": unlike,
+        "decomposed": sum(math.prod(base.shapes[name]) for name in run.adaptation.claimed),
         "read": sum(base.counts),
         "own": sum(one.numel() * one.element_size() for one in own.values()),
+        "alone": sum(one.numel() * one.element_size() for one in wanted.values()),
         "rise": rise(profiled, {file.stat().st_size for file in folder.glob("*.safetensors")}),
     }
 

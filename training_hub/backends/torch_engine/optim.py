@@ -45,7 +45,8 @@ class Masters:
     keeps_gradients: those of all weights stay where they are from step to step.
 
     Of a parameter that is divided over processes the optimizer moves this one's piece. sources: by weight, the name of
-    the parameter whose gradient its own is, or is made from, and that parameter. published: called once weights have
+    the parameter whose gradient its own is, or is made from, and that parameter. dealt: by name, those parameters of
+    which what the adaptation adds lies in one of the processes that have pieces. published: called once weights have
     changed, for whatever was made of them before. base: the weights as they came, where masters begin that are finer
     than their parameters; `rounded`: those that begin as the parameters, since the base says something else.
     """
@@ -82,6 +83,7 @@ class Masters:
         of_added = adaptation.sources() if adaptation is not None else {}
         self.sources = {name: (name, p) for name, p in self.parameters.items()}
         self.sources |= {name: (source, named[source]) for name, source in of_added.items()}
+        self.dealt = {name: named[name] for name in sorted(adaptation.dealt)} if adaptation is not None else {}
         self.weights |= self.added
 
     def _take(self, name: str, parameter: nn.Parameter, came: OpenBase, *, are_split: bool, are_held: bool) -> None:
@@ -288,7 +290,8 @@ class Updater:
         """The same where weights are divided."""
         masters = self.masters
         self.layout.sum_gradients(masters.weights, masters.sources)
-        norm = self.layout.norm(masters.weights, masters.divided)
+        added = {name: source for name, (of, source) in masters.sources.items() if of in masters.dealt}
+        norm = self.layout.norm(masters.weights, {**masters.divided, **added}, masters.dealt.values())
         self._scale([weight.grad for weight in masters.weights.values() if weight.grad is not None], norm)
         return norm
 

@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from training_hub.backends.torch_engine.parallel import shared_out
+
+
+@dataclass(frozen=True)
+class Part:
+    """What belongs to one claimed parameter of `size` numbers; is_stack: of several matrices, as experts are."""
+
+    name: str
+    size: int
+    trained: int
+    fixed: int
+    is_stack: bool = False
+
+    def with_more(self, other: Part) -> Part:
+        """With what belongs to another part of the same parameter."""
+        return replace(
+            self,
+            size=self.size + other.size,
+            trained=self.trained + other.trained,
+            fixed=self.fixed + other.fixed,
+        )
+
 
 @dataclass(frozen=True)
 class Holdings:
@@ -14,7 +36,8 @@ class Holdings:
     in; `copied_bytes` each. gradients: numbers of the gradients that wait for further packs of a step in place of those
     of the claimed parameters. complete: the same once those of a step are complete. saved: numbers in a checkpoint
     beside those that the optimizer moves. exported: numbers of the final model's files, where these are not the whole
-    model. quantised: numbers of frozen weights that take so many `bits` each, scales included.
+    model. quantised: numbers of frozen weights that take so many `bits` each, scales included. parts: by parameter, of
+    trained and fixed what one of the processes has alone that keep a slice of that parameter.
     """
 
     claimed: frozenset[str] = frozenset()
@@ -28,6 +51,29 @@ class Holdings:
     exported: int | None = None
     quantised: int = 0
     bits: float = 0.0
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest parameter that is one of `parts`."""
+        return max((one.size for one in self.parts), default=0)
+
+    def dealt_out(self, slices: int, among: int, stacks: int) -> Holdings:
+        """What the process has of it that has most, where weights lie in `slices`: each of `parts` lies in one of so
+        many (`among`, or `stacks` for stacks; in all of them for 1)."""
+        if not self.parts:
+            return self
+        trained = fixed = 0
+        for is_stack, count in ((False, among), (True, stacks)):
+            own = {one.name: one for one in self.parts if one.is_stack == is_stack}
+            shares = shared_out({name: float(own[name].size) for name in sorted(own)}, count)
+            sums = [(sum(own[n].trained for n in some), sum(own[n].fixed for n in some)) for some in shares]
+            most = max(sums, key=sum)
+            trained, fixed = trained + most[0], fixed + most[1]
+        dense = sum(one.size for one in self.parts)
+        return replace(
+            self, trained=trained, fixed=fixed, gradients=dense, complete=trained, saved=dense // slices + fixed
+        )
 
     def spared(self, itemsize: int) -> float:
         """Bytes by which frozen weights are smaller than in a format of `itemsize` bytes."""
@@ -36,7 +82,8 @@ class Holdings:
     def of_share(self, share: float) -> Holdings:
         """What a process has of it that has this share of the layers."""
         numbers = {name: round(share * getattr(self, name)) for name in OF_LAYERS}
-        return replace(self, **numbers)
+        kept = tuple(sorted(self.parts, key=lambda one: one.name))[: round(share * len(self.parts))]
+        return replace(self, parts=kept, **numbers)
 
 
 OF_LAYERS = ("trained", "fixed", "copied", "gradients", "complete", "saved", "quantised")

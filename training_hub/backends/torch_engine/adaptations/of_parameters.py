@@ -16,6 +16,9 @@ class OfParameters:
     undivided: frozenset[str] = frozenset()
     """Parameters that stay whole in each process where the model is divided."""
 
+    dealt: frozenset[str] = frozenset()
+    """Parameters of which `weights` lie in one process of those with pieces: there are none."""
+
     adds_gradients: bool = False
     """Whether `gather` adds to gradients of parameters, which processes can then not add up before."""
 
@@ -74,6 +77,10 @@ class OfParameters:
     def is_here(self, key: str) -> bool:
         """Nothing is kept of a weight but what the optimizer keeps."""
         return False
+
+    def is_spoken_for(self, key: str) -> bool | None:
+        """Nothing is dealt out."""
+        return None
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take over."""

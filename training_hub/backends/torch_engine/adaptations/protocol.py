@@ -32,6 +32,11 @@ class Adaptation(Protocol):
         """How the final model is written and read again; None: as a whole one."""
         ...
 
+    @property
+    def dealt(self) -> frozenset[str]:
+        """Parameters of which its `weights`, and what it keeps beside them, lie in one of the processes with pieces."""
+        ...
+
     def begins_beside(self) -> str:
         """Why it must be attached to a model that has its weights; "" where they may be read later."""
         ...
@@ -103,6 +108,11 @@ class Adaptation(Protocol):
 
     def is_here(self, key: str) -> bool:
         """Whether a tensor of a checkpoint that is no parameter, called so, belongs to a weight of this process."""
+        ...
+
+    def is_spoken_for(self, key: str) -> bool | None:
+        """Whether this process writes a tensor of a checkpoint, called so, that belongs to a parameter of `dealt`; None
+        for others."""
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -228,11 +228,12 @@ class Layout:
         if self.pipeline is not None:
             self.pipeline.add_up(weights)
 
-    def norm(self, weights: Mapping[str, Tensor], divided: Mapping[str, DTensor]) -> Tensor:
-        """The norm of the gradients of these weights, by name, of all processes together, once they are added up."""
+    def norm(self, weights: Mapping[str, Tensor], divided: Mapping[str, Any], dealt: Iterable[Any] = ()) -> Tensor:
+        """The norm of the gradients of these weights, by name, of all processes together, once they are added up.
+        dealt: DTensors over whose processes others may have gradients to add where this one has none."""
         own = {name: weight for name, weight in weights.items() if not self.is_second(name)}
         pieces = [(weight.grad, divided.get(name)) for name, weight in own.items() if weight.grad is not None]
-        return norm_of(pieces, self.device, groups_along(self.mesh, ("pp",)))
+        return norm_of(pieces, self.device, groups_along(self.mesh, ("pp",)), dealt)
 
     def learn(
         self,

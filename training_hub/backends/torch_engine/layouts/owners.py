@@ -13,7 +13,7 @@ arXiv:2502.16982, section 2.3 (there each process gathers the gradient and compu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,57 @@ class Owners:
             _empty(self.whole[own.name])
         for one in moved:
             write(one.name, parts[one.owner].view(pieces[one.name][0].shape))
+
+
+class Dealt:
+    """Which process keeps what belongs to some divided weights as wholes, and how wholes and pieces pass between it and
+    those that have pieces. All processes must make it, with the same names, and go through all that it gives.
+
+    mine: the weights of which this process keeps it.
+    """
+
+    def __init__(self, divided: Mapping[str, DTensor], like: Tensor, group: dist.ProcessGroup | None = None):
+        """like: of the format, and on the device, of what passes. group: as in Owners."""
+        self.names, self._like, self._group = frozenset(divided), like, group
+        self._rank = dist.get_rank() if self.names else 0
+        self._rounds = list(_rounds(_shared(divided, sorted(self.names), group)))
+        self.mine = frozenset(one.name for some in self._rounds for one in some if one.owner == self._rank)
+
+    def brought(self, read: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+        """The name and the whole of each of `mine`, put together of what `read` gives in those that have pieces of it:
+        all of them a piece, or none."""
+        for some in self._rounds:
+            shared = [one for one in some if self._rank in one.cuts]
+            pieces = {one.owner: read(one.name) for one in shared}
+            sent = {owner: piece.reshape(-1).to(self._like) for owner, piece in pieces.items() if piece is not None}
+            own = next((one for one in shared if one.owner == self._rank in sent), None)
+            sizes = {rank: math.prod(cut.sizes) for rank, cut in own.cuts.items()} if own is not None else {}
+            parts = _exchanged(sent, sizes, self._like, self._group)
+            del pieces, sent
+            if own is not None:
+                yield own.name, _put_together(own, parts, self._like)
+
+    def given(self, names: Collection[str], make: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The name and this process's piece of each of `names` that it has a piece of, cut from what `make` gives where
+        that is kept."""
+        for some in self._rounds:
+            shared = [one for one in some if self._rank in one.cuts and one.name in names]
+            own, sent = next((one for one in shared if one.owner == self._rank), None), {}
+            if own is not None:
+                whole = make(own.name)
+                sent = {rank: whole[cut.slices].reshape(-1) for rank, cut in own.cuts.items()}
+            sizes = {one.owner: math.prod(one.cuts[self._rank].sizes) for one in shared}
+            parts = _exchanged(sent, sizes, self._like, self._group)
+            for one in shared:
+                yield one.name, parts[one.owner].view(one.cuts[self._rank].sizes)
+
+
+def _put_together(own: Owned, parts: Mapping[int, Tensor], like: Tensor) -> Tensor:
+    whole = like.new_empty(own.cuts[own.owner].shape)
+    for rank, part in parts.items():
+        cut = own.cuts[rank]
+        whole[cut.slices] = part.view(cut.sizes)
+    return whole
 
 
 def _empty(whole: Tensor) -> None:

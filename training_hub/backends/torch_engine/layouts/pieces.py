@@ -67,15 +67,22 @@ def is_copy(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def norm_of(
-    pieces: Iterable[tuple[Tensor, DTensor | None]], device: torch.device, beyond: Iterable[dist.ProcessGroup] = ()
+    pieces: Iterable[tuple[Tensor, DTensor | None]],
+    device: torch.device,
+    beyond: Iterable[dist.ProcessGroup] = (),
+    shared: Iterable[DTensor] = (),
 ) -> Tensor:
     """The norm of all gradients together, the same in each process, as a float32 scalar (float64 of such).
 
     pieces: this process's piece of each gradient, and the weight it is of, where that is divided. Each dimension of the
     mesh over which a weight is cut adds up its squares once; over the others the pieces are the same. beyond: groups
-    whose other processes have pieces of other weights.
+    whose other processes have pieces of other weights. shared: weights over whose processes some may have gradients of
+    which this one has no piece.
     """
     sums: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
+    for one in shared:
+        exact = torch.promote_types(one.dtype, torch.float32)
+        sums.setdefault(groups_across(one), torch.zeros((), dtype=exact, device=device))
     for gradient, weight in pieces:
         exact = torch.promote_types(gradient.dtype, torch.float32)
         square = gradient.detach().to(exact).square().sum().to(device)

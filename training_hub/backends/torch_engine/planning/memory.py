@@ -135,7 +135,8 @@ def estimate(
     blank = blank_like(model)
     spared = holdings.spared(dtype.itemsize)
     read = sum(p.numel() for p in blank.parameters()) * dtype.itemsize - spared if is_read_whole else 0
-    has_experts, owned = any(experts_of(blank)), _owned_bytes(blank, optimizer, holdings.claimed, dtype)
+    has_experts, owned = any(experts_of(blank)), _owned_bytes(blank, optimizer, holdings, dtype, share)
+    holdings = _dealt_out(holdings, share)
     claimed = [p for name, p in blank.named_parameters() if name in holdings.claimed]
     numbers = sum(p.numel() for p in claimed)
     apart = cut_down(blank, share)
@@ -329,13 +330,26 @@ def _kept_in_slices(
     return of_slices + optimizer_bytes([own], optimizer, exact)
 
 
-def _owned_bytes(blank: PreTrainedModel, optimizer: Optimizer, claimed: Collection[str], dtype: torch.dtype) -> int:
+def _dealt_out(holdings: Holdings, share: Share) -> Holdings:
+    """What the process has beside its slices that has most."""
+    if share.slices == 1:
+        return holdings
+    among, of_experts = share.slices * share.heads, share.experts * share.expert_slices
+    stacks = among if share.experts == 1 else of_experts if share.expert_slices > 1 else 1
+    return holdings.dealt_out(share.slices, among, stacks)
+
+
+def _owned_bytes(
+    blank: PreTrainedModel, optimizer: Optimizer, holdings: Holdings, dtype: torch.dtype, share: Share
+) -> int:
     """What there is of a whole weight, and its gradient, on the way to its owner: the largest that has one, as often as
     pieces are sent and got, and put together."""
+    claimed = holdings.claimed
     tables, exact = tables_in(blank), 4 if dtype in LOW_PRECISION else dtype.itemsize
     trained = (p for name, p in blank.named_parameters() if p.requires_grad and name not in claimed)
     whole = (p for p in trained if wants_whole(optimizer, tuple(p.shape), p.dim() == 2 and id(p) not in tables))
-    return 6 * max((p.numel() for p in whole), default=0) * exact
+    most = 6 * max((p.numel() for p in whole), default=0)
+    return max(most, 4 * holdings.largest if share.slices > 1 else 0) * exact
 
 
 def blank_like(model: PreTrainedModel) -> PreTrainedModel:

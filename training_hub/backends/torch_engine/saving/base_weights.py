@@ -81,6 +81,10 @@ class OpenBase:
         key = plain_name(name)
         return self._held[key] if key in self._held else self._files.read(key, whole_cut(self._files.shapes[key]))
 
+    def part(self, name: str, cut: Cut) -> Tensor:
+        """The part of the weight as it came that `cut` says."""
+        return self._read(plain_name(name), cut)
+
     def finer(self, name: str, parameter: Tensor, computed: torch.dtype | None = None) -> Tensor | None:
         """This process's piece of a weight of which `parameter` holds the rounding; None where it is no finer.
 

@@ -72,7 +72,7 @@ def export_together(
             complete(run.model, written.dtype, aside, known, told, total)
             beside(aside)
 
-        write_beside_together(group, run.adaptation.beside() if run.layout.is_first else {}, aside)
+        write_beside_together(group, run.adaptation.beside(), aside)
         group.on_main("the final model", finish)
         unmoved = frozenset(name for one in told for name in one["unmoved"])
         shapes = wanted_shapes(run.model) if run.layout.pipeline is None else dict(base.shapes)

@@ -190,7 +190,9 @@ def _pieces(run: Run, tensors: dict[str, Tensor]) -> Pieces:
         weight, is_owned = own.get(name), key != name and name in run.updater.owners.names
         cut = whole_cut(tensor.shape) if weight is None or is_owned else cut_of(weight)
         if weight is None:
-            is_mine = run.group.is_main or (run.layout.is_first and run.adaptation.is_here(key))
+            is_mine = run.adaptation.is_spoken_for(key)
+            if is_mine is None:
+                is_mine = run.group.is_main or (run.layout.is_first and run.adaptation.is_here(key))
         else:
             is_mine = not (run.layout.is_copy(name, weight) or cut.is_empty)
         if is_mine:
@@ -220,7 +222,8 @@ def take_over(run: Run, step: int) -> State:
     def wanted(key: str, shape: tuple[int, ...]) -> Cut | None:
         name = _weight_of(key, own)
         weight = own.get(name)
-        if weight is None and run.layout.pipeline is not None and not key.startswith("@"):
+        is_elsewhere = run.layout.pipeline is not None or run.adaptation.is_spoken_for(key) is not None
+        if weight is None and is_elsewhere and not key.startswith("@"):
             return whole_cut(shape) if run.adaptation.is_here(key) else None
         if key != name and name in owners.names:
             return whole_cut(shape) if name in owners.whole else Cut(shape, (0,) * len(shape), (0,) * len(shape))

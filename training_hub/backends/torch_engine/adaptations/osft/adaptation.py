@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from training_hub.backends.shared.model_folder import stored_dtype
 from training_hub.backends.torch_engine.adaptations.full import Full
-from training_hub.backends.torch_engine.adaptations.holdings import Holdings
+from training_hub.backends.torch_engine.adaptations.holdings import Holdings, Part
 from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, NOTHING, read_state, state_of
 from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
-from training_hub.backends.torch_engine.adaptations.osft.division import collected
+from training_hub.backends.torch_engine.adaptations.osft.division import collected, dealt_over, over_all
 from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
 from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
 from training_hub.backends.torch_engine.adaptations.osft.spaces import (
     MARK,
+    OF_START,
     LowSpaces,
     is_low_precision,
     parameters_of,
@@ -31,6 +32,7 @@ from training_hub.backends.torch_engine.adaptations.osft.spaces import (
 from training_hub.backends.torch_engine.adaptations.osft.table import Row, Weights, told
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target, find_targets
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
+from training_hub.backends.torch_engine.layouts.owners import Dealt
 from training_hub.backends.torch_engine.layouts.stages import DEGREE
 from training_hub.backends.torch_engine.loading.blank import has_numbers
 from training_hub.backends.torch_engine.parallel import Group, shared_out
@@ -76,6 +78,8 @@ class Osft:
         self._base = UNREAD
         self._weights = Weights({}, frozenset())
         self._here: frozenset[str] = frozenset()
+        self._tied: dict[str, list[str]] = {}
+        self._dealt: Dealt | None = None
         self.claimed: frozenset[str] = frozenset()
 
     def begins_beside(self) -> str:
@@ -107,6 +111,9 @@ class Osft:
                 parameter.requires_grad_(False)
         self._model, self._weights = model, Weights.of(model)
         self._here = frozenset(self._weights.numbers)
+        firsts = {id(parameter): name for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._tied.setdefault(firsts[id(parameter)], []).append(name)
         return model
 
     def weigh(self, importance: Mapping[str, float]) -> None:
@@ -126,21 +133,34 @@ class Osft:
 
     def holdings(self) -> Holdings:
         """What the run will hold for OSFT; where `energy` decides the ranks, as if half of each were protected."""
-        shapes = [_shape(one) for one in self._targets]
-        ratio, is_core = self._settings.unfreeze_rank_ratio, self._settings.form == "core"
-        trained = fixed = 0
-        for stack, rows, columns in shapes:
-            low = columns - (columns // 2 if ratio is None else rank_kept(columns, ratio))
-            is_square = rows == columns
-            per_factors, per_core = low * (rows + columns + 1), low * (low if is_square else rows)
-            trained += stack * (per_core if is_core else per_factors)
-            beside = low**2 if is_square else rows * (columns - low)
-            fixed += stack * (per_factors + low**2 + beside + 1)
-        dense = sum(stack * rows * columns for stack, rows, columns in shapes)
+        parts: dict[str, Part] = {}
+        for one in self._targets:
+            before, more = parts.get(one.parameter_name), self._part(one)
+            parts[one.parameter_name] = more if before is None else before.with_more(more)
+        trained, fixed = (sum(getattr(one, name) for one in parts.values()) for name in ("trained", "fixed"))
+        dense = sum(one.size for one in parts.values())
         waiting = trained if self._settings.gradients == "layer" else dense
         is_finer = self._came_from.is_dir() and stored_dtype(self._came_from) != "bfloat16"
         width = 4 if is_finer else 2
-        return Holdings(self.claimed, trained, fixed, dense, width, waiting, trained, dense + fixed)
+        return Holdings(
+            self.claimed, trained, fixed, dense, width, waiting, trained, dense + fixed, parts=tuple(parts.values())
+        )
+
+    def _part(self, target: Target) -> Part:
+        """What there will be of a target, which may be a part of its parameter."""
+        ratio, is_core = self._settings.unfreeze_rank_ratio, self._settings.form == "core"
+        stack, rows, columns = _shape(target)
+        low = columns - (columns // 2 if ratio is None else rank_kept(columns, ratio))
+        is_square = rows == columns
+        per_factors, per_core = low * (rows + columns + 1), low * (low if is_square else rows)
+        beside = low**2 if is_square else rows * (columns - low)
+        return Part(
+            target.parameter_name,
+            size=stack * rows * columns,
+            trained=stack * (per_core if is_core else per_factors),
+            fixed=stack * (per_factors + low**2 + beside + 1),
+            is_stack=target.parameter.dim() > 2,
+        )
 
     def expect_steps(self, total: int) -> None:
         """Nothing depends on how many steps the run has."""
@@ -175,27 +195,42 @@ class Osft:
             for name in own:
                 splits[name] = self._split(named[name], earlier.of(name), console, came)
                 advance(costs[name])
-            splits = collected(splits, targets, self._layout)
+            splits = collected(splits, targets, self._layout, self._dealt)
             targets = [self._present(one) for one in targets]
             starts = {name: _start(name, p, came) for name, p in parameters_of(targets).items() if is_low_precision(p)}
         self._base.let_go(starts)
-        pairs = [(one, splits[one.name]) for one in targets]
+        pairs = [(one, splits.pop(one.name)) for one in targets if one.name in splits]
         is_layerwise = self._settings.gradients == "layer"
-        self._spaces = LowSpaces(pairs, self._settings.form, starts, is_layerwise=is_layerwise)
+        self._spaces = LowSpaces(
+            pairs, self._settings.form, starts, is_layerwise=is_layerwise, parameters=parameters_of(targets),
+            dealt=self._dealt,
+        )  # fmt: skip
         for block, share in self._shares.items():
             console.say(f"osft: {block} keeps {share:.1%} of its directions, by its importance")
-        rows = self._layout.told_by_stages({name: asdict(row) for name, row in self._spaces.rows().items()})
+        told_here = {name: asdict(row) for name, row in self._spaces.rows().items()}
+        is_dealt = self._layout.is_sharded
+        each = self._layout.group.gather(told_here) if is_dealt else [self._layout.told_by_stages(told_here)]
+        rows = {name: row for some in each for name, row in some.items()}
         for line in told(self._weights, [Row(**row) for row in rows.values()]):
             console.say(f"osft: {line}")
 
     def divided(self) -> None:
-        """Hold on to the model's parameters as they are now: divided over processes."""
-        self._spaces.divide(dict(self._model.named_parameters()))
+        """Hold on to the model's parameters as they are now: divided over processes. What trains in those that lie in
+        slices stays in one process for each, or will."""
+        parameters = dict(self._model.named_parameters())
+        claimed = {name: one for name, one in parameters.items() if name in self.claimed}
+        self._dealt = dealt_over(claimed, self._layout)
+        self._spaces.divide(parameters, self._dealt)
         self._targets = [replace(one, parameter=_only_shape(one.parameter)) for one in self._targets]
 
     def weights(self) -> dict[str, Tensor]:
         """What the optimizer moves beside the model's own parameters, by name."""
         return self._spaces.weights()
+
+    @property
+    def dealt(self) -> frozenset[str]:
+        """Parameters of which `weights`, and what is kept beside these, lie in one process of those with pieces."""
+        return self._dealt.names if self._dealt is not None else frozenset()
 
     def sources(self) -> dict[str, str]:
         """By the name of each of `weights`, the parameter whose gradient its own is made from."""
@@ -241,12 +276,25 @@ class Osft:
             return {}
         device = self._layout.device
         nothing = torch.zeros((), device=device), torch.zeros(2, dtype=torch.float64, device=device)
+        if self._layout.is_sharded:
+            leak, squares = self._spaces.moved(self._speaks) or nothing
+            return reported(over_all(leak, is_highest=True), over_all(squares))
         leak, squares = self._spaces.moved() or nothing
         return reported(self._layout.over_stages(leak, is_highest=True), self._layout.over_stages(squares))
 
+    def _speaks(self, name: str) -> bool:
+        """Whether this process is the first of those that have what trains in the parameter `name`."""
+        is_dealt = name in self.dealt
+        return not self._layout.is_copy(name, self._spaces.parameters[name]) if is_dealt else self._layout.is_first
+
     def is_here(self, key: str) -> bool:
         """Whether a tensor of a checkpoint that is called so belongs to a weight of this process."""
-        return self._spaces.has(key.partition(MARK)[0])
+        return self._spaces.has(key)
+
+    def is_spoken_for(self, key: str) -> bool | None:
+        """Whether this process writes what a checkpoint calls so of a parameter that is dealt out; None for others."""
+        name = self._parameter_of(key)
+        return self.is_here(key) and self._speaks(name) if name in self.dealt else None
 
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the weights that the optimizer moves."""
@@ -280,7 +328,7 @@ class Osft:
 
     def _split(self, target: Target, before: Split | None, console: Console, came: OpenBase) -> Split:
         ratio, energy = self._settings.unfreeze_rank_ratio, self._settings.energy or 0.0
-        weight = target.view(self._whole(target, came))
+        weight = self._whole(target, came)
         if before is not None:
             before = Split(**{name: tensor.to(weight.device) for name, tensor in before.tensors().items()})
         free = before.right.shape[-2] if before is not None else target.short_side
@@ -292,18 +340,25 @@ class Osft:
         cut = f"energy {energy}" if kept is None else f"kept {kept}"
         return self._shelf.get(weight, cut, lambda: split(weight, kept, energy=energy), console.say)
 
+    def _parameter_of(self, key: str) -> str:
+        """The parameter for a target of which a checkpoint has what it calls so; "" where that is told of a start."""
+        name, _, what = key.partition(MARK)
+        return "" if what == OF_START else next((t.parameter_name for t in self._targets if t.name == name), "")
+
     def _present(self, target: Target) -> Target:
         """The target with the parameter that the model has now."""
         return replace(target, parameter=self._model.get_parameter(target.parameter_name))
 
     def _whole(self, target: Target, came: OpenBase) -> Tensor:
-        """What a weight begins as, from the files where the model had no contents when it was attached."""
+        """What a target begins as, from the files where the model had no contents when it was attached."""
         like = target.parameter
         if has_numbers(like):
-            return _start(target.parameter_name, like, came)
-        whole = came.whole(target.parameter_name)
-        is_kept = is_low_precision(like) and is_finer(whole.dtype, like.dtype)
-        return whole.to(self._layout.device, torch.float32 if is_kept else like.dtype)
+            return target.view(_start(target.parameter_name, like, came))
+        names = self._tied.get(target.parameter_name, [target.parameter_name])
+        part = came.part(next(name for name in names if came.has(name, like)), target.cut)
+        is_kept = is_low_precision(like) and is_finer(part.dtype, like.dtype)
+        part = part.to(self._layout.device, torch.float32 if is_kept else like.dtype)
+        return part.mT if target.is_wide else part
 
 
 def _refuse_ends(model: Any, targets: Sequence[Target]) -> None:

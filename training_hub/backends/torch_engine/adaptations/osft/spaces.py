@@ -9,7 +9,7 @@ the weights follow (`after_step`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +21,14 @@ from training_hub.backends.torch_engine.adaptations.osft.decompose import Split
 from training_hub.backends.torch_engine.adaptations.osft.factors import Factors
 from training_hub.backends.torch_engine.adaptations.osft.table import Row
 from training_hub.backends.torch_engine.adaptations.osft.targets import Target
+from training_hub.backends.torch_engine.layouts.owners import Dealt
 from training_hub.backends.torch_engine.layouts.pieces import cut_like, cut_of, local_of, whole_of
 
 MARK = ".osft."
 """Stands between the name of a target or a parameter and what is kept for it."""
+
+OF_START = "start"
+"""What is kept for a parameter to tell that a checkpoint has what it came as."""
 
 FORMS: Mapping[str, type[Factors] | type[Core]] = {"factors": Factors, "core": Core}
 
@@ -52,6 +56,9 @@ class LowSpaces:
     so that its start needs no memory. One in bfloat16 keeps its start, and is the rounding of start + D; its gradients
     are in bfloat16, and so are the products with them (a sum over several packs is in float32). D and all that it comes
     from is in float32.
+
+    What trains in a parameter that is dealt out lies in one of the processes that have pieces of it. The others send
+    that their pieces of the dense gradient, and get their pieces of the update.
     """
 
     def __init__(
@@ -61,15 +68,19 @@ class LowSpaces:
         starts: Mapping[str, Tensor] | None = None,
         *,
         is_layerwise: bool = False,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        dealt: Dealt | None = None,
     ):
         """starts: what the parameters in bfloat16 came as, or this process's pieces of it, where that is finer than
         they are. is_layerwise: turn each dense gradient into those of what trains as soon as backward has it, and free
-        it."""
+        it. parameters: those that targets are cut from, also where another process has the target, as `dealt` says."""
         self.spaces = [Space(target, FORMS[form](split)) for target, split in pairs]
-        self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
+        of_spaces = {one.target.parameter_name: one.target.parameter for one in self.spaces}
+        self.parameters = dict(of_spaces if parameters is None else parameters)
+        self._dealt = dealt or Dealt({}, torch.empty(0))
         self._starts = _starts_of(self.parameters, starts or {})
         self._sums: dict[str, Tensor] = {}
-        self._moved = [(torch.zeros(()), torch.zeros(())) for _ in self.spaces]
+        self._moved = [(one.target.parameter_name, torch.zeros(()), torch.zeros(())) for one in self.spaces]
         self._is_layerwise, self._is_last_backward = is_layerwise, False
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(self._taken(name))
@@ -90,19 +101,22 @@ class LowSpaces:
             for one in self.spaces
         }
 
-    def has(self, name: str) -> bool:
-        """Whether there is a target of this name, or in a parameter of it."""
-        return any(name in (one.target.name, one.target.parameter_name) for one in self.spaces)
+    def has(self, key: str) -> bool:
+        """Whether what a checkpoint calls so is kept for a target, or a parameter, that is here."""
+        name, _, what = key.partition(MARK)
+        return name in self.parameters if what == OF_START else any(name == one.target.name for one in self.spaces)
 
-    def divide(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take these, which are divided over processes, in place of the whole ones. What trains stays whole in each
-        process."""
-        before = self.parameters
+    def divide(self, parameters: Mapping[str, nn.Parameter], dealt: Dealt) -> None:
+        """Take these, which are divided over processes, in place of the whole ones. What trains stays whole: in each
+        process, or in that to which it is dealt."""
+        before, self._dealt = self.parameters, dealt
         self.spaces = [
             replace(one, target=replace(one.target, parameter=parameters[one.target.parameter_name]))
             for one in self.spaces
+            if one.target.parameter_name not in dealt.names - dealt.mine
         ]
-        self.parameters = {one.target.parameter_name: one.target.parameter for one in self.spaces}
+        self.parameters = {name: parameters[name] for name in before}
+        self._moved = [one for one in self._moved if one[0] not in dealt.names - dealt.mine]
         self._starts = _starts_of(
             self.parameters, {name: _own_piece(start, self.parameters[name]) for name, start in self._starts.items()}
         )
@@ -131,11 +145,12 @@ class LowSpaces:
     def gather(self) -> None:
         """Turn the dense gradients of the step that are still there into those of what trains, and free them."""
         self._is_last_backward = False
-        for name, parameter in self.parameters.items():
-            gradient = self._sums.pop(name, parameter.grad)
-            parameter.grad = None
+        for name in self._alike:
+            gradient = self._take_gradient(name)
             if gradient is not None:
-                self._add_gradient(name, local_of(cut_like(gradient, parameter)))
+                self._add_gradient(name, gradient)
+        for name, whole in self._dealt.brought(self._take_gradient):
+            self._add_whole_gradient(name, whole)
 
     def drop_gradients(self) -> None:
         """Forget all gradients, and free their memory."""
@@ -151,8 +166,10 @@ class LowSpaces:
 
         is_decoupled: the decay shrinks the weights by rate x decay, as AdamW does; else it is added to the gradient.
         """
+        self._add_dealt(self._dealt.names, lambda name: self._add_low(name, self._nothing(name), -1))
+        others = self._starts.keys() | self._dealt.names
         for one in self.spaces:
-            if one.target.parameter_name not in self._starts:
+            if one.target.parameter_name not in others:
                 one.target.add(one.target.parameter.data, one.trained.low().neg_(), one.trained.split.right)
             weights = one.trained.weights()
             gradients = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
@@ -171,18 +188,24 @@ class LowSpaces:
     def after_step(self) -> None:
         """Project what the optimizer moved, and let the weights follow: one at a time, which is all that is held."""
         self._moved = []
-        for name, parameter in self.parameters.items():
-            start = self._starts.get(name)
+        for name in self._alike:
+            parameter, start = self.parameters[name], self._starts.get(name)
             total = parameter.data if start is None else start.to(torch.float32, copy=True)
-            for one in self._of(name):
-                weights = one.trained.weights()
-                for key, projected in one.trained.project(weights).items():
-                    weights[key].copy_(projected)
-                low = one.trained.low()
-                self._moved.append(leak_and_size(one.trained.split, low))
-                one.target.add(total, low, one.trained.split.right)
+            self._add_projected(name, total)
             if start is not None:
                 local_of(parameter.data).copy_(local_of(total))
+        self._add_dealt(self._dealt.names, lambda name: self._add_projected(name, self._nothing(name)))
+
+    def _add_projected(self, name: str, total: Tensor) -> Tensor:
+        """Project what the optimizer moved in the parameter `name`, and add what that makes of it to `total`."""
+        for one in self._of(name):
+            weights = one.trained.weights()
+            for key, projected in one.trained.project(weights).items():
+                weights[key].copy_(projected)
+            low = one.trained.low()
+            self._moved.append((name, *leak_and_size(one.trained.split, low)))
+            one.target.add(total, low, one.trained.split.right)
+        return total
 
     def is_finer(self, name: str) -> bool:
         """Whether the parameter `name` began from finer numbers than it holds."""
@@ -206,14 +229,18 @@ class LowSpaces:
         return self._add_low(name, whole.to(self._of(name)[0].trained.split.right.device))
 
     @torch.no_grad()
-    def moved(self) -> tuple[Tensor, Tensor] | None:
+    def moved(self, speaks: Callable[[str], bool] = lambda name: True) -> tuple[Tensor, Tensor] | None:
         """The largest share of an update D that lies in the protected space, over all matrices; and the squared norms
-        of all D and of all targets as they came. Of what trains, before rounding; None where there are no targets."""
-        if not self.spaces:
+        of all D and of all targets as they came. Of what trains, before rounding; None where there are no targets.
+
+        speaks: for which parameters this process adds to the sums, where others have them, too."""
+        spaces = [one for one in self.spaces if speaks(one.target.parameter_name)]
+        if not spaces:
             return None
-        leak = torch.stack([shares.max() for shares, _ in self._moved]).max()
-        size = torch.stack([squares.double().sum() for _, squares in self._moved]).sum()
-        whole = torch.stack([one.trained.split.norm.double().square().sum() for one in self.spaces]).sum()
+        moved = [one for one in self._moved if speaks(one[0])]
+        leak = torch.stack([shares.max() for _, shares, _ in moved]).max()
+        size = torch.stack([squares.double().sum() for _, _, squares in moved]).sum()
+        whole = torch.stack([one.trained.split.norm.double().square().sum() for one in spaces]).sum()
         return leak, torch.stack([size, whole])
 
     def metrics(self) -> dict[str, Tensor]:
@@ -235,16 +262,20 @@ class LowSpaces:
         for one in self.spaces:
             for name, tensor in one.fixed().items():
                 tensor.copy_(tensors[name])
-        self._moved = [leak_and_size(one.trained.split, one.trained.low()) for one in self.spaces]
+        self._moved = [
+            (one.target.parameter_name, *leak_and_size(one.trained.split, one.trained.low())) for one in self.spaces
+        ]
         for name, parameter in self.parameters.items():
             self._take_over(name, parameter, tensors[name], is_start=_told_start(name) in tensors)
+        begun = {name for name in self._dealt.names if _told_start(name) in tensors}
+        self._add_dealt(begun, lambda name: self._add_low(name, self._nothing(name)))
 
     def _take_over(self, name: str, parameter: nn.Parameter, found: Tensor, *, is_start: bool) -> None:
         """found: this process's piece of the parameter as it stands, or of what it came as."""
         start = self._starts.get(name)
         if start is None:
             local_of(parameter.data).copy_(found)
-            if is_start:
+            if is_start and name not in self._dealt.names:
                 self._add_low(name, parameter.data)
             return
         if is_start:
@@ -271,9 +302,34 @@ class LowSpaces:
 
         return take
 
+    @property
+    def _alike(self) -> list[str]:
+        """The parameters of which each process that has a piece has what trains."""
+        return [name for name in self.parameters if name not in self._dealt.names]
+
+    def _take_gradient(self, name: str) -> Tensor | None:
+        """This process's piece of the dense gradient, which is forgotten."""
+        parameter = self.parameters[name]
+        gradient = self._sums.pop(name, parameter.grad)
+        parameter.grad = None
+        return None if gradient is None else local_of(cut_like(gradient, parameter))
+
+    def _add_dealt(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
+        """Add to the pieces of dealt parameters what `make` gives as a whole where they are kept."""
+        for name, piece in self._dealt.given(names, make):
+            local = local_of(self.parameters[name].data)
+            local.add_(piece.to(local.device))
+
+    def _nothing(self, name: str) -> Tensor:
+        """Zeros in the shape of a dealt parameter that is kept here."""
+        parameter = self.parameters[name]
+        return self._of(name)[0].trained.split.right.new_zeros(parameter.shape, dtype=parameter.dtype)
+
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         """gradient: this process's piece of it."""
-        gradient = whole_of(gradient, self.parameters[name])
+        self._add_whole_gradient(name, whole_of(gradient, self.parameters[name]))
+
+    def _add_whole_gradient(self, name: str, gradient: Tensor) -> None:
         for one in self._of(name):
             weights = one.trained.weights()
             dense = one.target.view(gradient)
@@ -322,7 +378,7 @@ def _divided_as(weight: Tensor, piece: Tensor) -> Tensor:
 
 
 def _told_start(name: str) -> str:
-    return f"{name}{MARK}start"
+    return f"{name}{MARK}{OF_START}"
 
 
 def _is_at_hand(parameter: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
+from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of, whole_cut
 from training_hub.errors import RecipeError
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -44,6 +44,15 @@ class Target:
         """Of a tensor in the shape of the parameter, the part that is this target, longer side first."""
         part = tensor.narrow(self.axis, self.start, self.length) if self.length else tensor
         return part.mT if self.is_wide else part
+
+    @property
+    def cut(self) -> Cut:
+        """Where this target lies in the parameter."""
+        whole = whole_cut(self.parameter.shape)
+        if not self.length:
+            return whole
+        sizes = (*whole.sizes[: self.axis], self.length, *whole.sizes[self.axis + 1 :])
+        return Cut(whole.shape, tuple(self.start * (axis == self.axis) for axis in range(len(sizes))), sizes)
 
     @property
     def short_side(self) -> int:
