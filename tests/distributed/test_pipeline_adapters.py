@@ -41,6 +41,8 @@ ROWS = {"lora": {**LORA, "trainable_tokens": [5, 7]}}
 COPY = {"lora": {**LORA, "modules_to_save": ["embed_tokens"]}}
 IN_FIRST = {"lora": {**LORA, **OF_LAYER, "options": {"layers_to_transform": [0]}}}
 PROVEN = {"lora": LORA, "training": {**SMALL_PACKS, "preflight": True}}
+IN_LAST = {"options": {"init_r": 4, "tfinal": 1, "layers_to_transform": [3]}}
+ADALORA = {"lora": {"tuner": "adalora", "r": 2, "options": {"init_r": 4, "tfinal": 1}}}
 BESIDE_EXPERTS = {**LORA, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
@@ -67,6 +69,10 @@ MORE_CASES: dict[str, Case] = {
     **{f"an adapter of {tuner}": ("llama", {}, {"lora": {**LORA, "tuner": tuner}}) for tuner in ("dora", "pissa")},
     "on experts": ("qwen3-moe", {}, {"lora": LORA}),
     "an adapter of another kind": ("llama", {}, {"lora": {"r": 4, "tuner": "loha"}}),
+    "ranks shared out over all layers": ("llama", {}, ADALORA),
+    "ranks shared out, there and back": ("qwen3", BACK, ADALORA),
+    "ranks shared out, with proofs": ("llama", {}, {**PROVEN, **ADALORA}),
+    "ranks shared out in the last layer alone": ("llama", {}, {"lora": {**ADALORA["lora"], **OF_LAYER, **IN_LAST}}),
     "with proofs": ("llama", {}, PROVEN),
     "layers made again": (
         "qwen3",
@@ -128,6 +134,10 @@ PRODUCTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "stages of experts": ("qwen3-moe", EXPERTS, {"lora": BESIDE_EXPERTS}),
     "stages of experts among heads": ("qwen3-moe", {**HEADS, "expert_parallel_degree": 2}, {"lora": BESIDE_EXPERTS}),
     "stages of experts among tokens": ("mixtral", {**TOKENS, "expert_parallel_degree": 2}, {"lora": BESIDE_EXPERTS}),
+    "two pipelines, ranks shared out": ("llama", {}, ADALORA),
+    "a pipeline of four, ranks shared out": ("qwen3", {"pipeline_parallel_degree": 4}, ADALORA),
+    "slices, ranks shared out": ("llama", {"data_parallel_shard_degree": 2}, ADALORA),
+    "stages of split tokens, ranks shared out": ("llama", TOKENS, ADALORA),
     "slices, on table and head": ("llama", {"data_parallel_shard_degree": 2}, ON_TABLES),
 }
 
@@ -193,6 +203,15 @@ def test_an_adapter_goes_on_in_stages_and_without_and_is_merged(crew, ways, requ
     same_adapter(unbroken, resumed)
     merged = [Path(one).parent / "merged" for one in (unbroken.model_path, resumed[0]["model_path"])]
     assert apart(*map(weights, merged)) <= CLOSE
+
+
+@pytest.mark.slow
+def test_ranks_are_shared_out_on_in_stages_and_without(two, folders, uneven_file, tmp_path):
+    settings = {"algorithm": "lora_sft", **ADALORA, **LONGER}
+    unbroken, resumed = broken_off(two, folders("llama", **FOUR_LAYERS), uneven_file, tmp_path, settings)
+    same_adapter(unbroken, resumed)
+    key = "adapter_mean_rank"
+    assert [row[key] for row in resumed[0]["history"]] == [row[key] for row in unbroken.history]
 
 
 @pytest.mark.slow

@@ -133,10 +133,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "widths are split among 2. Write 8, or parallelism.tensor_parallel_degree: 1.",
     ),
     "more stages than layers": ({"parallelism": {"pipeline_parallel_degree": 4}}, "but the model has 2 layers"),
-    "ranks shared out over stages": (
-        {"parallelism": {"pipeline_parallel_degree": 2}, "algorithm": "lora_sft", "lora": {"tuner": "adalora"}},
-        "and a process has some of them. Write 1, or lora.tuner: lora.",
-    ),
     "products kept for one pass of two": (
         {
             "parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "InterleavedZeroBubble"},

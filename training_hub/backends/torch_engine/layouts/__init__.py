@@ -388,7 +388,8 @@ class Layout:
             route = cut(model, self.asked, self.mesh.get_group("pp"), dtype, self.device, tokens)
             pipeline = pipeline_of(route, self.asked)
         if self.is_sharded:
-            apart = frozenset(model.get_parameter(name) for name in undivided)
+            # Of those of other stages there are none.
+            apart = frozenset(one for name, one in model.named_parameters() if name in undivided)
             dealt = [module for _, module in experts_of(model)] if self.experts is not None else []
             fully_sharded.shard(model, self.mesh, self.asked, dtype, apart, dealt, self.experts)
         return replace(self, summed=summed, tokens=tokens, pipeline=pipeline)

@@ -13,7 +13,6 @@ from training_hub.backends.torch_engine.layouts.context import context_problems
 from training_hub.backends.torch_engine.layouts.cut import answer_problems, pipeline_problems
 from training_hub.backends.torch_engine.layouts.experts import expert_problems
 from training_hub.backends.torch_engine.layouts.sequence import slice_problems
-from training_hub.backends.torch_engine.layouts.stages import DEGREE as PIPELINE
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import general, split_layers, tensor_problems
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model, read_config
@@ -117,10 +116,6 @@ def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} makes gradients of weights by itself, which torch "
         f"{torch.__version__} does wrongly. Write {SCHEDULE}: 1F1B or Interleaved1F1B, or install a newer one: "
         "pip install -U torch.": splits and not can_split_backward(),
-        f"{PIPELINE}: ranks of adalora are shared out by comparing those of all layers, and a process has some of "
-        "them. Write 1, or lora.tuner: lora.": recipe.algorithm == "lora_sft"
-        and recipe.lora.adapter is None
-        and recipe.lora.tuner == "adalora",
         f"{SCHEDULE}: {asked.pipeline_parallel_schedule} goes through a layer twice in backward, and what "
         "training.activation_checkpointing: selective keeps serves once. Write full or none, or "
         f"{SCHEDULE}: 1F1B.": splits and recipe.training.activation_checkpointing == "selective",

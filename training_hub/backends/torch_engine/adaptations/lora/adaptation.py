@@ -109,6 +109,8 @@ class Lora(OfParameters):
 
     def divided(self) -> None:
         """Where the base had no weights before, it is told only now how far from it the model with the adapter is."""
+        if self._allocation is not None:
+            self._allocation.divided(self._model)
         if self._difference is not None:
             return
         is_beside = any(hasattr(module, "lora_A") for module in self._model.modules())  # a stage may have none
@@ -163,6 +165,10 @@ class Lora(OfParameters):
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the adapter: how ranks are being shared out."""
         return {} if self._allocation is None else self._allocation.saved()
+
+    def is_here(self, key: str) -> bool:
+        """Whether a tensor of a checkpoint that is called so is about a matrix of this process."""
+        return self._allocation is not None and self._allocation.is_here(key)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `saved` gave."""
@@ -256,7 +262,8 @@ class Lora(OfParameters):
         Of a model in stages these are all of it: what PEFT has here has some of the layers.
         """
         if route_of(self._model) is not None:
-            return {name: weights[of].detach().cpu().contiguous().clone() for name, of in self._names.items()}
+            own = {name: weights[of].detach().cpu().contiguous().clone() for name, of in self._names.items()}
+            return own if self._allocation is None else self._allocation.resized(own)
         names = dict(self._peft.named_parameters(remove_duplicate=False))
         moved = {id(p): weights[name] for name, p in self._model.named_parameters() if name in weights}
         everything = {
