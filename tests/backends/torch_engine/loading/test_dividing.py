@@ -5,6 +5,7 @@ torch's "fake" group lets collectives return at once, with whatever lay in their
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
 from training_hub.backends.torch_engine.loading.blank import fill, wanted_shapes
 from training_hub.backends.torch_engine.loading.dividing import attach, load_blank, load_for
 from training_hub.backends.torch_engine.loading.model import LoadedModel
+from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.errors import RecipeError
@@ -69,17 +71,21 @@ def divided(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
         return blank, files.numbers_read
 
 
-def test_beside_an_adapter_no_more_is_held_than_slices_and_a_tensor(tmp_path, request):
-    """While a base is read; and the adapter, which is whole till it is divided, and once more as that is done."""
+@pytest.mark.parametrize(("tuner", "at_hand", "left"), [("lora", 1, 0), ("dora", 6, 0), ("pissa", 6, 1)])
+def test_beside_an_adapter_no_more_is_held_than_slices_and_a_tensor(tuner, at_hand, left, tmp_path, request):
+    """While a base is read; and the adapter, which is whole till it is divided, and once more as that is done. Of a
+    weight that an adapter is made of, its parts and sums take a few times as much as it does. left: of the weights from
+    which this process took a part, what is left is with it till it is handed out."""
     folder, slices = tmp_path / "model", Parallelism(data_parallel_shard_degree=SIZE)
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8}
     tiny_model("llama", **sizes).save_pretrained(folder)
     mesh = request.getfixturevalue("four")
-    asked = recipe(folder, Path("none.jsonl"), Path("none"), algorithm="lora_sft", lora={"r": 2})
+    asked = recipe(folder, Path("none.jsonl"), Path("none"), algorithm="lora_sft", lora={"r": 2, "tuner": tuner})
     layout = Layout(degrees=Degrees(dp_shard=SIZE), mesh=mesh, asked=slices)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         blank = load_for(layout, asked, CPU, torch.float32, None, [], open_console("off"))
-        model = attach(blank, Lora(asked), CPU)
+        begun = attach(blank, Lora(asked), CPU, Group(RANK, RANK, SIZE))
+        model = begun.model
         layout.divide(model, torch.float32)
         with opened(blank.files) as files:
             fill(model, ExpertFiles(files, blank.base.shapes), CPU, is_offloaded=False)
@@ -87,7 +93,11 @@ def test_beside_an_adapter_no_more_is_held_than_slices_and_a_tensor(tmp_path, re
     own = sum(4 * local_of(one).numel() for one in model.parameters())
     added = sum(4 * one.numel() for one in model.parameters() if one.requires_grad)
     held = rise(profiled, {file.stat().st_size for file in folder.glob("*.safetensors")})
-    assert own <= held <= own + max(whole) + 2 * added < sum(whole) / 2
+    read = int("".join(re.findall(r"[\d,]+(?= numbers here)", " ".join(begun.notes))).replace(",", "") or 0)
+    assert read * 4 <= (sum(whole) / SIZE if at_hand > 1 else 0) + max(whole)
+    kept = sum(4 * one.numel() for one in begun.changed.held.values())
+    assert (kept > 0) == (left > 0) and kept <= 4 * read
+    assert own <= held <= own + at_hand * max(whole) + 2 * added + kept < (1 + left / 2) * sum(whole) * 0.6
 
 
 @pytest.mark.parametrize("folder", ["llama", "qwen3", "mixtral", "qwen3-moe", "gemma3"], indirect=True)

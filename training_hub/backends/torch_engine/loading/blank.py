@@ -37,7 +37,10 @@ class _WithoutContents(TorchFunctionMode):
         return function(*arguments, **({**options, "device": "meta"} if is_weight else options))
 
 
-OF_ADAPTERS = (".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module")
+OF_ADAPTERS = (
+    *(".base_layer", ".token_adapter", ".original_module"),
+    *(".modules_to_save.default", ".ln_tuning_layers.default"),
+)
 """Parts that PEFT puts into the name of a weight that it wraps or copies."""
 
 
@@ -61,14 +64,14 @@ def without_contents(make: Any) -> PreTrainedModel:
     return model
 
 
-def see_one_number(model: nn.Module) -> frozenset[int]:
-    """Let every parameter be one number that looks like all of them, in place, on the CPU; the ids of what is one now.
-    So a model without contents can be given to who asks for memory."""
+def see_one_number(model: nn.Module, device: torch.device | None = None) -> frozenset[int]:
+    """Let every parameter be one number that looks like all of them, in place, on the device, by itself the CPU; the
+    ids of what is one now. So a model without contents can be given to who asks for memory."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, one in module._parameters.items():
             if one is not None:
-                number = torch.zeros((), dtype=one.dtype).expand(one.shape)
+                number = torch.zeros((), dtype=one.dtype, device=device).expand(one.shape)
                 module._parameters[name] = made.setdefault(id(one), nn.Parameter(number, False))
     return frozenset(map(id, model.parameters()))
 
@@ -76,6 +79,16 @@ def see_one_number(model: nn.Module) -> frozenset[int]:
 def has_numbers(parameter: Tensor) -> bool:
     """Whether a weight has contents of its own: it is not on the meta device, nor one number that looks like all."""
     return not parameter.is_meta and (parameter.numel() < 2 or any(parameter.stride()))
+
+
+def recast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Let the parameter be in another format, in place; one number that looks like all stays one."""
+    if parameter.dtype == dtype:
+        return
+    if has_numbers(parameter) or parameter.is_meta:
+        parameter.data = parameter.data.to(dtype)
+    else:
+        parameter.data = torch.zeros((), dtype=dtype, device=parameter.device).expand(parameter.shape)
 
 
 def empty_again(model: nn.Module, names: Collection[str], device: torch.device) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,10 @@ from training_hub.backends.torch_engine.loading.model import (
     unexpected_notes,
 )
 from training_hub.backends.torch_engine.loading.model_config import read_config, take_generation_config
+from training_hub.backends.torch_engine.loading.on_demand import OnDemand, hand_out
 from training_hub.backends.torch_engine.loading.quantization import NONE, part
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward, unrounded
+from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, base_of
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened
@@ -54,9 +56,6 @@ from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import BackendError, RecipeError, TrainingError
 from training_hub.recipe import Recipe
 from training_hub.types import Console
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def load_for(
@@ -130,15 +129,25 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     return LoadedModel(model, original, "", tuple(told), files, base)
 
 
-def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device) -> PreTrainedModel:
+def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device, group: Group = ALONE) -> LoadedModel:
     """The model with what trains, in place. One without contents gets only what the adaptation puts beside its weights,
-    with the numbers that it has beside whole ones."""
-    if loaded.files:
-        see_one_number(loaded.model)  # in which it is made as beside any weights
-    adaptation.attach(loaded.model)
-    if loaded.files:
-        empty_again(loaded.model, loaded.base.shapes, device)
-    return loaded.model
+    with the numbers that it has beside whole ones: those that it looks at are read one by one, each by one process of
+    the group for all, which must all call it."""
+    model = loaded.model
+    if not loaded.files:
+        adaptation.attach(model)
+        return loaded
+    see_one_number(model, device)  # in which it is made as beside any weights
+    with loaded.base.opened() as came:
+        shown = OnDemand(model, came, group)
+        with shown:
+            adaptation.attach(model)
+    empty_again(model, loaded.base.shapes, device)
+    if not shown.looked:
+        return loaded
+    shown.share(model)
+    told = f"what trains is made of {shown.looked} weights, read one by one; {shown.numbers_read:,} numbers here"
+    return replace(loaded, notes=(*loaded.notes, told), changed=shown.changed)
 
 
 def divide(
@@ -169,10 +178,14 @@ def divide(
         return loaded, layout
     wanted = loaded.base.shapes
     numbers = sum(math.prod(wanted[plain_name(name)]) for name, one in model.named_parameters() if one.is_meta)
-    layout = layout.divide(model, dtype)
+    layout = layout.divide(model, dtype, adaptation.undivided)
     is_offloaded = recipe.parallelism.enable_cpu_offload
     loaded, broken = filled(loaded, wanted, numbers, device, is_offloaded=is_offloaded)
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
+    if loaded.changed.owners:
+        adaptation.filled()
+        hand_out(model, loaded.changed, layout.group)
+        layout.let_go(model)
     loaded = looked_at(loaded, recipe.model.attention, lengths, device, dtype)
     adaptation.divided()
     layout.spread(model)
