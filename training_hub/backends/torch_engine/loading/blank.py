@@ -25,13 +25,18 @@ class _WithoutContents(TorchFunctionMode):
     """Gives a place on the meta device to what will be read from files; what is computed is computed.
 
     Modules ask for weights with torch.empty. Frequencies of rotary positions and other buffers are computed, and would
-    be lost on the meta device.
+    be lost on the meta device; some of large tensors of ones or zeros, which are weights elsewhere: is_exact computes
+    with all of these.
     """
+
+    def __init__(self, *, is_exact: bool) -> None:
+        super().__init__()
+        self._is_exact = is_exact
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = dict(options or {})
         is_weight = function is torch.empty
-        if function in (torch.zeros, torch.ones):
+        if function in (torch.zeros, torch.ones) and not self._is_exact:
             sizes = arguments[0] if len(arguments) == 1 and not isinstance(arguments[0], int) else arguments
             is_weight = bool(sizes) and torch.Size(sizes).numel() > LARGE
         return function(*arguments, **({**options, "device": "meta"} if is_weight else options))
@@ -53,8 +58,11 @@ def plain_name(name: str) -> str:
 
 def without_contents(make: Any) -> PreTrainedModel:
     """The model that `make` makes, with parameters on the meta device and buffers as they are computed."""
-    with _WithoutContents(), torch.no_grad():
+    with _WithoutContents(is_exact=False), torch.no_grad():
         model: PreTrainedModel = make()
+    if lost_buffers(model):
+        with _WithoutContents(is_exact=True), torch.no_grad():
+            model = make()
     blank: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -123,6 +131,21 @@ def weight_files(folder: Path) -> list[Path]:
 def wanted_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """What the model wants of its files, by name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def names_in_files(model: PreTrainedModel, found: Collection[str]) -> dict[str, str]:
+    """What files whose tensors are called as `found` says call weights otherwise than the model, by the model's names:
+    as transformers renames what it reads, where it does no more than that."""
+    wanted = model.state_dict()
+    strange = sorted(set(found) - wanted.keys())
+    if not strange or wanted.keys() <= set(found):
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    known = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    names = {rename_source_key(name, known, [], model.base_model_prefix, wanted)[0]: name for name in strange}
+    return {name: other for name, other in names.items() if name in wanted and name not in found}
 
 
 def loading_report(
