@@ -251,12 +251,17 @@ def adapter_begun(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     run = assemble(asked, loaded, materials, CPU, dtype, console, layout=layout)
     whole, adaptation = load_model(asked, CPU, dtype), Lora(asked)
     adaptation.attach(whole.model)
-    wanted = dict(whole.model.named_parameters(remove_duplicate=False))
+    wanted: dict[str, Tensor] = dict(whole.model.named_parameters(remove_duplicate=False))
+    with whole.base.opened() as came:  # where a run by itself begins to learn from
+        finer = {name: came.finer(name, one) for name, one in wanted.items() if one.requires_grad}
+    wanted |= {name: one for name, one in finer.items() if one is not None}
     unlike = [
         name
         for name, one in run.model.named_parameters(remove_duplicate=False)
-        if not torch.equal(local_of(one.detach()), wanted[name][cut_of(one).slices].to(one.dtype))
+        if not torch.equal(local_of(one.detach()), wanted[name].detach()[cut_of(one).slices].to(one.dtype))
     ]
+    beside = dict(whole.model.named_buffers())
+    unlike += [name for name, one in run.model.named_buffers() if not torch.equal(one, beside[name])]
     differences = [float(one.proofs()[0].measured) for one in (run.adaptation, adaptation)]
     trained = sum(one.requires_grad for one in run.model.parameters())
     read = "slices" if loaded.files else "whole"

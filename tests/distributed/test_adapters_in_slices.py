@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from peft import LoraConfig
+from safetensors.torch import save_file
 
-from tests.distributed.test_equal_numbers import SGD, STEPS
-from tests.invariants.run import recipe
+from tests.distributed.test_equal_numbers import SGD, STEPS, same_steps
+from tests.distributed.test_pipeline_adapters import same_adapter
+from tests.invariants.run import recipe, train
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 
 SLICES = {"data_parallel_shard_degree": -1}
@@ -16,17 +19,36 @@ STAGES = {"pipeline_parallel_degree": 2}
 LORA = {"r": 4, "dropout": 0.0}
 TABLES = {**LORA, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}
 BY_COLUMNS = {**LORA, "tuner": "rslora", "options": {"init_lora_weights": "gaussian"}}
+SIXTEEN = {"model": {"dtype": "bfloat16"}}
+DRAWN = {**LORA, "options": {"init_lora_weights": "pissa_niter_4"}}
 NOT_ZERO = {**LORA, "options": {"init_lora_weights": False}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "slices": ("llama", SLICES, {"lora": NOT_ZERO}),
-    "slices, in 16 bits": ("llama-tied", SLICES, {"lora": BY_COLUMNS, "model": {"dtype": "bfloat16"}}),
+    "slices, in 16 bits": ("llama-tied", SLICES, {"lora": BY_COLUMNS, **SIXTEEN}),
     "slices of tables": ("llama", SLICES, {"lora": TABLES}),
     "slices of experts": ("qwen3-moe", SLICES, {"lora": LORA}),
     "heads": ("llama", HEADS, {"lora": BY_COLUMNS}),
     "stages": ("llama-tied", STAGES, {"lora": NOT_ZERO}),
+    "lengths of rows": ("llama", SLICES, {"lora": {**LORA, "tuner": "dora"}, **SIXTEEN}),
+    "lengths of rows, in stages": ("llama", STAGES, {"lora": {**LORA, "tuner": "dora"}}),
+    "a part of the weights": ("llama", SLICES, {"lora": {**LORA, "tuner": "pissa"}}),
+    "a part of the weights, drawn": ("llama-tied", SLICES, {"lora": DRAWN, **SIXTEEN}),
+    "a part of the weights, in stages": ("llama", STAGES, {"lora": {**LORA, "tuner": "olora"}}),
+    "whole modules": ("llama", SLICES, {"lora": {**LORA, "modules_to_save": ["lm_head"]}, **SIXTEEN}),
+    "whole modules, in stages": ("llama", STAGES, {"lora": {**LORA, "modules_to_save": ["lm_head"]}}),
+    "rows of a table": ("llama", SLICES, {"lora": {**LORA, "trainable_tokens": [5, 7]}}),
+    "norms": ("llama", SLICES, {"lora": {"tuner": "ln_tuning"}, **SIXTEEN}),
+    **{
+        f"an adapter of {tuner}": ("llama", SLICES, {"lora": {"tuner": tuner, "r": 4}})
+        for tuner in ("adalora", "deft", "delora", "psoft", "supertuning", "loha")
+    },
 }
 
-QUICK = ("slices, in 16 bits", "heads", "stages")
+PROVEN = {**STEPS, "preflight": True}
+QUICK = (
+    *("slices, in 16 bits", "heads", "stages", "lengths of rows", "a part of the weights", "whole modules"),
+    *("rows of a table", "an adapter of delora"),
+)
 
 
 def settings_of(parallelism: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
@@ -48,16 +70,55 @@ def test_an_adapter_begins_as_beside_a_whole_base(case, two, folders, chat_file,
         assert found == pytest.approx(wanted, rel=0.11, abs=1e-3)
 
 
+LEARNING = {
+    "lengths of rows": {**LORA, "tuner": "dora"},
+    "a part of the weights": {**LORA, "tuner": "pissa"},
+    "whole modules": {**LORA, "modules_to_save": ["lm_head"]},
+    "rows of a table": {**LORA, "trainable_tokens": [5, 7]},
+    "an adapter of psoft": {"tuner": "psoft", "r": 4},
+    "an adapter of supertuning": {"tuner": "supertuning"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LEARNING)
+def test_it_learns_what_it_does_beside_a_whole_base(case, two, folders, uneven_file, tmp_path):
+    """From its first step to the final adapter, which is read back and compared, and proven before the first step."""
+    model, settings = folders("llama"), settings_of(SLICES, {"lora": LEARNING[case], "training": PROVEN})
+    together = two.train(model, uneven_file, tmp_path / "together", **settings)
+    alone = train(model, uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
+    same_steps(alone, together)
+    same_adapter(alone, together)
+
+
 WHOLE: dict[str, dict[str, Any]] = {
-    "use_dora": {"lora": {"tuner": "dora"}},
-    "init_lora_weights": {"lora": {"tuner": "pissa"}},
-    "an adapter of IA3": {"lora": {"tuner": "ia3"}},
-    "modules_to_save": {"lora": {"modules_to_save": ["lm_head"]}},
-    "rows of a table": {"lora": {"trainable_tokens": [5]}},
+    "an adapter with use_dora": {"lora": {"tuner": "dora"}, "model": {"quantization": "int8"}},
+    "an adapter with init_lora_weights": {"lora": {"tuner": "pissa"}, "model": {"quantization": "int8"}},
+    "an adapter with modules_to_save": {
+        "lora": {"modules_to_save": ["lm_head"]},
+        "model": {"quantization": "int8"},
+    },
+    "an adapter of IA3 begins alike beside bytes": {"lora": {"tuner": "ia3"}, "model": {"quantization": "int8"}},
+    "an adapter with arrow_config": {"lora": {"options": {"arrow_config": {}}}},
+    "an adapter of GLORA": {"lora": {"tuner": "glora"}},
 }
 
 
 @pytest.mark.parametrize("words", WHOLE)
-def test_what_is_made_of_whole_weights_says_why(words, tmp_path):
+def test_what_may_want_whole_weights_says_why(words, tmp_path):
     asked = recipe(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out", algorithm="lora_sft", **WHOLE[words])
     assert words in Lora(asked).begins_beside()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({}, ""), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, "was left")],
+)
+def test_one_that_goes_on_with_an_adapter_does_where_its_file_says_all_that_it_begins_from(settings, words, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **settings)
+    config.save_pretrained(str(tmp_path))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    lora = {"adapter": str(tmp_path)}
+    asked = recipe(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out", algorithm="lora_sft", lora=lora)
+    told = Lora(asked).begins_beside()
+    assert words in told and bool(told) == bool(words)

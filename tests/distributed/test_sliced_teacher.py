@@ -26,6 +26,7 @@ from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.fully_sharded import blocks_of
 from training_hub.backends.torch_engine.layouts.pieces import local_of
 from training_hub.backends.torch_engine.layouts.share import Share, Sizes
+from training_hub.backends.torch_engine.loading.dividing import load_blank
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.parallel import ALONE
 from training_hub.backends.torch_engine.teacher.kept import Kept
@@ -100,11 +101,12 @@ def rewritten(folder: Path, place: Path, change: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_one_whose_files_name_weights_otherwise_is_read_whole_and_then_divided(two, folders, uneven_file, tmp_path):
+def test_one_whose_files_name_weights_otherwise_lies_in_slices_too(two, folders, uneven_file, tmp_path):
     def renamed(held: dict[str, Any]) -> dict[str, Any]:
         return {name.removeprefix("model."): weight for name, weight in held.items()}
 
     teacher = rewritten(folders("llama-tied"), tmp_path / "teacher", renamed)
+    assert not isinstance(load_blank(recipe(teacher, uneven_file, tmp_path / "none"), CPU, torch.float32), str)
     settings = settings_of({"training": SMALL_PACKS}, teacher)
     together = two.train(folders("llama"), uneven_file, tmp_path / "together", **settings)
     alone = train(folders("llama"), uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training_hub.backends.jax_engine.rope import ROPE_TYPES
+from training_hub.backends.shared.model_folder import fetched
 from training_hub.errors import RecipeError
 from training_hub.recipe.sections import Model
 
@@ -75,13 +76,7 @@ class Shape:
 
 def folder_of(chosen: Model, *, with_weights: bool = True) -> Path:
     """The folder that the recipe's model lies in; one of the hub is fetched, unless it is in the hub's cache."""
-    folder = Path(chosen.path).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", *(["*.safetensors"] if with_weights else [])]
-    return Path(snapshot_download(chosen.path, revision=chosen.revision, allow_patterns=patterns))
+    return fetched(chosen.path, chosen.revision, ["*.json", *(["*.safetensors"] if with_weights else [])])
 
 
 def read_config(chosen: Model) -> Any:

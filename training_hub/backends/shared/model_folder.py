@@ -6,7 +6,7 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,15 @@ STORED_AS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bflo
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder here, as against a name on the hub."""
     return Path(path).expanduser().is_dir()
+
+
+def fetched(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder `path`; of a name on the hub the one in the hub's cache, where what is called so has been fetched."""
+    if is_folder(path):
+        return Path(path).expanduser()
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
 
 
 def folder_problems(path: str, *, trust_remote_code: bool = False, with_weights: bool = True) -> list[str]:

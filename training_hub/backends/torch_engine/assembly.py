@@ -57,7 +57,8 @@ def assemble(
     if not loaded.files:
         refuse_broken_model(recipe, nonfinite_tensors(loaded.model.state_dict()))
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
-    model = attach(loaded, adaptation, device)
+    loaded = attach(loaded, adaptation, device, layout.group)
+    model = loaded.model
     is_decomposed_late = isinstance(adaptation, Osft) and bool(loaded.files)
     if isinstance(adaptation, Osft):
         adaptation.share_work(layout)

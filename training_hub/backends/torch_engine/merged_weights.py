@@ -67,7 +67,7 @@ class MergedWeights:
         with self.base.opened() as came:
             report = loading_report(self.model, came.files)
         if report["missing_keys"] or report["mismatched_keys"]:
-            return "the files of the base call weights otherwise than the model does"
+            return "the files of the base hold weights otherwise than the model does"
         if lost := lost_buffers(self.model):
             return f"buffers of the base ({', '.join(lost[:3])}) are not computed anew"
         names = [(name, id(one)) for name, one in self.model.named_parameters(remove_duplicate=False)]

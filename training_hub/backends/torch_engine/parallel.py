@@ -96,16 +96,16 @@ class Group:
                     _sum_together(bucket, one)
 
     @torch.no_grad()
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with those of process 0, bit for bit; all must call it with the same shapes."""
+    def spread(self, tensors: Iterable[Tensor], source: int = 0) -> None:
+        """Overwrite the tensors with those of process `source`, bit for bit; all must call it with the same shapes."""
         if self.world_size == 1:
             return
-        with self.explained("the weights of process 0"):
+        with self.explained(f"the weights of process {source}"):
             for tensor in _plain(tensors):
                 if tensor.numel() == 0:
                     continue
                 whole = tensor.detach().contiguous()
-                dist.broadcast(whole.view(-1).view(torch.uint8), 0)
+                dist.broadcast(whole.view(-1).view(torch.uint8), source)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
 

@@ -45,6 +45,9 @@ class OfParameters:
     def expect_steps(self, total: int) -> None:
         """Nothing depends on how many steps the run has."""
 
+    def filled(self) -> None:
+        """Nothing to learn from weights that are about to change."""
+
     def divided(self) -> None:
         """Nothing to hold on to when the model's parameters are divided over processes."""
 

@@ -57,6 +57,10 @@ class Adaptation(Protocol):
         """Prepare what depends on the weights."""
         ...
 
+    def filled(self) -> None:
+        """The model is divided and its weights are there as they came; others are about to take the place of some."""
+        ...
+
     def divided(self) -> None:
         """The model's parameters have been divided over processes: they are other objects from now on."""
         ...

@@ -25,19 +25,27 @@ class _WithoutContents(TorchFunctionMode):
     """Gives a place on the meta device to what will be read from files; what is computed is computed.
 
     Modules ask for weights with torch.empty. Frequencies of rotary positions and other buffers are computed, and would
-    be lost on the meta device.
+    be lost on the meta device; some of large tensors of ones or zeros, which are weights elsewhere: is_exact computes
+    with all of these.
     """
+
+    def __init__(self, *, is_exact: bool) -> None:
+        super().__init__()
+        self._is_exact = is_exact
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = dict(options or {})
         is_weight = function is torch.empty
-        if function in (torch.zeros, torch.ones):
+        if function in (torch.zeros, torch.ones) and not self._is_exact:
             sizes = arguments[0] if len(arguments) == 1 and not isinstance(arguments[0], int) else arguments
             is_weight = bool(sizes) and torch.Size(sizes).numel() > LARGE
         return function(*arguments, **({**options, "device": "meta"} if is_weight else options))
 
 
-OF_ADAPTERS = (".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module")
+OF_ADAPTERS = (
+    *(".base_layer", ".token_adapter", ".original_module"),
+    *(".modules_to_save.default", ".ln_tuning_layers.default"),
+)
 """Parts that PEFT puts into the name of a weight that it wraps or copies."""
 
 
@@ -50,8 +58,11 @@ def plain_name(name: str) -> str:
 
 def without_contents(make: Any) -> PreTrainedModel:
     """The model that `make` makes, with parameters on the meta device and buffers as they are computed."""
-    with _WithoutContents(), torch.no_grad():
+    with _WithoutContents(is_exact=False), torch.no_grad():
         model: PreTrainedModel = make()
+    if lost_buffers(model):
+        with _WithoutContents(is_exact=True), torch.no_grad():
+            model = make()
     blank: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -61,14 +72,14 @@ def without_contents(make: Any) -> PreTrainedModel:
     return model
 
 
-def see_one_number(model: nn.Module) -> frozenset[int]:
-    """Let every parameter be one number that looks like all of them, in place, on the CPU; the ids of what is one now.
-    So a model without contents can be given to who asks for memory."""
+def see_one_number(model: nn.Module, device: torch.device | None = None) -> frozenset[int]:
+    """Let every parameter be one number that looks like all of them, in place, on the device, by itself the CPU; the
+    ids of what is one now. So a model without contents can be given to who asks for memory."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, one in module._parameters.items():
             if one is not None:
-                number = torch.zeros((), dtype=one.dtype).expand(one.shape)
+                number = torch.zeros((), dtype=one.dtype, device=device).expand(one.shape)
                 module._parameters[name] = made.setdefault(id(one), nn.Parameter(number, False))
     return frozenset(map(id, model.parameters()))
 
@@ -76,6 +87,16 @@ def see_one_number(model: nn.Module) -> frozenset[int]:
 def has_numbers(parameter: Tensor) -> bool:
     """Whether a weight has contents of its own: it is not on the meta device, nor one number that looks like all."""
     return not parameter.is_meta and (parameter.numel() < 2 or any(parameter.stride()))
+
+
+def recast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Let the parameter be in another format, in place; one number that looks like all stays one."""
+    if parameter.dtype == dtype:
+        return
+    if has_numbers(parameter) or parameter.is_meta:
+        parameter.data = parameter.data.to(dtype)
+    else:
+        parameter.data = torch.zeros((), dtype=dtype, device=parameter.device).expand(parameter.shape)
 
 
 def empty_again(model: nn.Module, names: Collection[str], device: torch.device) -> None:
@@ -110,6 +131,21 @@ def weight_files(folder: Path) -> list[Path]:
 def wanted_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """What the model wants of its files, by name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def names_in_files(model: PreTrainedModel, found: Collection[str]) -> dict[str, str]:
+    """What files whose tensors are called as `found` says call weights otherwise than the model, by the model's names:
+    as transformers renames what it reads, where it does no more than that."""
+    wanted = model.state_dict()
+    strange = sorted(set(found) - wanted.keys())
+    if not strange or wanted.keys() <= set(found):
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    known = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    names = {rename_source_key(name, known, [], model.base_model_prefix, wanted)[0]: name for name in strange}
+    return {name: other for name, other in names.items() if name in wanted and name not in found}
 
 
 def loading_report(

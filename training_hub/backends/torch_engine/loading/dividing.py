@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from training_hub.algorithms import find_algorithm
-from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
 from training_hub.backends.torch_engine.attention import FUNCTIONS, register_attention, varlen_problem
@@ -29,8 +27,6 @@ from training_hub.backends.torch_engine.loading.blank import (
     lost_buffers,
     plain_name,
     see_one_number,
-    wanted_shapes,
-    weight_files,
     without_contents,
 )
 from training_hub.backends.torch_engine.loading.low_bits import empty_layers, fill_layers, whole_reason
@@ -44,19 +40,17 @@ from training_hub.backends.torch_engine.loading.model import (
     named,
     unexpected_notes,
 )
-from training_hub.backends.torch_engine.loading.model_config import read_config, take_generation_config
+from training_hub.backends.torch_engine.loading.model_config import local_copy, read_config, take_generation_config
+from training_hub.backends.torch_engine.loading.on_demand import OnDemand, hand_out
 from training_hub.backends.torch_engine.loading.quantization import NONE, part
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward, unrounded
+from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, base_of
-from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 from training_hub.errors import BackendError, RecipeError, TrainingError
 from training_hub.recipe import Recipe
 from training_hub.types import Console
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def load_for(
@@ -105,21 +99,20 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     chosen, problem = recipe.model, varlen_problem(device, dtype)
     if chosen.attention == "varlen" and problem:
         raise BackendError(problem)
-    if not is_folder(chosen.path):
-        return "it is a name on the hub"
-    config, original = read_config(chosen)
+    place = local_copy(chosen)
+    config, original = read_config(place)
     options = {"dtype": dtype, "trust_remote_code": chosen.trust_remote_code}
     model = without_contents(lambda: transformers.AutoModelForCausalLM.from_config(config, **options))
-    take_generation_config(model, chosen)
-    files = tuple(weight_files(Path(chosen.path).expanduser()))
-    with opened(files) as tensors:
-        info = loading_report(model, ExpertFiles(tensors, wanted_shapes(model)))
-    lost = lost_buffers(model)
+    take_generation_config(model, place)
+    base = base_of(place, model)
+    with opened(base.files) as tensors:
+        info = loading_report(model, base.named(tensors))
+        found = tensors.shapes
+    lost = [name for name in lost_buffers(model) if name not in found]
     if lost:
         return f"its buffers {named(lost)} are not computed anew"
     if info["missing_keys"] or info["mismatched_keys"]:
-        return "its files call weights otherwise than it does"
-    base = base_of(chosen, model)
+        return "its files hold weights otherwise than it does"
     if chosen.quantization != NONE:
         if reason := whole_reason(model, chosen.quantization):
             return reason
@@ -127,18 +120,28 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     if dtype in TYPES and problem_on(device) is None and not recipe.training.compile:
         swap(model)
     told = [*unexpected_notes(info["unexpected_keys"]), *filter(None, [round_in_forward(model, recipe.qat)])]
-    return LoadedModel(model, original, "", tuple(told), files, base)
+    return LoadedModel(model, original, "", tuple(told), base.files, base)
 
 
-def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device) -> PreTrainedModel:
+def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device, group: Group = ALONE) -> LoadedModel:
     """The model with what trains, in place. One without contents gets only what the adaptation puts beside its weights,
-    with the numbers that it has beside whole ones."""
-    if loaded.files:
-        see_one_number(loaded.model)  # in which it is made as beside any weights
-    adaptation.attach(loaded.model)
-    if loaded.files:
-        empty_again(loaded.model, loaded.base.shapes, device)
-    return loaded.model
+    with the numbers that it has beside whole ones: those that it looks at are read one by one, each by one process of
+    the group for all, which must all call it."""
+    model = loaded.model
+    if not loaded.files:
+        adaptation.attach(model)
+        return loaded
+    see_one_number(model, device)  # in which it is made as beside any weights
+    with loaded.base.opened() as came:
+        shown = OnDemand(model, came, group)
+        with shown:
+            adaptation.attach(model)
+    empty_again(model, loaded.base.shapes, device)
+    if not shown.looked:
+        return loaded
+    shown.share(model)
+    told = f"what trains is made of {shown.looked} weights, read one by one; {shown.numbers_read:,} numbers here"
+    return replace(loaded, notes=(*loaded.notes, told), changed=shown.changed)
 
 
 def divide(
@@ -169,10 +172,14 @@ def divide(
         return loaded, layout
     wanted = loaded.base.shapes
     numbers = sum(math.prod(wanted[plain_name(name)]) for name, one in model.named_parameters() if one.is_meta)
-    layout = layout.divide(model, dtype)
+    layout = layout.divide(model, dtype, adaptation.undivided)
     is_offloaded = recipe.parallelism.enable_cpu_offload
-    loaded, broken = filled(loaded, wanted, numbers, device, is_offloaded=is_offloaded)
+    loaded, broken = filled(loaded, numbers, device, is_offloaded=is_offloaded)
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
+    if loaded.changed.owners:
+        adaptation.filled()
+        hand_out(model, loaded.changed, layout.group)
+        layout.let_go(model)
     loaded = looked_at(loaded, recipe.model.attention, lengths, device, dtype)
     adaptation.divided()
     layout.spread(model)
@@ -181,7 +188,6 @@ def divide(
 
 def filled(
     loaded: LoadedModel,
-    wanted: Mapping[str, tuple[int, ...]],
     numbers: int,
     device: torch.device,
     *,
@@ -190,9 +196,9 @@ def filled(
     """The model, divided and without contents, with this process's pieces of its weights, read from its files; and
     which of them, or of what it read for others, are not finite. All among which a quantised layer lies must call it.
 
-    wanted, numbers: the shapes that it had as a whole, by name, and how many numbers its weights had."""
+    numbers: how many its weights have."""
     with opened(loaded.files) as files:
-        by_name = ExpertFiles(files, wanted)
+        by_name = loaded.base.named(files)
         fill(loaded.model, by_name, device, is_offloaded)
         broken = fill_layers(loaded.model, by_name, device)
         share = f"each process reads its own slices of the weights; here {files.numbers_read / numbers:.1%}"

@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.attention_trial import heads_of, told, t
 from training_hub.backends.torch_engine.fused import eight_bit, onednn, panels
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
 from training_hub.backends.torch_engine.loading.model_config import from_library, read_config, source_options
+from training_hub.backends.torch_engine.loading.on_demand import UNCHANGED, Changed
 from training_hub.backends.torch_engine.loading.quantization import NONE, loading_options, multiply_dense
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.backends.torch_engine.preflight import (
@@ -49,7 +50,7 @@ class LoadedModel:
 
     attention: the name it attends by, of ours, or transformers' own where the architecture allows no other.
     files: what the weights of a model without contents are to be read from, once it is divided. base: the weights as
-    they came, which may be finer than those of `model`.
+    they came, which may be finer than those of `model`. changed: what takes the place of some once they are read.
     """
 
     model: PreTrainedModel
@@ -58,6 +59,7 @@ class LoadedModel:
     notes: tuple[str, ...]
     files: tuple[Path, ...] = ()
     base: BaseWeights = UNREAD
+    changed: Changed = UNCHANGED
 
 
 def choose_device() -> torch.device:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training_hub.backends.shared.materials import Limits, limits_of
-from training_hub.backends.shared.model_folder import folder_problems, is_folder, stored_dtype
+from training_hub.backends.shared.model_folder import fetched, folder_problems, is_folder, stored_dtype
+from training_hub.backends.torch_engine.loading.blank import weight_files
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.errors import BackendError, RecipeError
@@ -51,6 +52,23 @@ def read_config(chosen: Model, *, with_weights: bool = True) -> tuple[Any, torch
     config._attn_implementation = None
     config._experts_implementation = None
     return config, original
+
+
+def local_copy(chosen: Model) -> Model:
+    """`chosen` as a folder here; of a name on the hub what it takes is fetched, unless it is in the hub's cache. Raises
+    RecipeError where it cannot be."""
+    if is_folder(chosen.path):
+        return chosen
+    code = ("*.py",) if chosen.trust_remote_code else ()
+    try:
+        folder = fetched(chosen.path, chosen.revision, ("*.json", *code))
+        names = [file.relative_to(folder).as_posix() for file in weight_files(folder)]
+        fetched(chosen.path, chosen.revision, names)
+    except OSError as error:
+        raise RecipeError(
+            f"model.path: {chosen.path} is not a folder here and cannot be had from the hub: {error}"
+        ) from error
+    return chosen.model_copy(update={"path": str(folder), "revision": None})
 
 
 def take_generation_config(model: PreTrainedModel, chosen: Model) -> None:

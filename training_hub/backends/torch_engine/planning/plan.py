@@ -13,7 +13,6 @@ import torch
 
 from training_hub.algorithms import find_algorithm
 from training_hub.backends import Given
-from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.shared.packs import planned, settings_of
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
@@ -216,8 +215,7 @@ def memory_of(
 
 def _is_read_whole(recipe: Recipe) -> bool:
     """Whether each process holds all of the model before it is divided."""
-    adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
-    return not is_folder(recipe.model.path) or bool(adaptation.begins_beside())
+    return bool(ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe).begins_beside())
 
 
 def _held_here(holdings: Holdings, here: PreTrainedModel, model: PreTrainedModel) -> Holdings:

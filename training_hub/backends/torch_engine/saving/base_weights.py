@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from training_hub.backends.shared.model_folder import is_folder
 from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of, whole_cut
-from training_hub.backends.torch_engine.loading.blank import plain_name, wanted_shapes, weight_files
+from training_hub.backends.torch_engine.loading.blank import names_in_files, plain_name, wanted_shapes, weight_files
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
-from training_hub.backends.torch_engine.saving.tensor_files import opened
+from training_hub.backends.torch_engine.saving.tensor_files import TensorFiles, opened
 from training_hub.recipe.sections import Model
 
 if TYPE_CHECKING:
@@ -39,20 +39,24 @@ class Written:
 class BaseWeights:
     """Where the weights of a model can be read as they came.
 
-    files: safetensors. shapes: of the whole weights, by the model's names. prefix: what files may leave out before
-    these. held: weights that no file has under such a name, or that came with a live model.
+    files: safetensors. shapes: of the whole weights, by the model's names. renamed: by these, what the files call
+    otherwise. held: weights that no file has under such a name, or that came with a live model.
     """
 
     files: tuple[Path, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    prefix: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
     held: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def opened(self) -> Iterator[OpenBase]:
         """The weights, to be read while this is open."""
         with opened(self.files) as files:
-            yield OpenBase(ExpertFiles(files, self.shapes, self.prefix), self.held)
+            yield OpenBase(self.named(files), self.held)
+
+    def named(self, files: TensorFiles) -> ExpertFiles:
+        """The open files, by the names that the model has for what they hold."""
+        return ExpertFiles(files, self.shapes, self.renamed)
 
     def let_go(self, names: Collection[str]) -> None:
         """Forget these weights of a live model: they are elsewhere, or nobody will ask for them."""
@@ -143,10 +147,11 @@ def base_of(chosen: Model, model: PreTrainedModel, held: dict[str, Tensor] | Non
     """Where the weights of this model can be read again: it has just been made from the files of the recipe's model, or
     handed over, with what it held before it was rounded."""
     shapes = wanted_shapes(model)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if held is not None:
-        return BaseWeights((), shapes, prefix, held)
-    return BaseWeights(files_of_model(chosen), shapes, prefix)
+        return BaseWeights((), shapes, held=held)
+    paths = files_of_model(chosen)
+    with opened(paths) as files:
+        return BaseWeights(paths, shapes, names_in_files(model, files.shapes))
 
 
 def files_of_model(chosen: Model) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,10 +25,15 @@ OWNERS = ((".mlp", ".block_sparse_moe"),)
 
 
 class ExpertFiles:
-    """The tensors of some files under the names that the model has for them. prefix: what files may leave out before
-    these: GPT-2 as its makers saved it has no `transformer.`."""
+    """The tensors of some files under the names that the model has for them. renamed: by these, what the files call
+    otherwise: GPT-2 as its makers saved it has no `transformer.`."""
 
-    def __init__(self, files: TensorFiles, wanted: Mapping[str, tuple[int, ...]], prefix: str = ""):
+    def __init__(
+        self,
+        files: TensorFiles,
+        wanted: Mapping[str, tuple[int, ...]],
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ):
         self._files = files
         self._plain: dict[str, str] = {}
         self._stacked: dict[str, list[list[str]]] = {}
@@ -36,7 +42,9 @@ class ExpertFiles:
                 self._plain[name] = name
             elif parts := self._parts(name, shape):
                 self._stacked[name] = parts
-            elif other := next((one for one in _otherwise(name, prefix) if one in files.shapes), None):
+            elif name in renamed:
+                self._plain[name] = renamed[name]
+            elif other := next((one for one in _otherwise(name) if one in files.shapes), None):
                 self._plain[name] = other
         used = {*self._plain.values(), *(part for parts in self._stacked.values() for own in parts for part in own)}
         stacked = {name: self._shape(parts) for name, parts in self._stacked.items()}
@@ -77,7 +85,6 @@ class ExpertFiles:
         return len(parts), sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 
-def _otherwise(name: str, prefix: str = "") -> list[str]:
+def _otherwise(name: str) -> list[str]:
     """How files of other kinds would call what the model calls `name`."""
-    shorter = [name.removeprefix(prefix)] if prefix and name.startswith(prefix) else []
-    return shorter + [name.replace(ours, theirs) for ours, theirs in OWNERS if ours in name]
+    return [name.replace(ours, theirs) for ours, theirs in OWNERS if ours in name]

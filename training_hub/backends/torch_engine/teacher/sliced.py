@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from training_hub.backends.torch_engine.layouts.fully_sharded import shard_frozen
-from training_hub.backends.torch_engine.loading.blank import wanted_shapes
 from training_hub.backends.torch_engine.loading.dividing import broken_pieces, filled, load_blank, looked_at
 from training_hub.backends.torch_engine.loading.model import LoadedModel, load_model
 from training_hub.recipe import Recipe
@@ -31,9 +30,9 @@ def load_sliced(
     blank = load_blank(recipe, device, dtype)
     if isinstance(blank, LoadedModel):
         model = blank.model
-        wanted, numbers = wanted_shapes(model), sum(parameter.numel() for parameter in model.parameters())
+        numbers = sum(parameter.numel() for parameter in model.parameters())
         shard_frozen(model, mesh, dtype)
-        loaded, broken = filled(blank, wanted, numbers, device, is_offloaded=False)
+        loaded, broken = filled(blank, numbers, device, is_offloaded=False)
     else:
         console.say(f"teacher: each process reads all of it before it is divided, since {blank}")
         loaded = load_model(recipe, device, dtype, lengths=lengths, is_trained=False)

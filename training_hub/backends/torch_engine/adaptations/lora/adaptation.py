@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_i
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
-from training_hub.backends.torch_engine.loading.blank import has_numbers
-from training_hub.backends.torch_engine.loading.quantization import METHODS, num_numbers, num_quantised
+from training_hub.backends.torch_engine.loading.blank import has_numbers, recast
+from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, num_numbers, num_quantised
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
@@ -59,16 +59,16 @@ class Lora(OfParameters):
         self._start: Start | None = None
         self._allocation: Allocation | None = None
         self._difference: float | None = None
+        self._before: Tensor | None = None
         self._notes: list[str] = []
         self._names: dict[str, str] = {}
         self._dtype = torch.float32
 
     def begins_beside(self) -> str:
-        """Why the adapter must be made beside whole weights: it is made of them. Beside a quantised
-        base, which has bytes in their place, only what begins from random numbers or zeros needs none."""
-        if self._recipe.lora.trainable_tokens:
-            return "rows of a table begin from it"
-        return begins_beside(make_config(self._recipe, None))
+        """Why the adapter must be made beside whole weights, where it must."""
+        recipe = self._recipe
+        is_quantised, goes_on = recipe.model.quantization != NONE, recipe.lora.adapter is not None
+        return begins_beside(make_config(recipe, None), goes_on=goes_on, is_quantised=is_quantised)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model, frozen, with an adapter in the place of each target.
@@ -97,7 +97,7 @@ class Lora(OfParameters):
         self._dtype = parameter.dtype if self._allocation is None else wider
         for trained in model.parameters():
             if trained.requires_grad and trained.is_floating_point():
-                trained.data = trained.data.to(self._dtype)
+                recast(trained, self._dtype)
         if before is not None and is_changing_its_base(config):
             self._start = Start(self._adapter_tensors(self._own_weights()))
         if not parameter.is_meta and self._recipe.lora.adapter is not None:
@@ -107,16 +107,23 @@ class Lora(OfParameters):
         run_adapters_fused(model)
         return model
 
+    def filled(self) -> None:
+        """What the base says, from whose weights a part will be taken."""
+        self._before = self._said_without()
+
     def divided(self) -> None:
         """Where the base had no weights before, it is told only now how far from it the model with the adapter is."""
         if self._allocation is not None:
             self._allocation.divided(self._model)
         if self._difference is not None:
             return
-        is_beside = any(hasattr(module, "lora_A") for module in self._model.modules())  # a stage may have none
-        with library.silent(self._model) if is_beside else nullcontext():
-            before = logits_of_one(self._model)
-        self._difference = relative_difference(logits_of_one(self._model), before)
+        before = self._said_without() if self._before is None else self._before
+        self._difference, self._before = relative_difference(logits_of_one(self._model), before), None
+
+    def _said_without(self) -> Tensor:
+        is_low_rank = any(hasattr(module, "lora_A") for module in self._model.modules())  # a stage may have none
+        with (library.silent if is_low_rank else library.disabled)(self._model):
+            return logits_of_one(self._model)
 
     def holdings(self) -> Holdings:
         """What there is beside the model's parameters, the adapter's among them: the start of PiSSA, small files."""
@@ -176,7 +183,9 @@ class Lora(OfParameters):
             self._allocation.load(tensors)
 
     def begin(self, console: Console) -> None:
-        """Say what trains."""
+        """Say what trains; where a part of the weights does, it is kept as it is now."""
+        if self._start is None and is_changing_its_base(self._config):
+            self._start = Start(self._adapter_tensors(self._own_weights()))
         for line in (*self._notes, *_told(self._model, self._config)):
             console.say(f"lora: {line}")
 

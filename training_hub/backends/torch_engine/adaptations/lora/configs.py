@@ -34,15 +34,29 @@ CHOOSING_MODULES = ("ia3", "ln_tuning")
 RANK, ALPHA = 16, 32
 """Defaults of the kinds of LoRA."""
 
-APART = (
-    *("r", "lora_alpha", "lora_dropout", "lora_bias", "bias", "use_rslora", "init_lora_weights", "rank_pattern"),
-    *("alpha_pattern", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "fan_in_fan_out", "ensure_weight_tying"),
+SEEN = (
+    *("r", "lora_alpha", "lora_dropout", "lora_bias", "bias", "use_rslora", "use_dora", "init_lora_weights"),
+    *("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "fan_in_fan_out"),
+    "ensure_weight_tying",
 )
-"""Fields of PEFT's LoRA that let it begin without a look at the weights, whatever they say; the others as usual."""
+"""Fields of PEFT's LoRA with which it begins alike beside weights that are read one by one, whatever they say; the
+others as usual. So do TUNERS. A test begins each so, and beside whole weights."""
 
 DRAWN = (True, False, "gaussian", "orthogonal")
 """Values of init_lora_weights that are random numbers and zeros."""
+
+BEGINNINGS = (*DRAWN, "pissa", "olora", "mica")
+"""Values of init_lora_weights with which it does, and "pissa_niter_" with a number."""
+
+OF_NUMBERS = ("use_dora", "modules_to_save")
+"""Fields of SEEN with which it is made of numbers, where a quantised base has bytes."""
+
+TUNERS = (
+    *("adalora", "beft", "boft", "c3a", "deft", "delora", "fourierft", "gralora", "hira", "hra", "ia3", "ln_tuning"),
+    *("loha", "lokr", "miss", "oft", "peanut", "psoft", "pvera", "randlora", "road", "supertuning", "tinylora"),
+    *("unilora", "vblora", "vera", "waveft"),
+)
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -116,20 +130,30 @@ def is_changing_its_base(config: Any) -> bool:
     return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
 
 
-def begins_beside(config: Any) -> str:
-    """Why an adapter is made of the weights that it stands beside; "" where it begins from random numbers or zeros."""
+def begins_beside(config: Any, *, goes_on: bool = False, is_quantised: bool = False) -> str:
+    """Why an adapter must be made beside whole weights; "" where it begins alike beside those that are read one by one.
+    goes_on: its numbers come from a folder. is_quantised: of most weights there are bytes, which are made of them."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if goes_on and getattr(config, "modules_to_save", None):
+        return "lora.adapter has whole modules (modules_to_save) in the place of its own"
     if kind != "LORA":
-        return f"an adapter of {kind} may begin from the weights"
+        is_known = kind.lower() in TUNERS and not is_quantised
+        beside = "bytes" if is_quantised else "less of it"
+        return "" if is_known else f"it is not known whether an adapter of {kind} begins alike beside {beside}"
+    if goes_on and is_changing_its_base(config):
+        return "lora.adapter stands beside what was left of it (init_lora_weights)"
     usual = type(config)()
+    seen = set(SEEN) - set(OF_NUMBERS if is_quantised else ())
     found = [
         field.name
         for field in dataclasses.fields(config)
-        if field.name not in (*OWN_FIELDS, *APART) and getattr(config, field.name) != getattr(usual, field.name)
+        if field.name not in (*OWN_FIELDS, *seen) and getattr(config, field.name) != getattr(usual, field.name)
     ]
-    if config.init_lora_weights not in DRAWN:
+    begun = config.init_lora_weights
+    is_seen = begun in BEGINNINGS or str(begun).startswith("pissa_niter_")
+    if begun not in DRAWN and (is_quantised or not is_seen):
         found.append("init_lora_weights")
-    return f"an adapter with {', '.join(found)} begins from the weights" if found else ""
+    return f"an adapter with {', '.join(found)} may want all of it" if found else ""
 
 
 def refuse_unrounded(config: Any, tuner: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from training_hub.backends.torch_engine.loading.quiet import quiet
 
-__all__ = ["MISSING", "is_installed", "load", "quiet", "silent"]
+__all__ = ["MISSING", "disabled", "is_installed", "load", "quiet", "silent"]
 
 MISSING = "peft is not installed, and adapters are trained by it: pip install 'training-hub[peft]'"
 
@@ -33,3 +34,22 @@ def silent(model: nn.Module) -> AbstractContextManager[None]:
         from peft.helpers import rescale_adapter_scale
     scaled: AbstractContextManager[None] = rescale_adapter_scale(model, 0)
     return scaled
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within it nothing that PEFT has put into the model does anything; what trains still does afterwards."""
+    with quiet():
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    trains = [(one, one.requires_grad) for one in model.parameters()]
+    layers = [one for one in model.modules() if isinstance(one, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for one, does in trains:
+            one.requires_grad_(does)

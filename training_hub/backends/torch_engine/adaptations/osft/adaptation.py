@@ -214,6 +214,9 @@ class Osft:
         for line in told(self._weights, [Row(**row) for row in rows.values()]):
             console.say(f"osft: {line}")
 
+    def filled(self) -> None:
+        """Nothing to learn from weights that are about to change: it changes them itself."""
+
     def divided(self) -> None:
         """Hold on to the model's parameters as they are now: divided over processes. What trains in those that lie in
         slices stays in one process for each, or will."""

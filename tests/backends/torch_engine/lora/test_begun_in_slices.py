@@ -1,0 +1,76 @@
+"""An adapter made beside a model whose weights are read one by one is the adapter made beside the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backends.torch_engine.tiny_models import tiny_model
+from tests.invariants.run import recipe
+from training_hub.backends.torch_engine.adaptations.lora import Lora
+from training_hub.backends.torch_engine.adaptations.lora.configs import KINDS_OF_LORA, REFUSED, TUNERS, _kinds
+from training_hub.backends.torch_engine.loading.blank import plain_name
+from training_hub.backends.torch_engine.loading.dividing import attach, load_blank
+from training_hub.backends.torch_engine.loading.model import LoadedModel, load_model
+
+CPU = torch.device("cpu")
+
+FIT_FOR_TINY: dict[str, dict[str, Any]] = {
+    "c3a": {"options": {"block_size": 8}},
+    "fourierft": {"options": {"n_frequency": 8}},
+    "waveft": {"options": {"n_frequency": 8}},
+    "road": {"options": {"group_size": 8}},
+    "vblora": {"options": {"vector_length": 8, "num_vectors": 16, "topk": 2}},
+    "miss": {"r": 4},
+    "psoft": {"r": 4},
+}
+"""Settings without which a tuner does not go into matrices of 32 rows."""
+
+BEGUN: dict[str, dict[str, Any]] = {
+    **{tuner: {"tuner": tuner} for tuner in KINDS_OF_LORA},
+    **{tuner: {"tuner": tuner, **FIT_FOR_TINY.get(tuner, {})} for tuner in TUNERS},
+    **{name: {"options": {"init_lora_weights": name}} for name in ("gaussian", "orthogonal", "mica", "pissa_niter_4")},
+    "whole modules": {"modules_to_save": ["lm_head", "layers.0.mlp"]},
+    "rows of a table": {"trainable_tokens": [5, 7]},
+    "a part of the weights of tables, too": {"tuner": "pissa", "target_modules": ["q_proj", "lm_head"]},
+}
+LOOKING = {"dora", "pissa", "olora", "mica", "pissa_niter_4", "deft", "delora", "psoft", "supertuning", "tinylora",
+           "ln_tuning", "rows of a table", "a part of the weights of tables, too"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("begun") / "model"
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("case", BEGUN)
+def test_an_adapter_begins_alike_beside_weights_that_are_read_one_by_one(case, folder):
+    """Bit for bit: what trains, what it keeps beside that, and what it leaves of weights that it takes a part from."""
+    asked = recipe(folder, Path("rows.jsonl"), Path("out"), algorithm="lora_sft", lora=BEGUN[case])
+    whole = load_model(asked, CPU, torch.bfloat16)
+    Lora(asked).attach(whole.model)
+    blank = load_blank(asked, CPU, torch.bfloat16)
+    assert isinstance(blank, LoadedModel) and Lora(asked).begins_beside() == ""
+    begun = attach(blank, Lora(asked), CPU)
+    wanted, found = dict(whole.model.named_parameters()), dict(begun.model.named_parameters())
+    assert {name: one.requires_grad for name, one in found.items()} == {
+        name: one.requires_grad for name, one in wanted.items()
+    }
+    made = {name: one for name, one in found.items() if not one.is_meta}
+    made |= dict(begun.model.named_buffers())
+    wanted |= dict(whole.model.named_buffers())
+    left = {name: begun.changed.held[plain_name(name)] for name in found if plain_name(name) in begun.changed.held}
+    unlike = [name for name, one in {**made, **left}.items() if not torch.equal(one, wanted[name])]
+    assert unlike == [] and all(found[name].dtype == wanted[name].dtype for name in found)
+    assert ("read one by one" in " ".join(begun.notes)) == (case in LOOKING)
+    assert bool(left) == (asked.lora.tuner in ("pissa", "olora") or case == "pissa_niter_4")
+
+
+def test_every_tuner_that_trains_here_is_tried_so_but_one():
+    """glora takes no linear layer but torch's own, and ours are others."""
+    assert set(_kinds()) - {*REFUSED, "lora"} == {*TUNERS, "glora"}
