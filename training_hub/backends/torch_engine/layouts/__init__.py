@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -36,6 +35,7 @@ from training_hub.backends.torch_engine.layouts.mesh import (
 )
 from training_hub.backends.torch_engine.layouts.pieces import is_copy, norm_of
 from training_hub.backends.torch_engine.layouts.pipeline import Pipeline, pipeline_of
+from training_hub.backends.torch_engine.layouts.rounds import batched, dealt_in_rounds
 from training_hub.backends.torch_engine.layouts.sequence import refuse_other_loss, slice_tokens
 from training_hub.backends.torch_engine.layouts.stages import last_owner
 from training_hub.backends.torch_engine.layouts.tensor import split_tensors
@@ -276,12 +276,12 @@ class Layout:
         """What an objective makes of packs that are dealt out to all processes: of this one's, round by round, and how
         many tokens all of them had."""
         if self.pipeline is not None:
-            for some in _batched(self.rounds(packs), self.pipeline.at_once):
+            for some in batched(dealt_in_rounds(packs, self.data_size, self.data_rank), self.pipeline.at_once):
                 passes = [one for one, _ in some]
                 done = list(self._piped(model, objective, passes, spare))
                 yield done, sum(tokens for _, tokens in some)
             return
-        for one, tokens in self.rounds(packs):
+        for one, tokens in dealt_in_rounds(packs, self.data_size, self.data_rank):
             done = []
             if one is not None or self.is_divided:
                 tensors = self.tensors(model, one or spare())
@@ -342,23 +342,6 @@ class Layout:
 
     def _announce(self) -> None:
         self.group.highest([1])
-
-    def rounds(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack | None, int]]:
-        """Packs dealt out one to each share in turn: this process's of each round, and the tokens of all of them.
-
-        None where there are fewer left than shares; a pass must be made all the same where the model is divided.
-        """
-        mine: Pack | None = None
-        tokens = number = 0
-        for number, one in enumerate(packs, 1):
-            tokens += len(one)
-            if (number - 1) % self.data_size == self.data_rank:
-                mine = one
-            if number % self.data_size == 0:
-                yield mine, tokens
-                mine, tokens = None, 0
-        if number % self.data_size:
-            yield mine, tokens
 
     def divide(self, model: PreTrainedModel, dtype: torch.dtype, undivided: Collection[str] = ()) -> Layout:
         """Divide the model over the processes, in place, as the degrees say; it goes on computing in `dtype`.
@@ -431,12 +414,6 @@ class Layout:
     def together(self, what: str, work: Callable[[], T]) -> T:
         """What `work`, which runs the model, gives: done by process 0 for all, or by all where it takes several."""
         return work() if self.is_divided else self.group.on_main(what, work)
-
-
-def _batched(items: Iterable[T], most: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while some := list(islice(iterator, most)):
-        yield some
 
 
 WHOLE = Layout()
