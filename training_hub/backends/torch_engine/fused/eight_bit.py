@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from training_hub.backends.torch_engine.fused.products import add_to_gradient, holder_of
+from training_hub.backends.torch_engine.fused.wanted import wanted
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -61,10 +62,11 @@ class _EightBitLinear(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         upstream_TN = upstream[0].reshape(-1, weight.shape[0])
-        of_x = of_input(upstream_TN, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_bias = upstream_TN.sum(0) if ctx.needs_input_grad[2] else None
+        needs_x, needs_weight, needs_bias = wanted(ctx)
+        of_x = of_input(upstream_TN, weight).view(x.shape) if needs_x else None
+        of_bias = upstream_TN.sum(0) if needs_bias else None
         x_TK = x.reshape(-1, weight.shape[1])
-        if not ctx.needs_input_grad[1]:
+        if not needs_weight:
             return of_x, None, of_bias
         if holder_of(weight) is None:
             return of_x, upstream_TN.T @ x_TK, of_bias

@@ -27,6 +27,7 @@ from training_hub.backends.torch_engine.checkpointing import KEEPS_PRODUCTS
 from training_hub.backends.torch_engine.fused import eight_bit, one_input
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
 from training_hub.backends.torch_engine.fused.products import add_product_, is_faster, linear
+from training_hub.backends.torch_engine.fused.wanted import wanted
 from training_hub.backends.torch_engine.loading.quantization import dense
 
 ADAPTER = "default"
@@ -171,18 +172,20 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         x_TM, low_TR, *factors = ctx.saved_tensors
-        downs, ups = factors[0::2], factors[1::2]
+        downs, ups, (needs_x, _, _, *needs) = factors[0::2], factors[1::2], wanted(ctx)
         gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in upstream]
         low_grad_TR = torch.zeros_like(low_TR) if None in gradients else torch.empty_like(low_TR)
         of_ups: list[Tensor | None] = []
-        for g_TN, scale, up_NR, low, made in zip(
-            gradients, ctx.scales, ups, _parts(low_TR, downs), _parts(low_grad_TR, downs), strict=True
+        for g_TN, scale, up_NR, low, made, needs_up in zip(
+            gradients, ctx.scales, ups, _parts(low_TR, downs), _parts(low_grad_TR, downs), needs[1::2], strict=True
         ):
-            of_ups.append(None if g_TN is None else (g_TN.T @ low).mul_(scale))
+            of_ups.append((g_TN.T @ low).mul_(scale) if g_TN is not None and needs_up else None)
             if g_TN is not None:
                 made.copy_((g_TN @ up_NR).mul_(scale))
+        of_x = _of_input(ctx, gradients, low_grad_TR, downs) if needs_x else None
+        if not any(needs[0::2]):
+            return of_x, None, None, *(g for of_up in of_ups for g in (None, of_up))
         of_down_RM = low_grad_TR.T @ x_TM
-        of_x = _of_input(ctx, gradients, low_grad_TR, downs) if ctx.needs_input_grad[0] else None
         of_factors = [g for pair in zip(_parts(of_down_RM.T, downs), of_ups, strict=True) for g in (pair[0].T, pair[1])]
         return of_x, None, None, *of_factors
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as plain_linear
 
 from training_hub.backends.torch_engine.fused.products import add_product_, add_to_gradient, holder_of
+from training_hub.backends.torch_engine.fused.wanted import wanted
 
 
 def pays(x: Tensor, layers: Sequence[Any]) -> bool:
@@ -53,6 +54,7 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         x_TK = x.reshape(-1, x.shape[-1])
+        needs_x, *needs = wanted(ctx)
         of_x: Tensor | None = None
         of_parts: list[Tensor | None] = []
         for number, (gradient, weight) in enumerate(zip(upstream, weights, strict=True)):
@@ -60,14 +62,14 @@ class _Projections(torch.autograd.Function):
                 of_parts += [None, None]
                 continue
             gradient_TN = gradient.reshape(-1, len(weight))
-            needs_weight, needs_bias = ctx.needs_input_grad[2 * number + 1 : 2 * number + 3]
+            needs_weight, needs_bias = needs[2 * number : 2 * number + 2]
             of_parts += [
                 _of_weight(gradient_TN, x_TK, weight) if needs_weight else None,
                 gradient_TN.sum(0) if needs_bias else None,
             ]
-            if of_x is None:
+            if needs_x and of_x is None:
                 of_x = gradient_TN @ weight
-            else:
+            elif of_x is not None:
                 add_product_(of_x, gradient_TN, weight)
         return (None if of_x is None else of_x.view(x.shape), *of_parts)
 

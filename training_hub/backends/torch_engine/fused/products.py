@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as plain_linear
 
 from training_hub.backends.torch_engine.fused import onednn, panels
+from training_hub.backends.torch_engine.fused.wanted import wanted
 
 HOLDER = "training_hub_gradient_holder"
 """Attribute of a parameter: the tensor whose `grad` is the float32 sum of its gradients over the packs of a step."""
@@ -72,7 +73,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, weight_NK = ctx.saved_tensors
         (upstream_TN,) = upstream
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias = wanted(ctx)
         is_held = holder_of(weight_NK) is not None
         if of_weight and is_held:
             add_to_gradient(weight_NK, upstream_TN.T, x_TK)

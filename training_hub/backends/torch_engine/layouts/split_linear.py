@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward
+from training_hub.backends.torch_engine.fused.wanted import wanted
 from training_hub.backends.torch_engine.layouts import exchanges
 from training_hub.backends.torch_engine.layouts.exchanges import WIDTH
 from training_hub.backends.torch_engine.layouts.shared import exchange, locally, own_part
@@ -103,15 +104,13 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         kept, weight = ctx.saved_tensors
         upstream_TN = upstream[0].flatten(0, -2)
-        x_TD = ctx.entered.again(kept).flatten(0, -2)
-        of_x = (
-            (upstream_TN @ weight).view(*upstream[0].shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
-        )
-        of_bias = upstream_TN.sum(0) if ctx.needs_input_grad[3] else None
-        return of_x, None, upstream_TN.T @ x_TD, of_bias, None
+        needs_x, _, needs_weight, needs_bias, _ = wanted(ctx)
+        of_x = (upstream_TN @ weight).view(*upstream[0].shape[:-1], weight.shape[1]) if needs_x else None
+        of_weight = upstream_TN.T @ ctx.entered.again(kept).flatten(0, -2) if needs_weight else None
+        return of_x, None, of_weight, upstream_TN.sum(0) if needs_bias else None, None
 
 
 def _summand(own: Any) -> Forward:

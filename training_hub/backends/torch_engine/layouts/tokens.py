@@ -83,8 +83,7 @@ class Tokens:
 
 class Entered:
     """Tokens that products have entered, which are gathered again from `kept`, this rank's slice, for the gradients of
-    these products: once for all that expect it, whenever all of them ask, which they do twice where gradients of
-    weights are made apart from those of activations."""
+    the weights of these products: once for all that expect it, each of which asks in the pass that makes these."""
 
     def __init__(self, kept: Tensor, mesh: DeviceMesh, length: int):
         self.kept, self.mesh, self.length = kept, mesh, length

@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.fused.products import (
     multiply_into_,
     product,
 )
+from training_hub.backends.torch_engine.fused.wanted import wanted
 from training_hub.backends.torch_engine.layouts.cut import Elsewhere, Route, route_of
 from training_hub.backends.torch_engine.layouts.exchanges import entering
 from training_hub.backends.torch_engine.layouts.shared import Rows
@@ -242,9 +243,10 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        given = zip(ctx.saved_tensors, ctx.dtypes, ctx.holders, wanted(ctx)[:5], strict=True)
         scaled = (
-            None if gradient is None else _given(gradient, upstream[0], dtype, holder)
-            for gradient, dtype, holder in zip(ctx.saved_tensors, ctx.dtypes, ctx.holders, strict=True)
+            None if gradient is None or not is_wanted else _given(gradient, upstream[0], dtype, holder)
+            for gradient, dtype, holder, is_wanted in given
         )
         return (*scaled, None, None, None, None, None)  # criterion and what follows it
 
