@@ -23,11 +23,11 @@ OF_WEIGHTS = {
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 
 IN_TWO: dict[str, Case] = {
-    "heads and experts": ("qwen3-moe", degrees(heads=2), {"training": SMALL_PACKS}),
+    "heads and experts, all tokens in each": ("qwen3-moe", {**degrees(heads=2), "sequence_parallel": False}, {}),
     "experts among shards": ("mixtral", degrees(shards=2, experts=2), {}),
 }
 MORE_IN_TWO: dict[str, Case] = {
-    "heads and experts, all tokens in each": ("qwen3-moe", {**degrees(heads=2), "sequence_parallel": False}, {}),
+    "heads and experts": ("qwen3-moe", degrees(heads=2), {"training": SMALL_PACKS}),
     "experts among heads": ("qwen3-moe", degrees(heads=2, experts=2), {"training": SMALL_PACKS}),
     "experts among tokens": ("qwen3-moe", degrees(tokens=2, experts=2), {"training": SMALL_PACKS}),
     "experts with shared ones": ("deepseek-v3", degrees(heads=2), {}),

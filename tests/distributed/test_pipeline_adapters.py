@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.crew import Crew
 from tests.distributed.test_equal_numbers import STEPS, apart, weights
-from tests.distributed.test_pipeline import CLOSE, SGD, SMALL_PACKS, TWO
+from tests.distributed.test_pipeline import CLOSE, SGD, SMALL_PACKS, TWO, roughly_same_steps
 from tests.distributed.test_split_models import same_steps
 from tests.invariants.run import recipe, train
 from training_hub.backends import Given
@@ -216,13 +216,11 @@ def test_ranks_are_shared_out_on_in_stages_and_without(two, folders, uneven_file
 
 @pytest.mark.slow
 def test_bfloat16_stages_train_an_adapter_too(two, folders, uneven_file, tmp_path):
-    """8 bits of mantissa, and sums in another order: losses of the four steps agree to 1 %."""
     settings = settings_of({"lora": LORA, "model": {"dtype": "bfloat16"}})
     model = folders("qwen3", **FOUR_LAYERS)
     together = two.train(model, uneven_file, tmp_path / "together", parallelism={**TWO, **BACK}, **settings)
     alone = train(model, uneven_file, tmp_path / "alone", **settings)
-    for row, wanted in zip(together[0]["history"], alone.history, strict=True):
-        assert row["loss"] == pytest.approx(wanted["loss"], rel=0.01)
+    roughly_same_steps(alone, together, "loss")
     both = Path(alone.model_path), Path(together[0]["model_path"])
     wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in both)
     assert found.keys() == wanted.keys()

@@ -108,9 +108,9 @@ TENSOR = {"tensor_parallel_degree": 2}
 HALF = {"alpha": 0.5}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "asked in each step": ("llama", TENSOR, HALF),
-    "asked before": ("llama-tied", TENSOR, {**HALF, "cache": "top_k", "top_k": 8}),
 }
 MORE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "asked before": ("llama-tied", TENSOR, {**HALF, "cache": "top_k", "top_k": 8}),
     "a divergence the other way": ("qwen3", TENSOR, {"divergence": "reverse_kl", "temperature": 2.0}),
     "one between both": ("llama", TENSOR, {**HALF, "divergence": "jensen_shannon", "beta": 0.3}),
     "drawn before": ("llama", TENSOR, {**HALF, "cache": "sampled", "samples": 8}),
