@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from training_hub.backends.torch_engine.loading.model import choose_dtype, load_
 from training_hub.backends.torch_engine.materials import Materials, load_materials
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, OpenBase
-from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
@@ -40,7 +39,7 @@ class Counted(BaseWeights):
     @contextmanager
     def opened(self) -> Iterator[OpenBase]:
         with opened(self.files) as files:
-            yield OpenBase(ExpertFiles(files, self.shapes, self.prefix), self.held)
+            yield OpenBase(self.named(files), self.held)
             self.counts.append(files.numbers_read)
 
 
@@ -56,7 +55,7 @@ def begun(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     gc.collect()  # what earlier tests have left would seem to be let go
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loaded = load_for(layout, asked, CPU, dtype, None, [], console)
-        base = Counted(loaded.base.files, loaded.base.shapes, loaded.base.prefix)
+        base = Counted(**{one.name: getattr(loaded.base, one.name) for one in fields(loaded.base)})
         run = assemble(asked, replace(loaded, base=base), materials, CPU, dtype, console, layout=layout)
     made = {**run.adaptation.weights(), **run.adaptation.saved()}
     own = {name: local_of(one) for name, one in {**made, **dict(run.model.named_parameters())}.items()}

@@ -253,3 +253,12 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
 def _is_lfs_pointer(file: Path) -> bool:
     with file.open("rb") as stream:
         return stream.read(len(LFS_MARK)) == LFS_MARK
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,15 +115,6 @@ def empty_again(model: nn.Module, names: Collection[str], device: torch.device) 
 def lost_buffers(model: nn.Module) -> list[str]:
     """Buffers that have no contents, since they were not computed."""
     return [name for name, buffer in model.named_buffers() if buffer.is_meta]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / name for name in sorted(names)]
 
 
 def wanted_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training_hub.backends.shared.materials import Limits, limits_of
-from training_hub.backends.shared.model_folder import fetched, folder_problems, is_folder, stored_dtype
-from training_hub.backends.torch_engine.loading.blank import weight_files
+from training_hub.backends.shared.model_folder import fetched, folder_problems, is_folder, stored_dtype, weight_files
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.errors import BackendError, RecipeError

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from training_hub.backends.shared.model_folder import is_folder
+from training_hub.backends.shared.model_folder import is_folder, weight_files
 from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of, whole_cut
-from training_hub.backends.torch_engine.loading.blank import names_in_files, plain_name, wanted_shapes, weight_files
+from training_hub.backends.torch_engine.loading.blank import names_in_files, plain_name, wanted_shapes
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.saving.tensor_files import TensorFiles, opened
 from training_hub.recipe.sections import Model

@@ -7,12 +7,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from training_hub.backends.torch_engine.layouts.pieces import Cut
-from training_hub.backends.torch_engine.saving.tensor_files import TensorFiles
+
+if TYPE_CHECKING:
+    from training_hub.backends.torch_engine.saving.tensor_files import TensorFiles
 
 STACKED = re.compile(r"(?P<owner>.*)\.experts\.(?P<leaf>gate_up_proj|down_proj)$")
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
+from training_hub.backends.shared.model_folder import weight_files
 from training_hub.backends.torch_engine.attention import attention_of_transformers
-from training_hub.backends.torch_engine.loading.blank import weight_files
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened

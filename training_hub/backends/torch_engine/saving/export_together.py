@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training_hub.backends.shared.disk import disk_errors_explained
+from training_hub.backends.shared.model_folder import weight_files
 from training_hub.backends.torch_engine.layouts.pieces import cut_of
-from training_hub.backends.torch_engine.loading.blank import loading_report, wanted_shapes, weight_files
+from training_hub.backends.torch_engine.loading.blank import loading_report, wanted_shapes
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, Written
 from training_hub.backends.torch_engine.saving.beside_together import write_beside_together
 from training_hub.backends.torch_engine.saving.exact_pieces import Exact

@@ -56,7 +56,7 @@ class Target:
 
     @property
     def short_side(self) -> int:
-        return min(self.view(self.parameter.detach()).shape[-2:])
+        return min(self.cut.sizes[-2:])
 
     def add(self, tensor: Tensor, left: Tensor, right: Tensor) -> None:
         """Add left [..., N, r] right [..., r, M] to this target's part of `tensor`, in place.
