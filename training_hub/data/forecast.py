@@ -50,6 +50,22 @@ def num_packs(feed: Feed, lengths: np.ndarray) -> int:
     return len(assign(lengths.tolist(), feed.settings.token_budget))
 
 
+def num_pack_sizes(feed: Feed, most: int) -> int:
+    """How many numbers of tokens the packs of the run have, as far as it is laid out, up to `most`."""
+    found: set[int] = set()
+    samples = step = 0
+    while step < feed.total_steps and len(found) < most and samples < SAMPLES_LAID_OUT:
+        step += 1
+        lengths = feed.store.lengths[feed.indices(step)].tolist()
+        samples += len(lengths)
+        if feed.settings.is_packed:
+            packs = assign(lengths, feed.settings.token_budget)
+            found.update(sum(lengths[place] for place in pack) for pack in packs)
+        else:
+            found.update(lengths)
+    return min(len(found), most)
+
+
 def length_quantiles(store: TokenStore) -> dict[str, int]:
     """Tokens per sample: the smallest length that the named share of samples does not exceed, and the longest."""
     found = sorted(counts(store.lengths).items())

@@ -79,6 +79,11 @@ class Holdings:
         """Bytes by which frozen weights are smaller than in a format of `itemsize` bytes."""
         return self.quantised * (itemsize - self.bits / 8)
 
+    @property
+    def scales(self) -> float:
+        """Bytes of the scales of frozen weights in few bits, which no process has a slice of."""
+        return self.quantised * (self.bits % 1) / 8
+
     def of_share(self, share: float) -> Holdings:
         """What a process has of it that has this share of the layers."""
         numbers = {name: round(share * getattr(self, name)) for name in OF_LAYERS}

@@ -63,6 +63,13 @@ computed; a GPU has none of them."""
 PRODUCTS_KEPT = {"cpu": int(0.33 * 2**30)}
 """Bytes that oneDNN keeps for 16-bit products of up to 1,024 sizes: experts get another number of tokens each time."""
 
+PRODUCT_KEPT = {"cpu": int(0.53 * 2**20)}
+"""Bytes that it keeps for products of one size of an adapter's width: 543 MiB for 1,024 sizes, and no more for more."""
+
+MOST_SIZES, SIZES_BEFORE, SIZES_OF_PACKS = 1024, 80, 20
+"""Sizes whose products it keeps; those met before the first step, where a Llama has an adapter beside every linear
+layer, and those of each number of tokens in a pack. ONEDNN_VERBOSE=2 tells of each."""
+
 GAPS = {"cpu": 0.155}
 """What an allocator loses between blocks, as a share of those that come and go in a step. Measured with glibc 2.36
 (benchmarks/memory.py); a GPU's allocator counts what tensors take."""
@@ -120,6 +127,7 @@ def estimate(
     is_staged: bool = False,
     is_compiled: bool = False,
     is_read_whole: bool = False,
+    num_pack_sizes: int = 1,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
 
@@ -129,7 +137,8 @@ def estimate(
     teacher: what a second model takes beside. share: what this process has of a model that is divided; stage: of one in
     stages, of which `model` has this process's layers. is_staged: checkpoints are copied into the host's memory first;
     `staged` is what that takes there, which beside a GPU is not in `total`. is_compiled: blocks are compiled, and keep
-    less than is counted. is_read_whole: the model is whole in each process before it is divided.
+    less than is counted. is_read_whole: the model is whole in each process before it is divided. num_pack_sizes: how
+    many numbers of tokens its packs have.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
@@ -169,12 +178,13 @@ def estimate(
             among=share.heads if share.gathers_head else 1,
         ),
     }
-    if is_low and has_experts:
-        parts["products"] = PRODUCTS_KEPT.get(device.type, 0)
+    if is_low and (products := _products_kept(blank, device, num_pack_sizes, has_experts=has_experts)):
+        parts["products"] = products
     if is_staged:
         parts["staged"] = _staged_bytes(parts, sum(p.numel() for p in trained), own.numel(), holdings, exact, share)
     if share.slices > 1:
         parts = divided_parts(parts, blank, share, dtype, apart, spared)
+        parts["weights"] += holdings.scales * (1 - 1 / share.slices)
         parts["masters"] = sum(p.numel() for p in trained if held(p, share, apart) is p) * 4 if is_low else 0
         parts["optimizer"] = _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
     head = getattr(blank.get_output_embeddings(), "weight", None)  # which another stage may have
@@ -205,6 +215,15 @@ def estimate(
     before = max(read, teacher.before if teacher is not None else 0)
     gib = {name: value / GIB if value is not None else None for name, value in parts.items()}
     return {**gib, "total": max(most, parts["libraries"] + before) / GIB, "note": note}
+
+
+def _products_kept(blank: PreTrainedModel, device: torch.device, num_pack_sizes: int, *, has_experts: bool) -> int:
+    """What a library keeps for 16-bit products of the sizes that it has met. Those of whole weights run on kernels of
+    ours, that keep nothing; those of experts and adapters do not."""
+    of_experts = PRODUCTS_KEPT.get(device.type, 0) if has_experts else 0
+    is_adapted = any(hasattr(module, "lora_A") for module in blank.modules())
+    sizes = min(MOST_SIZES, SIZES_BEFORE + SIZES_OF_PACKS * num_pack_sizes) if is_adapted else 0
+    return max(of_experts, sizes * PRODUCT_KEPT.get(device.type, 0))
 
 
 def _low_share(weights: Sequence[nn.Parameter], numbers: int, share: Share, apart: Collection[nn.Parameter]) -> float:

@@ -26,11 +26,18 @@ from training_hub.backends.torch_engine.loading.model import choose_device, choo
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
 from training_hub.backends.torch_engine.loading.quantization import num_numbers, quantiser
 from training_hub.backends.torch_engine.materials import Materials, load_materials
-from training_hub.backends.torch_engine.planning.memory import Estimate, Stage, blank_like, estimate
+from training_hub.backends.torch_engine.planning.memory import (
+    MOST_SIZES,
+    SIZES_OF_PACKS,
+    Estimate,
+    Stage,
+    blank_like,
+    estimate,
+)
 from training_hub.backends.torch_engine.planning.work import measured_peak, work_of
 from training_hub.backends.torch_engine.teacher.load import TeacherLoad, teacher_load
 from training_hub.data.feed import Feed, FeedSettings
-from training_hub.data.forecast import forecast
+from training_hub.data.forecast import forecast, num_pack_sizes
 from training_hub.recipe import Recipe
 from training_hub.recipe.parallelism import Parallelism
 from training_hub.types import Console
@@ -187,7 +194,7 @@ def memory_of(
 
     auto is the first way whose estimate fits into `free` GiB of the device, else the one that takes least.
     """
-    packs = forecast(feed)["packs_per_step"]
+    packs, sizes = forecast(feed)["packs_per_step"], num_pack_sizes(feed, MOST_SIZES // SIZES_OF_PACKS)
     asked, wanted = recipe.parallelism, recipe.training.activation_checkpointing
     parts = list(stages_of(model, asked, max(1.0, packs / share.of_data)))
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
@@ -204,6 +211,7 @@ def memory_of(
                 is_compiled=recipe.training.compile,
                 is_staged=recipe.checkpoint.async_mode != "disabled",
                 is_read_whole=_is_read_whole(recipe),
+                num_pack_sizes=sizes,
             )
             for here, stage in parts
         ]  # fmt: skip
