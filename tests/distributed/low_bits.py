@@ -34,11 +34,12 @@ def read_in_turns(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
     loaded = load_for(layout, asked, CPU, dtype, None, [], console)
     assert loaded.files, "it is read whole"
-    model = attach(loaded, Lora(asked), CPU)
+    loaded = attach(loaded, Lora(asked), CPU)
+    model = loaded.model
     numbers = sum(map(math.prod, loaded.base.shapes.values()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         layout.divide(model, dtype)
-        loaded, broken = filled(loaded, loaded.base.shapes, numbers, CPU, is_offloaded=False)
+        loaded, broken = filled(loaded, numbers, CPU, is_offloaded=False)
     whole = load_model(asked, CPU, dtype).model
     part(whole)
     layers = _layers(model)

@@ -93,7 +93,6 @@ def test_it_learns_what_it_does_beside_a_whole_base(case, two, folders, uneven_f
 
 WHOLE: dict[str, dict[str, Any]] = {
     "an adapter with use_dora": {"lora": {"tuner": "dora"}, "model": {"quantization": "int8"}},
-    "an adapter with init_lora_weights": {"lora": {"tuner": "pissa"}, "model": {"quantization": "int8"}},
     "an adapter with modules_to_save": {
         "lora": {"modules_to_save": ["lm_head"]},
         "model": {"quantization": "int8"},
