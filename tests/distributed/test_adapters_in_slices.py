@@ -70,6 +70,7 @@ def test_an_adapter_begins_as_beside_a_whole_base(case, two, folders, chat_file,
         assert found == pytest.approx(wanted, rel=0.11, abs=1e-3)
 
 
+BANK = "a bank for all layers"
 LEARNING = {
     "lengths of rows": {**LORA, "tuner": "dora"},
     "a part of the weights": {**LORA, "tuner": "pissa"},
@@ -77,11 +78,16 @@ LEARNING = {
     "rows of a table": {**LORA, "trainable_tokens": [5, 7]},
     "an adapter of psoft": {"tuner": "psoft", "r": 4},
     "an adapter of supertuning": {"tuner": "supertuning"},
+    "numbers for all layers": {"tuner": "unilora"},
+    "numbers for all layers, made of weights": {"tuner": "tinylora"},
+    BANK: {"tuner": "vblora", "options": {"vector_length": 8, "num_vectors": 16, "topk": 2}},
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", LEARNING)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case == "a bank for all layers" else [pytest.mark.slow]) for case in LEARNING],
+)
 def test_it_learns_what_it_does_beside_a_whole_base(case, two, folders, uneven_file, tmp_path):
     """From its first step to the final adapter, which is read back and compared, and proven before the first step."""
     model, settings = folders("llama"), settings_of(SLICES, {"lora": LEARNING[case], "training": PROVEN})
@@ -93,7 +99,6 @@ def test_it_learns_what_it_does_beside_a_whole_base(case, two, folders, uneven_f
 
 WHOLE: dict[str, dict[str, Any]] = {
     "an adapter with use_dora": {"lora": {"tuner": "dora"}, "model": {"quantization": "int8"}},
-    "an adapter with init_lora_weights": {"lora": {"tuner": "pissa"}, "model": {"quantization": "int8"}},
     "an adapter with modules_to_save": {
         "lora": {"modules_to_save": ["lm_head"]},
         "model": {"quantization": "int8"},

@@ -6,6 +6,7 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO, stage 3); Zhao et al. 2
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -51,13 +52,14 @@ def shard(
 
     What trains is kept in float32, in slices, and gathered as `dtype`: the slices are the optimizer's masters. Tied
     weights, embeddings, the last norm and the head are one group, which is gathered once in a pass. apart: weights that
-    stay whole in each process. dealt: modules whose experts are dealt out over `ep` of the mesh `experts`; over what is
-    left of that they are divided, too, where anything is. Raises RecipeError where processes could use different
-    weights in a pass.
+    stay whole in each process; so do those that several layers have in common. dealt: modules whose experts are dealt
+    out over `ep` of the mesh `experts`; over what is left of that they are divided, too, where anything is. Raises
+    RecipeError where processes could use different weights in a pass.
     """
     _refuse_listed_experts(model)
     is_left = size_of(experts, "efsdp") > 1
     apart |= {weight for module in dealt for weight in module.parameters(recurse=False) if not is_left}
+    apart |= _of_several(model, blocks_of(model))
     _widen(model, dtype, apart)
     is_low = dtype in LOW_PRECISION
     options: dict[str, Any] = {
@@ -151,6 +153,23 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     found = [module for module in model.modules() if _own_name(module) in named]
     within = {one for module in found for one in module.modules() if one is not module}
     return [module for module in found if module not in within] or list(layers_of(model))
+
+
+def _of_several(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> frozenset[nn.Parameter]:
+    """Weights that several blocks would gather, or one and what stands around: those that layers have in common."""
+    around = list(_around(model, frozenset(blocks)))
+    places = [set(block.parameters()) for block in blocks]
+    places.append({weight for module in around for weight in module.parameters(recurse=False)})
+    counts = Counter(weight for place in places for weight in place)
+    return frozenset(weight for weight, count in counts.items() if count > 1)
+
+
+def _around(module: nn.Module, blocks: frozenset[nn.Module]) -> Iterator[nn.Module]:
+    if module in blocks:
+        return
+    yield module
+    for child in module.children():
+        yield from _around(child, blocks)
 
 
 def _own_name(module: nn.Module) -> str:

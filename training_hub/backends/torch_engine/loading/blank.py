@@ -124,7 +124,16 @@ def wanted_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def names_in_files(model: PreTrainedModel, found: Collection[str]) -> dict[str, str]:
     """What files whose tensors are called as `found` says call weights otherwise than the model, by the model's names:
-    as transformers renames what it reads, where it does no more than that."""
+    as transformers renames what it reads, where it does no more than that; of tied weights each by the one that is
+    there, since a part of the model may have another of them."""
+    names = _renamed(model, found)
+    for same in _names_by_weight(model):
+        there = next((names.get(name, name) for name in same if name in found or name in names), None)
+        names |= {name: there for name in same if there is not None and name not in found}
+    return names
+
+
+def _renamed(model: PreTrainedModel, found: Collection[str]) -> dict[str, str]:
     wanted = model.state_dict()
     strange = sorted(set(found) - wanted.keys())
     if not strange or wanted.keys() <= set(found):
