@@ -225,7 +225,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "parallelism": {"tensor_parallel_degree": 2},
         "qat": {"weight_dtype": "int4", "activation_dtype": "int8", "group_size": 16},
     },
-    "bytes of int4": {
+    "int4 keeps a scale": {
         "parallelism": {"tensor_parallel_degree": 2},
         "algorithm": "lora_sft",
         "model": {"quantization": "int4"},

@@ -117,6 +117,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "dora"}},
         "an adapter of dora cannot be split",
     ),
+    "blocks of a scale, of columns": (
+        {
+            "parallelism": {"tensor_parallel_degree": 2},
+            "algorithm": "lora_sft",
+            "model": {"quantization": "int4"},
+        },
+        "2 cuts the 32 inputs of model.layers.*.self_attn.o_proj into parts of 16, and model.quantization: int4 keeps "
+        "a scale for each 64 weights of a row. Write 1, or model.quantization: int8, or none.",
+    ),
     "inputs that are rounded together": (
         {
             "parallelism": {"tensor_parallel_degree": 4},

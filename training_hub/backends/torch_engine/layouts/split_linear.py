@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward
 from training_hub.backends.torch_engine.layouts import exchanges
 from training_hub.backends.torch_engine.layouts.exchanges import WIDTH
 from training_hub.backends.torch_engine.layouts.shared import exchange, locally, own_part
 from training_hub.backends.torch_engine.layouts.tokens import Entered, Tokens
+from training_hub.backends.torch_engine.loading.packing import Packing
+from training_hub.backends.torch_engine.loading.quantization import OWN, PACKED, frozen_product
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ STYLES: Mapping[str, Style] = {
 def split_linear(model: nn.Module, name: str, style: Style, tokens: Tokens, *, enters: bool) -> None:
     """Split the layer of this name, in place. enters: whether tokens enter split products here, and not before it."""
     layer: Any = model.get_submodule(name)
-    mesh = tokens.mesh
-    _divide(layer, "weight", mesh, 1 if style.is_by_rows else 0)
+    mesh, divide = tokens.mesh, _divide_bytes if hasattr(layer, PACKED) else _divide
+    divide(layer, "weight", mesh, 1 if style.is_by_rows else 0)
     if layer.bias is not None and not style.is_by_rows:
         _divide(layer, "bias", mesh, 0)
     run_split(model, name, style, tokens, enters=enters)
@@ -76,6 +78,21 @@ def _divide(layer: nn.Module, key: str, mesh: DeviceMesh, dim: int) -> None:
     weight = layer.get_parameter(key)
     split = distribute_tensor(weight.detach(), mesh, [Shard(dim)], src_data_rank=None)
     layer.register_parameter(key, nn.Parameter(split, requires_grad=weight.requires_grad))
+
+
+def _divide_bytes(layer: Any, key: str, mesh: DeviceMesh, dim: int) -> None:
+    """The same of a quantised weight, which may have no contents yet: its numbers stay what they are, in blocks that lie
+    in one rank each."""
+    place, among = mesh.get_local_rank(), mesh.size()
+
+    def own(packed: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+        return packing.laid_out(packed, dim), packing.part(dim, place, among)
+
+    laid, packing = own(layer.get_parameter(key).detach(), getattr(layer, PACKED))
+    split = DTensor.from_local(laid.chunk(among, dim)[place].clone(), mesh, [Shard(dim)], run_check=False)
+    layer.register_parameter(key, nn.Parameter(split, requires_grad=False))
+    setattr(layer, PACKED, packing)
+    setattr(layer, OWN, own)
 
 
 def _columns(own: Any) -> Forward:
@@ -125,12 +142,15 @@ def _summand(own: Any) -> Forward:
 
 def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """What the library's class `own` makes of x by this rank's part of the weight, and the bias, if any."""
+    if hasattr(layer, PACKED):
+        product = frozen_product(x, layer)
+        return product if bias is None else product + own_part(bias)
     if own is nn.Linear:  # spelled out, so that a compiler can follow
         return nn.functional.linear(x, own_part(layer.weight), _part(bias))
     part = locally(own, layer)
     part._parameters["bias"] = _part(bias)
-    product: Tensor = own.forward(part, x)
-    return product
+    said: Tensor = own.forward(part, x)
+    return said
 
 
 def _part(bias: Tensor | None) -> Tensor | None:
