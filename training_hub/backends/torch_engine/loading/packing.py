@@ -8,6 +8,7 @@ would keep for the backward pass, that of every layer at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -95,7 +96,14 @@ def _int4(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> 
     low, scales, code, second_scales, second_code, offset = parts
     *shape, block, second_block = sizes
     second = QuantState(second_scales, code=second_code, blocksize=second_block, dtype=torch.float32)
-    return dequantize_4bit(low, QuantState(scales, torch.Size(shape), code, block, "nf4", dtype, offset, second))
+    state = QuantState(scales, in_a_row(shape), code, block, "nf4", dtype, offset, second)
+    return dequantize_4bit(low.view(-1, 1), state).view(shape)
+
+
+def in_a_row(shape: Sequence[int]) -> torch.Size:
+    """The shape of a weight's numbers one behind the other, as blocks of them are. Where rows are not whole blocks,
+    bitsandbytes (0.50.2) takes other scales for them on a CPU."""
+    return torch.Size([math.prod(shape)])
 
 
 def _part_of_int4(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -108,7 +116,8 @@ def _part_of_int4(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dt
     rows, columns = (torch.arange(size, dtype=torch.int32, device=codes.device) for size in codes.shape)
     places = first + between * rows[:, None] + columns
     scales = second_code[codes.int()] * second_scales[places // second_block] + offset
-    return dequantize_4bit(low.view(-1, 1), QuantState(scales.view(-1), torch.Size(shape), code, block, "nf4", dtype))
+    state = QuantState(scales.view(-1), in_a_row(shape), code, block, "nf4", dtype)
+    return dequantize_4bit(low.view(-1, 1), state).view(shape)
 
 
 def _int8(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:

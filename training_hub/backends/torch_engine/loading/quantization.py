@@ -140,9 +140,8 @@ def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         return weight  # quantised ones have been parted
     if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        bytes_of, packing = packed(weight)
+        return packing.dense(bytes_of).to(dtype)
     if is_quantised(weight):
         return weight.dequantize().to(dtype)
     return weight
