@@ -67,6 +67,7 @@ TOGETHER: dict[str, tuple[str, dict[str, Any]]] = {
     "heads": ("llama", {"parallelism": {"tensor_parallel_degree": 2}}),
     "heads, whole tokens": ("llama", {"parallelism": {"tensor_parallel_degree": 2, "sequence_parallel": False}}),
     "heads, lora": ("llama", {"parallelism": {"tensor_parallel_degree": 2}, **LORA}),
+    "heads, dora": ("llama", {"parallelism": {"tensor_parallel_degree": 2}, **DORA}),
     "heads, int4": ("whole blocks", {"parallelism": {"tensor_parallel_degree": 2}, **INT4}),
     "heads, int8": ("wide", {"parallelism": {"tensor_parallel_degree": 2}, **INT8}),
     "experts": ("qwen3-moe", {"parallelism": {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}}),

@@ -114,8 +114,8 @@ def test_layers_of_which_a_part_is_not_split_see_all_tokens():
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide": ({"parallelism": {"tensor_parallel_degree": 4}}, "key-value heads"),
     "another adapter": (
-        {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "dora"}},
-        "an adapter of dora cannot be split",
+        {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "ia3"}},
+        "an adapter of ia3 cannot be split",
     ),
     "blocks of a scale, of columns": (
         {

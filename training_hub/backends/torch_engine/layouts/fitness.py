@@ -26,8 +26,8 @@ TENSOR = "parallelism.tensor_parallel_degree"
 A_MATRIX = (4096, 4096)
 """The shape of a weight as blocks have them."""
 
-SPLIT_TUNERS = ("lora", "rslora")
-"""Adapters whose halves are split as the weights beside them are."""
+SPLIT_TUNERS = ("lora", "rslora", "dora")
+"""Adapters whose halves are split as the weights beside them are, and lengths with them."""
 
 
 def split_problems(model: Any, degrees: Degrees, asked: Parallelism) -> list[str]:

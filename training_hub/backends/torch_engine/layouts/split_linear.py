@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward
+from training_hub.backends.torch_engine.fused.low_rank import ACROSS, ADAPTER
 from training_hub.backends.torch_engine.layouts import exchanges
 from training_hub.backends.torch_engine.layouts.exchanges import WIDTH
 from training_hub.backends.torch_engine.layouts.shared import exchange, locally, own_part
@@ -67,6 +69,14 @@ def run_split(model: nn.Module, name: str, style: Style, tokens: Tokens, *, ente
         split.register_forward_hook(_ending(tokens))
     elif style.is_apart:
         split.register_forward_hook(lambda module, given, output: exchanges.joined(output, mesh, WIDTH))
+
+
+def split_lengths(layer: Any, style: Style, mesh: DeviceMesh) -> None:
+    """Split what DoRA has of a layer that is split so, in place: a length for each output, of weights of all inputs."""
+    if style.is_by_rows:
+        setattr(layer, ACROSS, partial(exchanges.leaving, mesh=mesh))
+    else:
+        _divide(layer.lora_magnitude_vector[ADAPTER], "weight", mesh, 0)
 
 
 def keep_slice(model: nn.Module, name: str) -> None:
