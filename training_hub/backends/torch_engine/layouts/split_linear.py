@@ -91,7 +91,7 @@ def _divide(layer: nn.Module, key: str, mesh: DeviceMesh, dim: int) -> None:
 
 
 def _divide_bytes(layer: Any, key: str, mesh: DeviceMesh, dim: int) -> None:
-    """The same of a quantised weight, which may have no contents yet: its numbers stay what they are, in blocks that lie
+    """The same of a quantised weight, which may be without contents: its numbers stay what they are, in blocks that lie
     in one rank each."""
     place, among = mesh.get_local_rank(), mesh.size()
 
