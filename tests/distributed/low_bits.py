@@ -48,7 +48,9 @@ def read_in_turns(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     split = {f"{name}.weight" for name, layer in layers.items() if hasattr(layer, OWN)}
     for name, one in model.named_parameters():
         plain = plain_name(name)
-        if plain in wanted.keys() - split and not torch.equal(local_of(one.detach()), wanted[plain].detach()[cut_of(one).slices]):
+        if plain in wanted.keys() - split and not torch.equal(
+            local_of(one.detach()), wanted[plain].detach()[cut_of(one).slices]
+        ):
             unlike.append(plain)
     files = {file.stat().st_size for file in Path(asked.model.path).glob("*.safetensors")}
     return {

@@ -126,13 +126,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "2 cuts the 32 inputs of model.layers.*.self_attn.o_proj into parts of 16, and model.quantization: int4 keeps "
         "a scale for each 64 weights of a row. Write 1, or model.quantization: int8, or none.",
     ),
-    "inputs that are rounded together": (
-        {
-            "parallelism": {"tensor_parallel_degree": 4},
-            "qat": {"weight_dtype": "int8", "activation_dtype": "int8"},
-        },
-        "inputs of a token that are rounded together would lie in several processes. Write 1, or leave qat.activ",
-    ),
     "weights that are rounded together": (
         {
             "parallelism": {"tensor_parallel_degree": 2, "data_parallel_shard_degree": 2},

@@ -131,8 +131,6 @@ def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
         f"{TENSOR}: an adapter of {recipe.lora.tuner} cannot be split. Write 1, or lora.tuner: lora.": degrees.tp > 1
         and is_adapted
         and recipe.lora.tuner not in SPLIT_TUNERS,
-        f"{TENSOR}: inputs of a token that are rounded together would lie in several processes. Write 1, or leave "
-        "qat.activation_dtype out.": degrees.tp > 1 and recipe.qat.activation_dtype is not None,
     }
     return [*(problem for problem, is_so in refused.items() if is_so), *_pipeline_problems(recipe, degrees)]
 

@@ -25,6 +25,9 @@ from training_hub.backends.torch_engine.layouts.tokens import Entered, Tokens
 from training_hub.backends.torch_engine.loading.packing import Packing
 from training_hub.backends.torch_engine.loading.quantization import OWN, PACKED, frozen_product
 
+ROUNDS = "activation_fake_quantizer"
+"""Attribute of torchao's layers that round their inputs: what does."""
+
 
 @dataclass(frozen=True)
 class Style:
@@ -145,19 +148,34 @@ def _summand(own: Any) -> Forward:
     """This rank's summand of all outputs, without the bias, which is added once."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return _multiplied(own, self, x, None)
+        rounds, weight = getattr(self, ROUNDS, None), self.weight
+        if rounds is None or not isinstance(weight, DTensor):
+            return _multiplied(own, self, x, None)
+        return _multiplied(own, self, x, None, **{ROUNDS: partial(_rounded, rounds, mesh=weight.device_mesh)})
 
     return forward
 
 
-def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """What the library's class `own` makes of x by this rank's part of the weight, and the bias, if any."""
+def _rounded(rounds: nn.Module, x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's inputs, rounded as all inputs of a token are together: the least and the largest of these are beside
+    them when the library looks for their scale."""
+    with torch.no_grad():
+        least, largest = x.aminmax(dim=WIDTH, keepdim=True)
+        ends = exchanges.least(torch.cat([least, -largest], WIDTH), mesh)
+    beside = torch.cat([x, ends[..., :1], -ends[..., 1:]], WIDTH)
+    rounded: Tensor = rounds(beside)
+    return rounded[..., : x.shape[WIDTH]]
+
+
+def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None, **changes: Any) -> Tensor:
+    """What the library's class `own` makes of x by this rank's part of the weight, and the bias, if any. changes:
+    attributes that are others for the part."""
     if hasattr(layer, PACKED):
         product = frozen_product(x, layer)
         return product if bias is None else product + own_part(bias)
     if own is nn.Linear:  # spelled out, so that a compiler can follow
         return nn.functional.linear(x, own_part(layer.weight), _part(bias))
-    part = locally(own, layer)
+    part = locally(own, layer, **changes)
     part._parameters["bias"] = _part(bias)
     said: Tensor = own.forward(part, x)
     return said
