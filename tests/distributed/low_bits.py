@@ -18,7 +18,7 @@ from training_hub.backends.torch_engine.loading.blank import plain_name
 from training_hub.backends.torch_engine.loading.dividing import attach, filled, load_for
 from training_hub.backends.torch_engine.loading.model import choose_dtype, load_model
 from training_hub.backends.torch_engine.loading.packing import Packing
-from training_hub.backends.torch_engine.loading.quantization import PACKED, part
+from training_hub.backends.torch_engine.loading.quantization import OWN, PACKED, dense, part
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
@@ -46,9 +46,12 @@ def read_in_turns(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     alone = _layers(whole)
     unlike = [name for name in layers if not _same(layers[name], alone[name])]
     wanted = dict(whole.named_parameters())
+    split = {f"{name}.weight" for name, layer in layers.items() if hasattr(layer, OWN)}
     for name, one in model.named_parameters():
         plain = plain_name(name)
-        if plain in wanted and not torch.equal(local_of(one.detach()), wanted[plain].detach()[cut_of(one).slices]):
+        if plain in wanted.keys() - split and not torch.equal(
+            local_of(one.detach()), wanted[plain].detach()[cut_of(one).slices]
+        ):
             unlike.append(plain)
     files = {file.stat().st_size for file in Path(asked.model.path).glob("*.safetensors")}
     return {
@@ -68,6 +71,10 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _same(mine: Any, theirs: Any) -> bool:
+    if hasattr(mine, OWN):
+        mesh, cut = mine.weight.device_mesh, mine.weight.placements[0].dim
+        part_of = dense(theirs, torch.float32).chunk(mesh.size(), cut)[mesh.get_local_rank()]
+        return torch.equal(dense(mine, torch.float32), part_of)
     own, other = (getattr(layer, PACKED) for layer in (mine, theirs))
     same = (own.form, own.sizes, own.dtype) == (other.form, other.sizes, other.dtype)
     return same and all(map(torch.equal, own.tensors, other.tensors))

@@ -24,6 +24,7 @@ from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
 from training_hub.backends.torch_engine.layouts.share import Share
 from training_hub.backends.torch_engine.loading.dividing import load_for
 from training_hub.backends.torch_engine.loading.model import LoadedModel, choose_dtype, load_model
+from training_hub.backends.torch_engine.loading.quantization import PACKED
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.merging_together import merge_together
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
@@ -96,14 +97,16 @@ def _bytes(tensor: Tensor) -> int:
 
 def held_in_run(group: Group, recipe: dict[str, Any]) -> dict[str, float]:
     """Bytes of weights and masters that a process of a run holds before its first step, and of what its gradients will
-    be; with the weights what an adaptation keeps beside them."""
+    be; with the weights their scales and what an adaptation keeps beside them."""
     asked, console = Recipe.model_validate(recipe), open_console("off")
     materials = load_materials(asked, Given(), console)
     layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
     run = assemble(
         asked, load_for(layout, asked, CPU, dtype, None, [], console), materials, CPU, dtype, console, layout=layout
     )
-    beside = (*run.adaptation.weights().values(), *run.adaptation.saved().values())
+    packings = [getattr(module, PACKED) for module in run.model.modules() if hasattr(module, PACKED)]
+    scales = [tensor for packing in packings for tensor in packing.tensors]
+    beside = (*run.adaptation.weights().values(), *run.adaptation.saved().values(), *scales)
     weights = {id_of(local_of(one)): _bytes(local_of(one)) for one in (*run.model.parameters(), *beside)}
     moved = run.updater.masters.weights.values()
     masters = {id_of(one): _bytes(one) for one in moved}

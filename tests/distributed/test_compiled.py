@@ -35,6 +35,8 @@ INT4: dict[str, Any] = {**LORA, "model": {"quantization": "int4"}}
 INT8: dict[str, Any] = {**LORA, "model": {"quantization": "int8"}}
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
 """Rows of whole blocks of 4 bits, and weights so small that rounding is not made ten times as large by each layer."""
+HALVES: dict[str, Any] = {**WIDE, "hidden_size": 128}
+"""The same of halves of rows."""
 BUDGET: dict[str, Any] = {"training": {"activation_checkpointing": "memory_budget", "activation_memory_budget": 0.2}}
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -65,6 +67,9 @@ TOGETHER: dict[str, tuple[str, dict[str, Any]]] = {
     "heads": ("llama", {"parallelism": {"tensor_parallel_degree": 2}}),
     "heads, whole tokens": ("llama", {"parallelism": {"tensor_parallel_degree": 2, "sequence_parallel": False}}),
     "heads, lora": ("llama", {"parallelism": {"tensor_parallel_degree": 2}, **LORA}),
+    "heads, dora": ("llama", {"parallelism": {"tensor_parallel_degree": 2}, **DORA}),
+    "heads, int4": ("whole blocks", {"parallelism": {"tensor_parallel_degree": 2}, **INT4}),
+    "heads, int8": ("wide", {"parallelism": {"tensor_parallel_degree": 2}, **INT8}),
     "experts": ("qwen3-moe", {"parallelism": {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}}),
     "stages": ("llama", {"parallelism": {"pipeline_parallel_degree": 2}}),
 }
@@ -88,7 +93,8 @@ def settings_of(sections: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def model_of(folders: Any, family: str, **changes: Any) -> Path:
-    found: Path = folders("llama", **WIDE, **changes) if family == "wide" else folders(family, **changes)
+    named = {"wide": WIDE, "whole blocks": HALVES}
+    found: Path = folders("llama", **named[family], **changes) if family in named else folders(family, **changes)
     return found
 
 

@@ -47,6 +47,7 @@ def needs(package: str) -> Any:
 # The largest number of each group lies on a border between two codes, so that from the second step on a difference of
 # rounding becomes one of a code.
 ROUNDED = {"qat": {"weight_dtype": "int4"}, "training": {**STEPS, "steps": 1}, "data": {}}
+WITH_INPUTS = {**ROUNDED, "qat": {"weight_dtype": "int4", "activation_dtype": "int8"}}
 LORA = {"algorithm": "lora_sft", "lora": {"r": 4, "dropout": 0.0}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int4": (SLICES, {**LORA, "model": {"quantization": "int4"}}),
@@ -92,6 +93,40 @@ def test_two_processes_find_the_numbers_of_one(case, two, wide_model_folder, une
     same_steps(alone, together)
     name = "adapter_model" if "algorithm" in sections else "model"
     assert apart(weights(alone.model_path, name), weights(together[0]["model_path"], name)) <= CLOSE
+
+
+@needs("torchao")
+def test_inputs_that_lie_in_several_processes_are_rounded_together(two):
+    """Sums of 64 numbers in another order; rounded by themselves, the smaller inputs would have finer codes."""
+    each = two.call("tests.distributed.rounding_inputs:apart")
+    assert max(one.pop("alone") for one in each) > 1e-3
+    assert max(number for one in each for number in one.values()) < 1e-6, each
+
+
+WAYS_OF_INPUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "heads": ("two", HEADS, {}),
+    "heads, all tokens in each": ("two", {**HEADS, "sequence_parallel": False}, {}),
+    "heads, an adapter": ("two", HEADS, LORA),
+    "slices of heads": ("four", {**HEADS, "data_parallel_shard_degree": 2}, {}),
+    "stages of heads": ("four", {**HEADS, **STAGES}, {}),
+}
+
+
+@pytest.mark.slow
+@needs("torchao")
+@pytest.mark.parametrize("case", WAYS_OF_INPUTS)
+def test_a_model_that_rounds_inputs_is_split(case, request, wide_model_folder, uneven_file, tmp_path):
+    """In one process noise of 1e-7 in what layers give makes other codes here and there, and a loss that is another by
+    up to 2e-4."""
+    crew, parallelism, sections = WAYS_OF_INPUTS[case]
+    settings = {"optimizer": {**SGD, "lr": 0.01}, **WITH_INPUTS, **sections}
+    crew = request.getfixturevalue(crew)
+    together = crew.train(wide_model_folder, uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
+    alone = train(wide_model_folder, uneven_file, tmp_path / "alone", **settings)
+    for each in together:
+        assert each.get("status") == "finished", each
+        assert each["history"][0]["loss"] == pytest.approx(alone.history[0]["loss"], rel=1e-3)
+        assert each["history"][0]["grad_norm"] == pytest.approx(alone.history[0]["grad_norm"], rel=1e-2)
 
 
 IN_BFLOAT16: dict[str, dict[str, Any]] = {

@@ -17,10 +17,13 @@ pytest.importorskip("peft")
 SLICES = {"data_parallel_shard_degree": -1}
 PAIRS = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}
 STAGES = {"pipeline_parallel_degree": 2}
+HEADS = {"tensor_parallel_degree": 2}
 EXPERTS = {"data_parallel_shard_degree": 2, "expert_parallel_degree": 2}
 LORA = {"r": 4, "dropout": 0.0, "target_modules": ["q_proj", "o_proj"]}
 SHAPE = {"num_hidden_layers": 8, "intermediate_size": 50}
 """Half of a matrix of 50 x 32 is 12.5 blocks of NF4."""
+HALVES = {**SHAPE, "hidden_size": 128, "intermediate_size": 256}
+"""Half of a row is a block of NF4, or two."""
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 CASES: dict[str, Case] = {
@@ -31,6 +34,8 @@ CASES: dict[str, Case] = {
     "int4, stages": ("qwen2", STAGES, {"quantization": "int4"}),
     "int8, stages": ("qwen2", STAGES, {"quantization": "int8"}),
     "int4, experts": ("qwen3-moe", EXPERTS, {"quantization": "int4"}),
+    "int4, heads": ("llama", HEADS, {"quantization": "int4"}),
+    "int8, heads": ("qwen2", HEADS, {"quantization": "int8"}),
 }
 FOUR: dict[str, Case] = {
     "int4, replicas of slices": ("llama", PAIRS, {"quantization": "int4"}),
@@ -38,7 +43,7 @@ FOUR: dict[str, Case] = {
     "int4, stages of slices": ("llama", {**STAGES, "data_parallel_shard_degree": 2}, {"quantization": "int4"}),
     "int4, experts of slices": ("qwen3-moe", {**EXPERTS, "data_parallel_shard_degree": 4}, {"quantization": "int4"}),
 }
-QUICK = ("int4, slices, in 16 bits", "int8, slices", "int4, stages")
+QUICK = ("int4, slices, in 16 bits", "int8, slices", "int4, stages", "int4, heads")
 LIBRARIES = {"int4": "bitsandbytes", "int8": "torchao"}
 
 
@@ -66,7 +71,7 @@ def bits_of_one(each: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_the_bits_are_those_of_one_process(case, two, folders, uneven_file, tmp_path):
     family, parallelism, chosen = CASES[case]
-    model = folders(family, **SHAPE)
+    model = folders(family, **(HALVES if "heads" in case else SHAPE))
     bits_of_one(read_by(two, model, uneven_file, tmp_path / "run", parallelism, chosen))
 
 

@@ -221,11 +221,7 @@ def test_what_osft_protects_goes_on_whole_from_divided_weights(
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "qat.activation_dtype out": {
-        "parallelism": {"tensor_parallel_degree": 2},
-        "qat": {"weight_dtype": "int4", "activation_dtype": "int8", "group_size": 16},
-    },
-    "bytes of int4": {
+    "int4 keeps a scale": {
         "parallelism": {"tensor_parallel_degree": 2},
         "algorithm": "lora_sft",
         "model": {"quantization": "int4"},

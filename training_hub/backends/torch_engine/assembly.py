@@ -22,6 +22,7 @@ from training_hub.backends.torch_engine.freezing import Thaw, turns_of
 from training_hub.backends.torch_engine.layouts import WHOLE, Layout
 from training_hub.backends.torch_engine.loading.dividing import attach, divide, refuse_broken_model
 from training_hub.backends.torch_engine.loading.model import LoadedModel, named
+from training_hub.backends.torch_engine.loading.rounding import unrounded
 from training_hub.backends.torch_engine.loop import evaluate
 from training_hub.backends.torch_engine.materials import Materials, first_lengths
 from training_hub.backends.torch_engine.objectives import make_objective
@@ -70,7 +71,8 @@ def assemble(
     if is_decomposed_late:
         _begin(adaptation, recipe, loaded, materials, device, console, layout)
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)
-    layout.refuse_other_numbers(model, plain, dtype)
+    with unrounded(model):  # a sum in another order makes other codes
+        layout.refuse_other_numbers(model, plain, dtype)
     for line in (*loaded.notes, *([note] if note else [])):
         console.say(f"model: {line}")
     asked = (recipe.data.packing, packs_validation(recipe.data))

@@ -114,15 +114,17 @@ def test_layers_of_which_a_part_is_not_split_see_all_tokens():
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide": ({"parallelism": {"tensor_parallel_degree": 4}}, "key-value heads"),
     "another adapter": (
-        {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "dora"}},
-        "an adapter of dora cannot be split",
+        {"parallelism": {"tensor_parallel_degree": 4}, "algorithm": "lora_sft", "lora": {"tuner": "ia3"}},
+        "an adapter of ia3 cannot be split",
     ),
-    "inputs that are rounded together": (
+    "blocks of a scale, of columns": (
         {
-            "parallelism": {"tensor_parallel_degree": 4},
-            "qat": {"weight_dtype": "int8", "activation_dtype": "int8"},
+            "parallelism": {"tensor_parallel_degree": 2},
+            "algorithm": "lora_sft",
+            "model": {"quantization": "int4"},
         },
-        "inputs of a token that are rounded together would lie in several processes. Write 1, or leave qat.activ",
+        "2 cuts the 32 inputs of model.layers.*.self_attn.o_proj into parts of 16, and model.quantization: int4 keeps "
+        "a scale for each 64 weights of a row. Write 1, or model.quantization: int8, or none.",
     ),
     "weights that are rounded together": (
         {

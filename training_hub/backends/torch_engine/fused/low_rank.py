@@ -44,6 +44,9 @@ CLASSES = (
 DORA = "DoraLinearVariant"
 """Class of what PEFT has such a layer do for DoRA."""
 
+ACROSS = "training_hub_across"
+"""Attribute of a layer with DoRA whose inputs lie on several processes: what adds up their numbers."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -72,10 +75,15 @@ def run_adapters_fused(model: nn.Module) -> None:
         kind: Any = type(module)
         if f"{kind.__module__}.{kind.__qualname__}" not in CLASSES:
             continue
-        if [type(one).__name__ for one in module.lora_variant.values()] == [DORA]:
+        if is_dora(module):
             exchange(model, name, module, _with_lengths)
         elif isinstance(module.base_layer, nn.Linear):
             exchange(model, name, module, _forward)
+
+
+def is_dora(module: Any) -> bool:
+    """Whether this is a layer of PEFT's with DoRA."""
+    return [type(one).__name__ for one in getattr(module, "lora_variant", {}).values()] == [DORA]
 
 
 def project(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
@@ -110,19 +118,35 @@ def _with_lengths(own: Any) -> Forward:
 
 
 def _directed(layer: Any, x: Tensor) -> Tensor:
-    """What a layer with DoRA makes of x [..., M]: its adapter, and the turned weight, see x with dropout."""
+    """What a layer with DoRA makes of x [..., M]: its adapter, and the turned weight, see x with dropout. Of one whose
+    outputs lie on several processes, what this one has of them."""
     base, down, up = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     scale, dropout = layer.scaling[ADAPTER], layer.lora_dropout[ADAPTER]
     with torch.no_grad():
-        added_NM = scale * (up.weight @ down.weight).to(x.dtype)
-        weight_NM = dense(base, x.dtype)
-        length_N = torch.linalg.vector_norm((weight_NM.T if layer.fan_in_fan_out else weight_NM) + added_NM, dim=1)
-    turn_N = layer.lora_magnitude_vector[ADAPTER].weight / length_N.to(x.dtype)
+        added_NM = scale * (_own(up.weight) @ _own(down.weight)).to(x.dtype)
+        weight_NM = _own(dense(base, x.dtype))
+        length_N = _lengths(layer, (weight_NM.T if layer.fan_in_fan_out else weight_NM) + added_NM)
+    turn_N = _own(layer.lora_magnitude_vector[ADAPTER].weight) / length_N.to(x.dtype)
     whole = base(x)
     dropped = dropout(x)
     again = whole if dropped is x else base(dropped)
-    again = again if base.bias is None else again - base.bias
+    again = again if base.bias is None else again - _own(base.bias)
     return whole + (turn_N - 1) * again + turn_N * scale * up(down(dropped))
+
+
+def _lengths(layer: Any, weight_NM: Tensor) -> Tensor:
+    """[N]: the length of each row, of which other processes may have other columns."""
+    across = getattr(layer, ACROSS, None)
+    if across is None:
+        return torch.linalg.vector_norm(weight_NM, dim=1)
+    exact = torch.promote_types(weight_NM.dtype, torch.float32)
+    total_N: Tensor = across(torch.linalg.vector_norm(weight_NM, dim=1, dtype=exact).square())
+    return total_N.sqrt()
+
+
+def _own(weight: Tensor) -> Tensor:
+    """This process's part of a weight, or all of it where it is not split."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:

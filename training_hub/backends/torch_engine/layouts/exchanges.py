@@ -80,6 +80,12 @@ def leaving_parted(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     return _exchanged(x, partial(_scattered, mesh=mesh, dim=dim), partial(gathered, mesh=mesh, dim=dim, length=length))
 
 
+def least(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The least of each number of `x` over the ranks of the mesh, without a gradient; `x` itself is changed."""
+    dist.all_reduce(x, op=dist.ReduceOp.MIN, group=mesh.get_group())
+    return x
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 

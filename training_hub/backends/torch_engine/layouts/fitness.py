@@ -16,6 +16,7 @@ from training_hub.backends.torch_engine.layouts.sequence import slice_problems
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, SCHEDULE
 from training_hub.backends.torch_engine.layouts.tensor import general, split_layers, tensor_problems
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model, read_config
+from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, PACKED
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import has_rows
 from training_hub.recipe.parallelism import Degrees, Parallelism
@@ -25,8 +26,8 @@ TENSOR = "parallelism.tensor_parallel_degree"
 A_MATRIX = (4096, 4096)
 """The shape of a weight as blocks have them."""
 
-SPLIT_TUNERS = ("lora", "rslora")
-"""Adapters whose halves are split as the weights beside them are."""
+SPLIT_TUNERS = ("lora", "rslora", "dora")
+"""Adapters whose halves are split as the weights beside them are, and lengths with them."""
 
 
 def split_problems(model: Any, degrees: Degrees, asked: Parallelism) -> list[str]:
@@ -34,9 +35,12 @@ def split_problems(model: Any, degrees: Degrees, asked: Parallelism) -> list[str
     stages are to be made, and how tokens lie between layers that are split."""
     of_heads = tensor_problems(model, degrees.tp, deals_experts=degrees.ep == 1) if degrees.tp > 1 else []
     is_sliced = degrees.tp > 1 and asked.sequence_parallel and not of_heads
+    packings = (getattr(module, PACKED) for module in model.modules() if hasattr(module, PACKED))
+    block = max((packing.block for packing in packings), default=1)
     return [
         *(pipeline_problems(model, asked) if degrees.pp > 1 else []),
         *of_heads,
+        *(_block_problems(model, degrees.tp, block) if degrees.tp > 1 and not of_heads else []),
         *(slice_problems(model) if is_sliced else []),
         *(context_problems(model, degrees.cp) if degrees.cp > 1 else []),
         *(expert_problems(model, degrees.ep) if degrees.ep > 1 else []),
@@ -57,6 +61,8 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     model = read_blank_model(chosen)[0]
     answers = degrees.pp > 1 and recipe.evaluation.generate
     found = split_problems(model, degrees, recipe.parallelism)
+    if degrees.tp > 1 and chosen.quantization != NONE and not found:
+        found = _block_problems(model, degrees.tp, METHODS[chosen.quantization].block)
     if degrees.tp > 1 and recipe.qat.weight_dtype is not None and not found:
         found = _group_problems(model, degrees.tp, recipe.qat.group_size)
     return [*found, *(answer_problems(model) if answers else [])]
@@ -93,16 +99,38 @@ def _group_problems(model: Any, among: int, size: int) -> list[str]:
     ]
 
 
+def _block_problems(model: Any, among: int, block: int) -> list[str]:
+    """Why weights that share a scale, as `block` of them do one behind the other, would lie in several of `among`
+    processes; of a model that is quantised already, or without contents and is to be."""
+    layers = [(name, model.get_submodule(name), style.is_by_rows) for name, style, _ in split_layers(model)]
+    packed = [one for one in layers if hasattr(one[1], PACKED)] or layers
+    # How many weights, one behind the other, go to a process at a time: of its columns a row, of its rows all.
+    runs = {
+        general(name): (layer.in_features, 1) if is_by_rows else (layer.out_features, layer.in_features)
+        for name, layer, is_by_rows in packed
+    }
+
+    def odd(number: int) -> list[str]:
+        return [name for name, (count, each) in runs.items() if number > 1 and count // number * each % block]
+
+    if not odd(among):
+        return []
+    name = odd(among)[0]
+    count, each = runs[name]
+    fitting = [str(number) for number in range(1, among) if not (among % number or odd(number))]
+    return [
+        f"{TENSOR}: {among} cuts the {count} {'inputs' if each == 1 else 'outputs'} of {name} into parts of "
+        f"{count // among}, and model.quantization: int4 keeps a scale for each {block} weights of a row. Write "
+        f"{' or '.join(fitting)}, or model.quantization: int8, or none."
+    ]
+
+
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
     is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
     refused = {
         f"{TENSOR}: an adapter of {recipe.lora.tuner} cannot be split. Write 1, or lora.tuner: lora.": degrees.tp > 1
         and is_adapted
         and recipe.lora.tuner not in SPLIT_TUNERS,
-        f"{TENSOR}: the bytes of {recipe.model.quantization} weights are not rows that could be split. Write 1, or "
-        "model.quantization: none.": degrees.tp > 1 and recipe.model.quantization != "none",
-        f"{TENSOR}: inputs of a token that are rounded together would lie in several processes. Write 1, or leave "
-        "qat.activation_dtype out.": degrees.tp > 1 and recipe.qat.activation_dtype is not None,
     }
     return [*(problem for problem, is_so in refused.items() if is_so), *_pipeline_problems(recipe, degrees)]
 

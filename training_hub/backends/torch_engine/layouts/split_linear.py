@@ -8,19 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward
+from training_hub.backends.torch_engine.fused.low_rank import ACROSS, ADAPTER
 from training_hub.backends.torch_engine.fused.wanted import wanted
 from training_hub.backends.torch_engine.layouts import exchanges
 from training_hub.backends.torch_engine.layouts.exchanges import WIDTH
 from training_hub.backends.torch_engine.layouts.shared import exchange, locally, own_part
 from training_hub.backends.torch_engine.layouts.tokens import Entered, Tokens
+from training_hub.backends.torch_engine.loading.packing import Packing
+from training_hub.backends.torch_engine.loading.quantization import OWN, PACKED, frozen_product
+
+ROUNDS = "activation_fake_quantizer"
+"""Attribute of torchao's layers that round their inputs: what does."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ STYLES: Mapping[str, Style] = {
 def split_linear(model: nn.Module, name: str, style: Style, tokens: Tokens, *, enters: bool) -> None:
     """Split the layer of this name, in place. enters: whether tokens enter split products here, and not before it."""
     layer: Any = model.get_submodule(name)
-    mesh = tokens.mesh
-    _divide(layer, "weight", mesh, 1 if style.is_by_rows else 0)
+    mesh, divide = tokens.mesh, _divide_bytes if hasattr(layer, PACKED) else _divide
+    divide(layer, "weight", mesh, 1 if style.is_by_rows else 0)
     if layer.bias is not None and not style.is_by_rows:
         _divide(layer, "bias", mesh, 0)
     run_split(model, name, style, tokens, enters=enters)
@@ -68,6 +75,14 @@ def run_split(model: nn.Module, name: str, style: Style, tokens: Tokens, *, ente
         split.register_forward_hook(lambda module, given, output: exchanges.joined(output, mesh, WIDTH))
 
 
+def split_lengths(layer: Any, style: Style, mesh: DeviceMesh) -> None:
+    """Split what DoRA has of a layer that is split so, in place: a length for each output, of weights of all inputs."""
+    if style.is_by_rows:
+        setattr(layer, ACROSS, partial(exchanges.leaving, mesh=mesh))
+    else:
+        _divide(layer.lora_magnitude_vector[ADAPTER], "weight", mesh, 0)
+
+
 def keep_slice(model: nn.Module, name: str) -> None:
     """Let a layer that is whole on each rank keep no more of the tokens that it is given than it must, in place."""
     exchange(model, name, model.get_submodule(name), _columns)
@@ -77,6 +92,21 @@ def _divide(layer: nn.Module, key: str, mesh: DeviceMesh, dim: int) -> None:
     weight = layer.get_parameter(key)
     split = distribute_tensor(weight.detach(), mesh, [Shard(dim)], src_data_rank=None)
     layer.register_parameter(key, nn.Parameter(split, requires_grad=weight.requires_grad))
+
+
+def _divide_bytes(layer: Any, key: str, mesh: DeviceMesh, dim: int) -> None:
+    """The same of a quantised weight, which may be without contents: its numbers stay what they are, in blocks that lie
+    in one rank each."""
+    place, among = mesh.get_local_rank(), mesh.size()
+
+    def own(packed: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+        return packing.laid_out(packed, dim), packing.part(dim, place, among)
+
+    laid, packing = own(layer.get_parameter(key).detach(), getattr(layer, PACKED))
+    split = DTensor.from_local(laid.chunk(among, dim)[place].clone(), mesh, [Shard(dim)], run_check=False)
+    layer.register_parameter(key, nn.Parameter(split, requires_grad=False))
+    setattr(layer, PACKED, packing)
+    setattr(layer, OWN, own)
 
 
 def _columns(own: Any) -> Forward:
@@ -117,19 +147,37 @@ def _summand(own: Any) -> Forward:
     """This rank's summand of all outputs, without the bias, which is added once."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return _multiplied(own, self, x, None)
+        rounds, weight = getattr(self, ROUNDS, None), self.weight
+        if rounds is None or not isinstance(weight, DTensor):
+            return _multiplied(own, self, x, None)
+        return _multiplied(own, self, x, None, **{ROUNDS: partial(_rounded, rounds, mesh=weight.device_mesh)})
 
     return forward
 
 
-def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """What the library's class `own` makes of x by this rank's part of the weight, and the bias, if any."""
+def _rounded(rounds: nn.Module, x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's inputs, rounded as all inputs of a token are together: the least and the largest of these are beside
+    them when the library looks for their scale."""
+    with torch.no_grad():
+        least, largest = x.aminmax(dim=WIDTH, keepdim=True)
+        ends = exchanges.least(torch.cat([least, -largest], WIDTH), mesh)
+    beside = torch.cat([x, ends[..., :1], -ends[..., 1:]], WIDTH)
+    rounded: Tensor = rounds(beside)
+    return rounded[..., : x.shape[WIDTH]]
+
+
+def _multiplied(own: Any, layer: Any, x: Tensor, bias: Tensor | None, **changes: Any) -> Tensor:
+    """What the library's class `own` makes of x by this rank's part of the weight, and the bias, if any. changes:
+    attributes that are others for the part."""
+    if hasattr(layer, PACKED):
+        product = frozen_product(x, layer)
+        return product if bias is None else product + own_part(bias)
     if own is nn.Linear:  # spelled out, so that a compiler can follow
         return nn.functional.linear(x, own_part(layer.weight), _part(bias))
-    part = locally(own, layer)
+    part = locally(own, layer, **changes)
     part._parameters["bias"] = _part(bias)
-    product: Tensor = own.forward(part, x)
-    return product
+    said: Tensor = own.forward(part, x)
+    return said
 
 
 def _part(bias: Tensor | None) -> Tensor | None:

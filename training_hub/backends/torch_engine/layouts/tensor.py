@@ -21,11 +21,17 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from training_hub.backends.torch_engine.fused.exchange import Forward
-from training_hub.backends.torch_engine.fused.low_rank import ADAPTER
+from training_hub.backends.torch_engine.fused.low_rank import ADAPTER, is_dora
 from training_hub.backends.torch_engine.layouts.exchanges import leaving
 from training_hub.backends.torch_engine.layouts.experts import bare, deal_out, experts_of
 from training_hub.backends.torch_engine.layouts.shared import Rows, exchange, locally
-from training_hub.backends.torch_engine.layouts.split_linear import STYLES, Style, keep_slice, split_linear
+from training_hub.backends.torch_engine.layouts.split_linear import (
+    STYLES,
+    Style,
+    keep_slice,
+    split_lengths,
+    split_linear,
+)
 from training_hub.backends.torch_engine.layouts.tokens import Tokens, num_tokens, on_entry
 
 HEAD_STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
@@ -106,17 +112,20 @@ def _odd_modules(model: Any, plan: Plan) -> Iterator[str]:
     experts = {name for name, _ in experts_of(model)}
     for name, style in plan.items():
         module = model.get_submodule(name)
-        if style in STYLES and not (isinstance(_base(module), nn.Linear) and _is_plain(module)):
+        is_among_whole = _is_head(model, name) or (style in STYLES and STYLES[style].is_apart)
+        is_fit = isinstance(_base(module), nn.Linear) and _is_plain(module) and not (is_among_whole and is_dora(module))
+        if style in STYLES and not is_fit:
             yield f"{name}, a {type(module).__name__}"
         if style == EXPERTS and name not in experts:
             yield f"{name}, a {type(module).__name__}"
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a linear layer has no adapter, or one that adds the product of two matrices and nothing else."""
+    """Whether a linear layer has no adapter, or one that adds the product of two matrices and nothing else, but that
+    DoRA then sets lengths."""
     if _base(module) is module:
         return True
-    is_lora = set(getattr(module, "lora_A", ())) == {ADAPTER} and not module.lora_variant
+    is_lora = set(getattr(module, "lora_A", ())) == {ADAPTER} and (not module.lora_variant or is_dora(module))
     return is_lora and not (module.fan_in_fan_out or module.lora_bias[ADAPTER])
 
 
@@ -167,6 +176,8 @@ def split_tensors(model: Any, tokens: Tokens, *, deals_experts: bool = True) -> 
             is_entered = name.rpartition(".")[0] in closed
             for part, kind in _parts(name, module, style):
                 split_linear(model, part, STYLES[kind], tokens, enters=not is_entered)
+            if is_dora(module):
+                split_lengths(module, STYLES[style], mesh)
             if is_entered and hasattr(module, "lora_A") and not STYLES[style].is_by_rows:
                 keep_slice(model, f"{name}.lora_A.{ADAPTER}")  # it reads what has entered
                 summed.add(f"{name}.lora_A.{ADAPTER}.weight")
@@ -199,6 +210,8 @@ def split_dimensions(model: Any, *, deals_experts: bool = True) -> Iterator[tupl
                 yield part.weight, dimension
                 if not dimension and part.bias is not None:
                     yield part.bias, 0
+            if is_dora(module) and not STYLES[style].is_by_rows:
+                yield module.lora_magnitude_vector[ADAPTER].weight, 0
         elif style == EXPERTS and deals_experts:
             yield from ((weight, 0) for weight in bare(module).parameters(recurse=False))
     if is_table_fit and (is_head_fit or not is_tied):

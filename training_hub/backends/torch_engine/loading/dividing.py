@@ -159,7 +159,7 @@ def divide(
     Raises TrainingError for weights that are not finite, RecipeError where the model cannot be divided so."""
     model = loaded.model
     if not loaded.files:
-        if layout.is_sharded:
+        if layout.is_sharded or layout.degrees.tp > 1:
             part(model)
         # What was drawn at random, or found by another library, before each keeps a piece of it.
         layout.group.spread(model.state_dict().values())

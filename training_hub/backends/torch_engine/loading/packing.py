@@ -8,8 +8,9 @@ would keep for the backward pass, that of every layer at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,11 +19,14 @@ from torch import Tensor
 
 NAMESPACE = "training_hub"
 
+INT4, PART_OF_INT4, INT8 = "int4", "part of int4", "int8"
+
 
 @dataclass(frozen=True)
 class Packing:
-    """What makes numbers of a quantised weight's bytes. sizes: of int4 its shape and those of both kinds of blocks, of
-    int8 that of its blocks. dtype: of the numbers. whole: the weight as it was, over the same bytes, where it is kept.
+    """What makes numbers of a quantised weight's bytes. sizes: of int4 its shape and those of both kinds of blocks, and
+    of a part of one the place of its first block in the whole and how far from there that of its next row is; of int8
+    that of its blocks. dtype: of the numbers. whole: the weight as it was, over the same bytes, where it is kept.
     """
 
     form: str
@@ -42,6 +46,30 @@ class Packing:
             return made
         return _unpacked(parts, self.sizes, self.form, self.dtype)
 
+    @property
+    def block(self) -> int:
+        """How many numbers, one behind the other, share a scale and cannot be parted; 1 where rows have one each."""
+        return self.sizes[2] if self.form == INT4 else 1
+
+    def laid_out(self, packed: Tensor, dimension: int) -> Tensor:
+        """The bytes as a tensor that is cut as the weight is, along its rows (0) or its columns (1)."""
+        return packed.view(self.sizes[0], -1) if self.form == INT4 and dimension else packed
+
+    def part(self, dimension: int, place: int, among: int) -> Packing:
+        """What makes numbers of the bytes that process `place` of `among` has of a weight, which is cut along its rows
+        (0) or its columns (1) into equal parts of whole blocks. The numbers are those of the whole, bit for bit."""
+        if self.form == INT8:
+            numbers = tuple(one if dimension else one.chunk(among)[place].clone() for one in self.tensors)
+            rows, columns = self.sizes
+            return replace(self, tensors=numbers, sizes=(rows, columns // among if dimension else columns))
+        codes, *tables = self.tensors
+        outputs, inputs, *blocks = self.sizes
+        codes = codes.view(outputs if dimension else 1, -1)
+        mine = codes.chunk(among, 1)[place].clone()
+        shape = (outputs, inputs // among) if dimension else (outputs // among, inputs)
+        sizes = (*shape, *blocks, place * mine.shape[1], codes.shape[1])
+        return replace(self, form=PART_OF_INT4, tensors=(mine, *tables), sizes=sizes)
+
     def product(self, x: Tensor, packed: Tensor, *, is_turned: bool) -> Tensor:
         """x W^T of x [..., M], or x W of x [..., N]."""
         parts = [packed, *self.tensors]
@@ -57,9 +85,9 @@ def packed(weight: Any) -> tuple[Tensor, Packing]:
     if state is not None:
         second = state.state2
         tensors = (state.absmax, state.code, second.absmax, second.code, state.offset)
-        return weight.data, Packing("int4", tensors, (*state.shape, state.blocksize, second.blocksize), state.dtype)
+        return weight.data, Packing(INT4, tensors, (*state.shape, state.blocksize, second.blocksize), state.dtype)
     zeros = () if weight.zero_point is None else (weight.zero_point,)
-    return weight.qdata, Packing("int8", (weight.scale, *zeros), tuple(weight.block_size), weight.dtype)
+    return weight.qdata, Packing(INT8, (weight.scale, *zeros), tuple(weight.block_size), weight.dtype)
 
 
 def _int4(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -68,7 +96,28 @@ def _int4(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> 
     low, scales, code, second_scales, second_code, offset = parts
     *shape, block, second_block = sizes
     second = QuantState(second_scales, code=second_code, blocksize=second_block, dtype=torch.float32)
-    return dequantize_4bit(low, QuantState(scales, torch.Size(shape), code, block, "nf4", dtype, offset, second))
+    state = QuantState(scales, in_a_row(shape), code, block, "nf4", dtype, offset, second)
+    return dequantize_4bit(low.view(-1, 1), state).view(shape)
+
+
+def in_a_row(shape: Sequence[int]) -> torch.Size:
+    """The shape of a weight's numbers one behind the other, as blocks of them are. Where rows are not whole blocks,
+    bitsandbytes (0.50.2) takes other scales for them on a CPU."""
+    return torch.Size([math.prod(shape)])
+
+
+def _part_of_int4(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Blocks of scales are those of the whole weight, of which a part may have any blocks; so it has all their scales,
+    one for each 16,384 weights."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    low, codes, code, second_scales, second_code, offset = parts
+    *shape, block, second_block, first, between = sizes
+    rows, columns = (torch.arange(size, dtype=torch.int32, device=codes.device) for size in codes.shape)
+    places = first + between * rows[:, None] + columns
+    scales = second_code[codes.int()] * second_scales[places // second_block] + offset
+    state = QuantState(scales.view(-1), in_a_row(shape), code, block, "nf4", dtype)
+    return dequantize_4bit(low.view(-1, 1), state).view(shape)
 
 
 def _int8(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -79,7 +128,11 @@ def _int8(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> 
     return made
 
 
-FORMS: dict[str, Callable[[Sequence[Tensor], Sequence[int], torch.dtype], Tensor]] = {"int4": _int4, "int8": _int8}
+FORMS: dict[str, Callable[[Sequence[Tensor], Sequence[int], torch.dtype], Tensor]] = {
+    INT4: _int4,
+    PART_OF_INT4: _part_of_int4,
+    INT8: _int8,
+}
 """What makes numbers of bytes and the tensors of their packing, by its form."""
 
 
@@ -121,4 +174,4 @@ def _product_shape(
 
 
 def _shape(parts: Sequence[Tensor], sizes: Sequence[int], form: str) -> Sequence[int]:
-    return sizes[:2] if form == "int4" else parts[0].shape
+    return parts[0].shape if form == INT8 else sizes[:2]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, exchange
 from training_hub.backends.torch_engine.loading.packing import Packing, packed
@@ -30,13 +31,18 @@ BLOCK, SECOND = 64, 256
 
 @dataclass(frozen=True)
 class Method:
-    """How a number of bits is had. bits: of one weight of a linear layer, scales included."""
+    """How a number of bits is had. bits: of one weight of a linear layer, scales included. block: how many weights, one
+    behind the other, share a scale and cannot be parted; 1 where rows have one each."""
 
     package: str
     bits: float
+    block: int = 1
 
 
-METHODS = {"int4": Method("bitsandbytes", 4 + 8 / BLOCK + 32 / (BLOCK * SECOND)), "int8": Method("torchao", 8.0)}
+METHODS = {
+    "int4": Method("bitsandbytes", 4 + 8 / BLOCK + 32 / (BLOCK * SECOND), BLOCK),
+    "int8": Method("torchao", 8.0),
+}
 """By name. On a CPU with AVX512_BF16, LoRA on a Llama of width 512 in bfloat16, processor time of a step over that of
 unquantised weights: NF4 of bitsandbytes 1.01, int8 of torchao 1.01, int8 of bitsandbytes (LLM.int8) 1.18, with casts to
 float16 on the way. torchao's own int4 needs a GPU."""
@@ -110,6 +116,11 @@ def frozen_layers(model: Any) -> Iterator[nn.Linear]:
             yield module
 
 
+def frozen_weights(model: Any) -> list[Tensor]:
+    """The weights of a model, which may lie on the meta device, that are kept in fewer bits where any are."""
+    return [layer.weight for layer in frozen_layers(model)]
+
+
 def plain_like(module: nn.Module) -> nn.Linear | None:
     """An empty layer on the meta device of the shape of a linear layer of bitsandbytes; None for other modules."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -120,17 +131,17 @@ def plain_like(module: nn.Module) -> nn.Linear | None:
 
 
 def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """[N, M]: the weight of a linear layer as it multiplies; made from its 4 or 8 bits in memory of its own."""
+    """[N, M]: the weight of a linear layer as it multiplies; made from its 4 or 8 bits in memory of its own. Of one
+    that is split it is this process's part."""
     weight: Any = layer.weight
     packing: Packing | None = getattr(layer, PACKED, None)
     if packing is not None:
-        return packing.dense(weight.data).to(dtype)
+        return packing.dense(_bytes_of(layer)).to(dtype)
     if torch.compiler.is_compiling():
         return weight  # quantised ones have been parted
     if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        bytes_of, packing = packed(weight)
+        return packing.dense(bytes_of).to(dtype)
     if is_quantised(weight):
         return weight.dequantize().to(dtype)
     return weight
@@ -177,10 +188,16 @@ def multiply_dense(model: nn.Module) -> None:
 
 def _dense_forward(own: Any) -> Forward:
     def forward(self: Any, x: Tensor) -> Tensor:
-        y: Tensor = _Frozen.apply(x, self)
+        y = frozen_product(x, self)
         return y if self.bias is None else y + self.bias
 
     return forward
+
+
+def frozen_product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """x W^T for a weight that is kept in fewer bits, or for this process's part of one that is parted."""
+    y: Tensor = _Frozen.apply(x, layer)
+    return y
 
 
 class _Frozen(torch.autograd.Function):
@@ -200,9 +217,15 @@ def _product(x: Tensor, layer: nn.Linear, *, is_turned: bool) -> Tensor:
     """x W^T, or x W."""
     packing: Packing | None = getattr(layer, PACKED, None)
     if packing is not None:
-        return packing.product(x, layer.weight.data, is_turned=is_turned)
+        return packing.product(x, _bytes_of(layer), is_turned=is_turned)
     weight = dense(layer, x.dtype)
     return x @ (weight.T if is_turned else weight)
+
+
+def _bytes_of(layer: nn.Linear) -> Tensor:
+    """What this process has of a parted weight."""
+    weight = layer.weight
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).data
 
 
 def linear_weights(model: Any, quantization: str) -> frozenset[str]:

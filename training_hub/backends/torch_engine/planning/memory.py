@@ -32,7 +32,7 @@ from training_hub.backends.torch_engine.layouts.share import (
     mask_numbers,
     part_of,
 )
-from training_hub.backends.torch_engine.loading.quantization import plain_like
+from training_hub.backends.torch_engine.loading.quantization import frozen_weights, plain_like
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
@@ -148,7 +148,10 @@ def estimate(
     holdings = _dealt_out(holdings, share)
     claimed = [p for name, p in blank.named_parameters() if name in holdings.claimed]
     numbers = sum(p.numel() for p in claimed)
+    low = frozen_weights(blank) if spared else []
+    whole = sum(one.numel() for one in low)
     apart = cut_down(blank, share)
+    spared *= sum(one.numel() for one in low) / whole if whole else 1.0
     part = part_of(largest, share)
     trained = [p for n, p in blank.named_parameters() if p.requires_grad and n not in holdings.claimed]
     own = torch.empty(holdings.trained, device="meta")
