@@ -13,7 +13,8 @@ from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEnt
 from training_hub.backends.torch_engine.objectives.head import find_head
 from training_hub.backends.torch_engine.optim import build_optimizer
 from training_hub.backends.torch_engine.planning.kept import Ways, id_of, kept_bytes
-from training_hub.backends.torch_engine.planning.memory import GIB, STATES, blank_like, estimate, optimizer_numbers
+from training_hub.backends.torch_engine.planning.memory import GIB, blank_like, estimate
+from training_hub.backends.torch_engine.planning.of_optimizers import STATES, optimizer_numbers
 from training_hub.backends.torch_engine.tensors import to_device
 from training_hub.recipe.sections import Optimizer
 

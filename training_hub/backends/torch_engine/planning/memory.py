@@ -8,13 +8,12 @@ step (`moments.py`). `benchmarks/memory.py` holds it against what processes real
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.checkpointing import NONE
@@ -35,13 +34,15 @@ from training_hub.backends.torch_engine.layouts.share import (
 from training_hub.backends.torch_engine.loading.quantization import frozen_weights, plain_like
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
-from training_hub.backends.torch_engine.optimizers.compact import moment_bytes
-from training_hub.backends.torch_engine.optimizers.library import KINDS, table_names
-from training_hub.backends.torch_engine.optimizers.library import kept_bytes as library_bytes
-from training_hub.backends.torch_engine.optimizers.whole import wants_whole
 from training_hub.backends.torch_engine.parallel import BUCKET_BYTES
 from training_hub.backends.torch_engine.planning.kept import Kept, Ways, kept_bytes
 from training_hub.backends.torch_engine.planning.moments import Flow, Gathering
+from training_hub.backends.torch_engine.planning.of_optimizers import (
+    kept_in_slices,
+    optimizer_bytes,
+    owned_bytes,
+    tables_in,
+)
 from training_hub.backends.torch_engine.processor import LARGEST_KEPT_BLOCK
 from training_hub.backends.torch_engine.teacher.load import TeacherLoad
 from training_hub.recipe.sections import Optimizer
@@ -51,10 +52,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2**30
-
-# Numbers that the optimizer keeps for each weight; the first also without momentum.
-STATES = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "SGD": 0, "RMSprop": 1, "Adagrad": 1}
-WITH_MOMENTUM = ("SGD", "RMSprop")
 
 LIBRARIES = {"cpu": int(0.45 * 2**30)}
 """Bytes that a process holds with Python, torch, transformers and a tokenizer loaded, and of their files once they have
@@ -144,7 +141,7 @@ def estimate(
     blank = blank_like(model)
     spared = holdings.spared(dtype.itemsize)
     read = sum(p.numel() for p in blank.parameters()) * dtype.itemsize - spared if is_read_whole else 0
-    has_experts, owned = any(experts_of(blank)), _owned_bytes(blank, optimizer, holdings, dtype, share)
+    has_experts, owned = any(experts_of(blank)), owned_bytes(blank, optimizer, holdings, dtype, share)
     holdings = _dealt_out(holdings, share)
     claimed = [p for name, p in blank.named_parameters() if name in holdings.claimed]
     numbers = sum(p.numel() for p in claimed)
@@ -189,7 +186,7 @@ def estimate(
         parts = divided_parts(parts, blank, share, dtype, apart, spared)
         parts["weights"] += holdings.scales * (1 - 1 / share.slices)
         parts["masters"] = sum(p.numel() for p in trained if held(p, share, apart) is p) * 4 if is_low else 0
-        parts["optimizer"] = _kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
+        parts["optimizer"] = kept_in_slices(trained, own, blank, optimizer, share, exact, apart)
     head = getattr(blank.get_output_embeddings(), "weight", None)  # which another stage may have
     if share.gathers_head and head is not None:
         parts["gathered"] = parts.get("gathered", 0) + head.numel() * share.heads * dtype.itemsize
@@ -331,27 +328,6 @@ def _staged_bytes(parts: Estimate, trained: int, own: int, holdings: Holdings, e
     return numbers / share.slices + (own + holdings.saved) * exact
 
 
-def _kept_in_slices(
-    trained: list[nn.Parameter],
-    own: Tensor,
-    blank: PreTrainedModel,
-    optimizer: Optimizer,
-    share: Share,
-    exact: int,
-    apart: Collection[nn.Parameter],
-) -> float:
-    """What the optimizer keeps of slices and, as far as this process owns them, of whole weights."""
-    tables = tables_in(blank)
-    whole = [w for w in trained if wants_whole(optimizer, tuple(w.shape), w.dim() == 2 and id(w) not in tables)]
-    owned = {id(weight) for weight in whole}
-    pieces = {id(weight): held(weight, share, apart) for weight in trained if id(weight) not in owned}
-    of_tables = {id(piece) for number, piece in pieces.items() if number in tables}
-    in_slices = optimizer_bytes(pieces.values(), optimizer, exact, of_tables)
-    of_whole = optimizer_bytes(whole, optimizer, exact, tables) / share.slices
-    of_slices = (in_slices + of_whole) * (not share.is_offloaded)
-    return of_slices + optimizer_bytes([own], optimizer, exact)
-
-
 def _dealt_out(holdings: Holdings, share: Share) -> Holdings:
     """What the process has beside its slices that has most."""
     if share.slices == 1:
@@ -359,19 +335,6 @@ def _dealt_out(holdings: Holdings, share: Share) -> Holdings:
     among, of_experts = share.slices * share.heads, share.experts * share.expert_slices
     stacks = among if share.experts == 1 else of_experts if share.expert_slices > 1 else 1
     return holdings.dealt_out(share.slices, among, stacks)
-
-
-def _owned_bytes(
-    blank: PreTrainedModel, optimizer: Optimizer, holdings: Holdings, dtype: torch.dtype, share: Share
-) -> int:
-    """What there is of a whole weight, and its gradient, on the way to its owner: the largest that has one, as often as
-    pieces are sent and got, and put together."""
-    claimed = holdings.claimed
-    tables, exact = tables_in(blank), 4 if dtype in LOW_PRECISION else dtype.itemsize
-    trained = (p for name, p in blank.named_parameters() if p.requires_grad and name not in claimed)
-    whole = (p for p in trained if wants_whole(optimizer, tuple(p.shape), p.dim() == 2 and id(p) not in tables))
-    most = 6 * max((p.numel() for p in whole), default=0)
-    return max(most, 4 * holdings.largest if share.slices > 1 else 0) * exact
 
 
 def blank_like(model: PreTrainedModel) -> PreTrainedModel:
@@ -394,39 +357,6 @@ def blank_like(model: PreTrainedModel) -> PreTrainedModel:
     blank.config._attn_implementation = None
     blank.config.pad_token_id = None  # else some models look for padding in the ids, which have no contents here
     return blank
-
-
-def optimizer_numbers(weights: Iterable[Tensor], settings: Optimizer) -> int:
-    """How many numbers the optimizer keeps for these weights."""
-    if settings.name == "Adafactor":  # sums over rows and columns of a matrix in place of its squares
-        return sum(_factored(tuple(weight.shape)) for weight in weights)
-    each = STATES[settings.name] + (1 if settings.name in WITH_MOMENTUM and settings.momentum else 0)
-    return sum(weight.numel() for weight in weights) * each
-
-
-def tables_in(model: nn.Module) -> frozenset[int]:
-    """`id` of the parameters that are embeddings or the head."""
-    names = table_names(model)
-    return frozenset(id(parameter) for name, parameter in model.named_parameters() if name in names)
-
-
-def optimizer_bytes(weights: Iterable[Tensor], settings: Optimizer, width: int, tables: Collection[int] = ()) -> int:
-    """What the optimizer keeps for these weights, `width` bytes for each number that is not one byte.
-
-    tables: `id` of those that are embeddings or the head.
-    """
-    if settings.name in KINDS:
-        return library_bytes(weights, settings, width, tables)
-    if settings.state == "8bit":
-        return sum(moment_bytes(weight.numel()) for weight in weights)
-    return optimizer_numbers(weights, settings) * width
-
-
-def _factored(shape: tuple[int, ...]) -> int:
-    if len(shape) < 2:
-        return math.prod(shape)
-    outer = math.prod(shape[:-2])
-    return outer * (shape[-2] + shape[-1])
 
 
 def logit_bytes(

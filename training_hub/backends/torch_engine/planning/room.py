@@ -12,7 +12,7 @@ from torch import nn
 from training_hub.backends.shared.disk import BESIDE_TENSORS, Room, room_for
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
-from training_hub.backends.torch_engine.planning.memory import optimizer_bytes, tables_in
+from training_hub.backends.torch_engine.planning.of_optimizers import optimizer_bytes, tables_in
 from training_hub.recipe import Recipe
 
 
