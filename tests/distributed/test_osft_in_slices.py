@@ -72,7 +72,7 @@ def test_it_begins_as_beside_a_whole_model(case, two, folders, chat_file, tmp_pa
         assert one["unlike"] == []
     if parallelism is SLICES:  # else what is kept in 16 bits also reads its pieces of what it came as
         assert sum(one["read"] for one in each) == each[0]["decomposed"]
-        assert max(one["read"] for one in each) <= 0.7 * each[0]["decomposed"]
+        assert max(one["read"] for one in each) <= 0.8 * each[0]["decomposed"]
 
 
 @pytest.mark.slow
