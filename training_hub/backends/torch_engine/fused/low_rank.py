@@ -45,7 +45,8 @@ DORA = "DoraLinearVariant"
 """Class of what PEFT has such a layer do for DoRA."""
 
 ACROSS = "training_hub_across"
-"""Attribute of a layer with DoRA whose inputs lie on several processes: what adds up their numbers."""
+"""Attribute of a layer with DoRA that is split: what adds up numbers of inputs that lie on several processes; None
+where outputs do."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training_hub.backends.torch_engine.fused import eight_bit, functions, onednn, panels
 from training_hub.backends.torch_engine.fused.exchange import Forward, OnKernels, made, runs, subclass
 from training_hub.backends.torch_engine.fused.layers import LAYERS, NORM_OFFSETS, last_layer, layer, norm, only
-from training_hub.backends.torch_engine.fused.low_rank import project
+from training_hub.backends.torch_engine.fused.low_rank import ACROSS, project
 from training_hub.backends.torch_engine.fused.products import linear
 from training_hub.backends.torch_engine.loading.quantization import PACKED
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
@@ -70,11 +70,15 @@ def run_on_kernels(model: PreTrainedModel) -> str | None:
     return f"norms and rotary positions run without kernels of our own: they change the logits by {difference:.1%}"
 
 
+def _is_ours_alone(module: object) -> bool:
+    """Whether the library cannot compute with what this layer has: bytes, or parts of what DoRA takes lengths of."""
+    return hasattr(module, PACKED) or hasattr(module, ACROSS)
+
+
 def stay_on_kernels(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
     """Keep a model that is divided since `swap` on the kernels, if it says the same without; else what a user should be
     told. It cannot be swapped back: its modules then run the library's forward in place of ours."""
-    # The library cannot multiply by the bytes of a quantised layer.
-    swapped = [one for one in model.modules() if isinstance(one, OnKernels) and not hasattr(one, PACKED)]
+    swapped = [one for one in model.modules() if isinstance(one, OnKernels) and not _is_ours_alone(one)]
     if not swapped:
         return None
     ours = logits_of_one(model)

@@ -77,9 +77,8 @@ def run_split(model: nn.Module, name: str, style: Style, tokens: Tokens, *, ente
 
 def split_lengths(layer: Any, style: Style, mesh: DeviceMesh) -> None:
     """Split what DoRA has of a layer that is split so, in place: a length for each output, of weights of all inputs."""
-    if style.is_by_rows:
-        setattr(layer, ACROSS, partial(exchanges.leaving, mesh=mesh))
-    else:
+    setattr(layer, ACROSS, partial(exchanges.leaving, mesh=mesh) if style.is_by_rows else None)
+    if not style.is_by_rows:
         _divide(layer.lora_magnitude_vector[ADAPTER], "weight", mesh, 0)
 
 
