@@ -239,3 +239,10 @@ def test_what_a_divided_model_cannot_do_is_refused_before_loading(two, tiny_mode
         assert [each["error"] for each in ended] == ["RecipeError"] * 2
         assert words in "\n".join(ended[0]["problems"])
         assert not output.exists()
+
+
+def test_a_run_has_nothing_of_the_mesh_of_the_one_before(two):
+    """Groups of the second have other names, and those of the first are gone."""
+    for others in (0, 2):
+        for found, is_own in two.call("tests.distributed.meshes:sum_on_a_mesh", others):
+            assert found == [0.0, 2.0, 4.0, 6.0] and is_own

@@ -331,6 +331,15 @@ def joined(settings: Comm) -> Iterator[Group]:
     finally:
         if is_whole or not has_gpu:  # nccl would wait here for those that are gone
             dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Let a later run in this process not get DTensors on meshes of this one, whose groups are gone: torch remembers
+    how operations divide their results together with the mesh, and takes an equal one for the same."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
 
 
 def refuse_strangers(group: Group) -> None:
