@@ -39,7 +39,7 @@ def read_in_turns(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     numbers = sum(map(math.prod, loaded.base.shapes.values()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         layout.divide(model, dtype)
-        loaded, broken = filled(loaded, numbers, CPU, is_offloaded=False)
+        loaded, broken = filled(loaded, numbers, CPU, console, is_offloaded=False)
     whole = load_model(asked, CPU, dtype).model
     part(whole)
     layers = _layers(model)

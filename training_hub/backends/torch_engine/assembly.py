@@ -67,7 +67,8 @@ def assemble(
         _begin(adaptation, recipe, loaded, materials, device, console, WHOLE)
     turns = turns_of(model, recipe.freezing)
     if layout.is_divided:
-        loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, first_lengths(materials))
+        lengths = first_lengths(materials)
+        loaded, layout = divide(layout, loaded, adaptation, recipe, device, dtype, lengths, console)
     if is_decomposed_late:
         _begin(adaptation, recipe, loaded, materials, device, console, layout)
     plain, note = cross_entropy(model, is_split=not recipe.parallelism.disable_loss_parallel)

@@ -67,8 +67,10 @@ def divided(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
     for parameter in blank.model.parameters():
         parameter.requires_grad_()
     Layout(degrees=degrees, mesh=mesh, asked=asked).divide(blank.model, dtype)
+    told: list[float] = []
     with opened(blank.files) as files:
-        fill(blank.model, blank.base.named(files), CPU, is_offloaded=offload)
+        fill(blank.model, blank.base.named(files), CPU, is_offloaded=offload, advance=told.append)
+        assert sum(told) == len(list(blank.model.parameters())), "progress is told of each"
         return blank, files.numbers_read
 
 

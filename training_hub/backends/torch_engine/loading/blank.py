@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,12 +165,19 @@ def loading_report(
 
 
 @torch.no_grad()
-def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloaded: bool) -> None:
+def fill(
+    model: nn.Module,
+    files: ExpertFiles,
+    device: torch.device,
+    is_offloaded: bool,
+    advance: Callable[[float], None] = lambda count: None,
+) -> None:
     """Give a divided model on the meta device its weights: this process's pieces, in the format that each has there.
 
     What trains may be wider there than what is computed in: it begins from the files' own numbers. Weights that have
     numbers keep them; quantised ones, which are made of more than a piece, wait for theirs (`low_bits.py`). Buffers
-    come to `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU.
+    come to `device`; those that the files hold are read. is_offloaded: the pieces stay on the CPU. advance: told of
+    each weight that is there.
     """
     buffers = dict(model.named_buffers())
     beside = {name: local_of(one.detach()) for name, one in model.named_parameters() if not one.is_meta}
@@ -194,6 +201,7 @@ def fill(model: nn.Module, files: ExpertFiles, device: torch.device, is_offloade
         if is_read and id(parameter) not in done:
             done.add(id(parameter))
             local_of(parameter).copy_(files.read(key, cut_of(parameter)))
+            advance(1)
 
 
 def _names_by_weight(model: nn.Module) -> list[list[str]]:

@@ -152,6 +152,7 @@ def divide(
     device: torch.device,
     dtype: torch.dtype,
     lengths: Sequence[int],
+    console: Console,
 ) -> tuple[LoadedModel, Layout]:
     """The model, in place, divided over the processes, all of which must call it; one without contents gets its
     weights, and is then looked at as `load_model` does. And the layout, which knows more now.
@@ -174,7 +175,7 @@ def divide(
     numbers = sum(math.prod(wanted[plain_name(name)]) for name, one in model.named_parameters() if one.is_meta)
     layout = layout.divide(model, dtype, adaptation.undivided)
     is_offloaded = recipe.parallelism.enable_cpu_offload
-    loaded, broken = filled(loaded, numbers, device, is_offloaded=is_offloaded)
+    loaded, broken = filled(loaded, numbers, device, console, is_offloaded=is_offloaded)
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
     if loaded.changed.owners:
         adaptation.filled()
@@ -190,6 +191,7 @@ def filled(
     loaded: LoadedModel,
     numbers: int,
     device: torch.device,
+    console: Console,
     *,
     is_offloaded: bool,
 ) -> tuple[LoadedModel, list[str]]:
@@ -197,10 +199,11 @@ def filled(
     which of them, or of what it read for others, are not finite. All among which a quantised layer lies must call it.
 
     numbers: how many its weights have."""
-    with opened(loaded.files) as files:
+    waiting = sum(one.is_meta for one in loaded.model.parameters())
+    with opened(loaded.files) as files, console.progress("reading weights", waiting, "weights") as advance:
         by_name = loaded.base.named(files)
-        fill(loaded.model, by_name, device, is_offloaded)
-        broken = fill_layers(loaded.model, by_name, device)
+        fill(loaded.model, by_name, device, is_offloaded, advance)
+        broken = fill_layers(loaded.model, by_name, device, advance)
         share = f"each process reads its own slices of the weights; here {files.numbers_read / numbers:.1%}"
     return replace(loaded, notes=(*loaded.notes, share), files=()), [*broken, *broken_pieces(loaded.model)]
 

@@ -8,7 +8,7 @@ the bytes; of these each keeps its slice. So the bits are those of a process by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -78,10 +78,16 @@ def is_empty(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fill_layers(model: nn.Module, files: ExpertFiles, device: torch.device) -> list[str]:
+def fill_layers(
+    model: nn.Module,
+    files: ExpertFiles,
+    device: torch.device,
+    advance: Callable[[float], None] = lambda count: None,
+) -> list[str]:
     """Give the quantised layers of a divided model what this process has of them; which are not finite in their files.
 
     All processes among which a layer lies must call it. Each holds a dense matrix at most, or then the bytes of two.
+    advance: told of each layer that is there.
     """
     empty = {f"{name}.weight": layer for name, layer in model.named_modules() if is_empty(layer)}
     matrices: list[Matrix] = [(plain_name(name), layer) for name, layer in empty.items()]
@@ -98,6 +104,7 @@ def fill_layers(model: nn.Module, files: ExpertFiles, device: torch.device) -> l
                 _keep(layer, _sent(mine if reader == rank else _like(layer, device), reader, group))
                 if reader == rank:
                     mine = []
+                advance(1)
     return broken
 
 

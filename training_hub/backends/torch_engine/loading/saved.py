@@ -53,8 +53,8 @@ def load_saved_together(
     loaded.model.requires_grad_(False)
     adaptation = ADAPTATIONS[find_algorithm(asked.algorithm).adaptation](asked)
     if is_adapted:
-        attach(loaded, adaptation, layout.device)
-    loaded, layout = divide(layout, loaded, adaptation, asked, layout.device, dtype, lengths)
+        loaded = attach(loaded, adaptation, layout.device, layout.group)
+    loaded, layout = divide(layout, loaded, adaptation, asked, layout.device, dtype, lengths, console)
     for note in loaded.notes:
         console.say(f"model: {note}")
     return loaded.model.eval(), layout

@@ -32,7 +32,7 @@ def load_sliced(
         model = blank.model
         numbers = sum(parameter.numel() for parameter in model.parameters())
         shard_frozen(model, mesh, dtype)
-        loaded, broken = filled(blank, numbers, device, is_offloaded=False)
+        loaded, broken = filled(blank, numbers, device, console, is_offloaded=False)
     else:
         console.say(f"teacher: each process reads all of it before it is divided, since {blank}")
         loaded = load_model(recipe, device, dtype, lengths=lengths, is_trained=False)
