@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from tests.backends.torch_engine.steps import assembled, gradients, update
 from tests.backends.torch_engine.tiny_models import tiny_model
+from training_hub.backends.torch_engine.assembly import recorder_of
 from training_hub.backends.torch_engine.attention import DOCUMENTS, register_attention
 from training_hub.backends.torch_engine.engine import TorchEngine
 from training_hub.backends.torch_engine.filling import FilledPack, Size, Untold, filled
@@ -225,6 +226,26 @@ def test_a_recipe_for_a_cpu_is_refused(tiny_model_folder: Path, chat_file: Path)
     if not torch.cuda.is_available():
         found = TorchEngine().objections(recipe)
         assert found == ["training.cuda_graphs: needs a CUDA device, this run is on cpu. Write false."]
+
+
+def test_attention_that_the_host_steers_is_not_recorded(tiny_model_folder: Path, chat_file: Path, tmp_path: Path):
+    run = assembled("full", CPU, tiny_model_folder, chat_file, tmp_path)
+    assert recorder_of(run) is None and not run.updater.masters.keeps_gradients
+    asked = run.recipe.training.model_copy(update={"cuda_graphs": True})
+    run.recipe, run.console = run.recipe.model_copy(update={"training": asked}), Noting()
+    assert recorder_of(run) is None
+    assert run.console.told == [
+        "training.cuda_graphs: each pack runs operation by operation, since attention of this architecture is "
+        "training_hub_documents, which is not for graphs"
+    ]
+
+
+class Noting(SilentConsole):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
 
 
 def test_numbers_are_taken_over_in_place():

@@ -15,6 +15,7 @@ from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
 from training_hub.backends.torch_engine.adaptations.protocol import Adaptation
 from training_hub.backends.torch_engine.answers.exam import exam_of
+from training_hub.backends.torch_engine.attention import VARLEN
 from training_hub.backends.torch_engine.by_source import BySource, sets_of
 from training_hub.backends.torch_engine.checkpointing import NONE, checkpoint_layers
 from training_hub.backends.torch_engine.compiling import compile_blocks
@@ -33,6 +34,7 @@ from training_hub.backends.torch_engine.optimizers.library import table_names
 from training_hub.backends.torch_engine.planning.beforehand import facts_of
 from training_hub.backends.torch_engine.planning.plan import feed_settings
 from training_hub.backends.torch_engine.preflight import can_pack
+from training_hub.backends.torch_engine.recording import NOT_REPLAYED, Recorder, cuda_graphs
 from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.checkpoints import Checkpoints
 from training_hub.backends.torch_engine.saving.staging import staging_of
@@ -142,3 +144,18 @@ def forget_activations(run: Run, how: str) -> None:
             f"training.activation_checkpointing: {how}, but the layers of {type(run.model).__name__} have none in "
             "transformers. Write none."
         )
+
+
+def recorder_of(run: Run) -> Recorder | None:
+    """What replays the packs of the run, where it is asked for; says why it cannot be, where it cannot."""
+    if not run.recipe.training.cuda_graphs:
+        return None
+    attention, settings = run.model.config._attn_implementation, run.feed.settings
+    reason = f"attention of this architecture is {attention}, which is not for graphs" if attention != VARLEN else ""
+    if not settings.is_packed:
+        reason = "this architecture does not keep the documents of a pack apart"
+    if reason:
+        run.console.say(f"{NOT_REPLAYED} {reason}")
+        return None
+    masters, budget = run.updater.masters, settings.token_budget
+    return Recorder(run.model, run.objective, masters, budget, run.device, run.console, cuda_graphs())

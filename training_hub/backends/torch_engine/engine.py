@@ -20,7 +20,7 @@ from training_hub.backends.shared.voice import Voice
 from training_hub.backends.torch_engine.adaptations import adaptation_problems
 from training_hub.backends.torch_engine.answers.scoring import examine, examine_together, score
 from training_hub.backends.torch_engine.answers.voice import open_voice
-from training_hub.backends.torch_engine.assembly import assemble, forget_activations
+from training_hub.backends.torch_engine.assembly import assemble, forget_activations, recorder_of
 from training_hub.backends.torch_engine.checkpointing import free_gib, way_problem
 from training_hub.backends.torch_engine.compiling import LIVE, budgeted
 from training_hub.backends.torch_engine.fused import eight_bit
@@ -53,7 +53,7 @@ from training_hub.backends.torch_engine.planning.work import Scale, measured_pea
 from training_hub.backends.torch_engine.processor import prepare_processor
 from training_hub.backends.torch_engine.profile import FILE_NAME, StepProfile
 from training_hub.backends.torch_engine.proofs import Subject, agreed, prove
-from training_hub.backends.torch_engine.recording import recorder_of, recording_problem
+from training_hub.backends.torch_engine.recording import recording_problem
 from training_hub.backends.torch_engine.run import Run
 from training_hub.backends.torch_engine.saving.final import finish, saved_dtype, write_model
 from training_hub.backends.torch_engine.saving.steps import resume, settle, settled

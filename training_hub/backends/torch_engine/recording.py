@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training_hub.backends.torch_engine.attention import VARLEN
 from training_hub.backends.torch_engine.filling import TENSORS, FilledPack, Size, Untold, filled
 from training_hub.backends.torch_engine.layouts import Done, Objective
 from training_hub.backends.torch_engine.layouts.beforehand import world_size_of
@@ -27,9 +26,6 @@ from training_hub.backends.torch_engine.optim import Masters
 from training_hub.backends.torch_engine.tensors import Term
 from training_hub.recipe import Recipe
 from training_hub.types import Console, Pack
-
-if TYPE_CHECKING:
-    from training_hub.backends.torch_engine.run import Run
 
 MOST = 32
 """Sizes that are recorded; each holds its kernels, and all share the memory of activations."""
@@ -55,21 +51,6 @@ def recording_problem(recipe: Recipe, device: torch.device) -> str | None:
     if processes > 1:
         return f"training.cuda_graphs: gradients of {processes} processes are not added up within a graph. Write false."
     return None
-
-
-def recorder_of(run: Run) -> Recorder | None:
-    """What replays the packs of the run, where it is asked for; says why it cannot be, where it cannot."""
-    if not run.recipe.training.cuda_graphs:
-        return None
-    attention, settings = run.model.config._attn_implementation, run.feed.settings
-    reason = f"attention of this architecture is {attention}, which is not for graphs" if attention != VARLEN else ""
-    if not settings.is_packed:
-        reason = "this architecture does not keep the documents of a pack apart"
-    if reason:
-        run.console.say(f"{NOT_REPLAYED} {reason}")
-        return None
-    masters, budget = run.updater.masters, settings.token_budget
-    return Recorder(run.model, run.objective, masters, budget, run.device, run.console, cuda_graphs())
 
 
 def cuda_graphs() -> Callable[[Work], Work]:
