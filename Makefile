@@ -57,7 +57,7 @@ test-jax: $(VENV)/.installed ## the jax engine against the torch engine, all of 
 	$(RUN) -m pytest -q tests/backends/jax_engine
 
 # Processes compute in one thread each here.
-test-distributed: $(VENV)/.installed ## several processes: equal numbers, hangs, 50 random kills (about an hour)
+test-distributed: $(VENV)/.installed ## several processes: equal numbers, hangs, 50 random kills (70 to 90 minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/distributed tests/launch tests/documents/test_seed_001.py tests/documents/test_seed_002.py
 
 # Says what to install and skips where there is no Slurm; nothing of a Slurm that the machine has of its own is touched.
