@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from tests.backends.torch_engine.tiny_models import tiny_model
 from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.adaptations.lora.configs import KINDS_OF_LORA, REFUSED, TUNERS, _kinds
-from training_hub.backends.torch_engine.loading.blank import plain_name
+from training_hub.backends.torch_engine.loading.blank import plain_name, see_one_number
 from training_hub.backends.torch_engine.loading.dividing import attach, load_blank
 from training_hub.backends.torch_engine.loading.model import LoadedModel, load_model
+from training_hub.backends.torch_engine.loading.on_demand import OnDemand
+from training_hub.errors import RecipeError
 
 CPU = torch.device("cpu")
 
@@ -69,6 +72,16 @@ def test_an_adapter_begins_alike_beside_weights_that_are_read_one_by_one(case, f
     assert unlike == [] and all(found[name].dtype == wanted[name].dtype for name in found)
     assert ("read one by one" in " ".join(begun.notes)) == (case in LOOKING)
     assert bool(left) == (asked.lora.tuner in ("pissa", "olora") or case == "pissa_niter_4")
+
+
+def test_what_changes_a_copy_that_is_not_there_yet_is_refused(folder):
+    blank = load_blank(recipe(folder, Path("rows.jsonl"), Path("out")), CPU, torch.float32)
+    assert isinstance(blank, LoadedModel)
+    see_one_number(blank.model, CPU)
+    with blank.base.opened() as came, OnDemand(blank.model, came), torch.no_grad():
+        copied = copy.deepcopy(blank.model.lm_head)
+        with pytest.raises(RecipeError, match=r"lm_head\.weight in a copy.*Leave the module out of lora"):
+            copied.weight.mul_(2)
 
 
 def test_every_tuner_that_trains_here_is_tried_so_but_one():

@@ -19,6 +19,7 @@ from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local
 from training_hub.backends.torch_engine.loading.blank import has_numbers, plain_name
 from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase
+from training_hub.errors import RecipeError
 
 DATA = "data"
 PROPERTIES = (DATA, "device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_quantized",
@@ -153,7 +154,10 @@ class OnDemand(TorchFunctionMode):
 
     def _refuse_copy(self, name: str, weight: Tensor) -> None:
         if weight.data_ptr() in self._copies:
-            raise NotImplementedError(f"it changes a copy of {name}, which is not there yet")
+            raise RecipeError(
+                f"it changes {name} in a copy of its module, and a model that is to be divided has not read that yet. "
+                "Leave the module out of lora.modules_to_save, or train in one process."
+            )
 
     def _change(self, name: str, value: Tensor) -> None:
         reader = self._readers[name]
