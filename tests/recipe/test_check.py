@@ -149,6 +149,11 @@ def problems_of(settings: dict[str, Any], **arguments: Any) -> list[str]:
             ["training.cuda_graphs: true does not go with loss.neftune_noise_alpha: 5.0"],
         ),
         (
+            {"training.cuda_graphs": True, "algorithm": "lora_sft", "lora.tuner": "adalora"},
+            {"training.cuda_graphs": True, "algorithm": "lora_sft", "lora.tuner": "dora"},
+            ["training.cuda_graphs: true does not go with lora.tuner: adalora"],
+        ),
+        (
             {"training.cuda_graphs": True, "algorithm": "osft", "osft.unfreeze_rank_ratio": 0.3},
             {"training.cuda_graphs": True, "algorithm": "lora_sft"},
             ["training.cuda_graphs: true does not go with algorithm: osft"],

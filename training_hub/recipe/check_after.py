@@ -144,6 +144,7 @@ UNRECORDED: Apart = (
     ("training.fp8", (False,), "weights in 8 bits are kept from pack to pack"),
     ("training.activation_checkpointing", ("auto", "none"), "layers that run again ask the host for random numbers"),
     ("model.attention", ("auto", "varlen"), "attention by documents is called as the host reads their lengths"),
+    ("lora.tuner", ("lora", "rslora", "dora", "pissa", "olora"), "no other tuner was tried within a graph"),
     ("model.quantization", ("none",), "kernels of quantised weights were not tried within a graph"),
     ("qat.weight_dtype", (None,), "rounding was not tried within a graph"),
     ("qat.activation_dtype", (None,), "rounding was not tried within a graph"),

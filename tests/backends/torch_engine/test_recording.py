@@ -192,6 +192,26 @@ def test_what_cannot_be_replayed_is_learned_by_passes(attend: str, record: Calla
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_gradients_that_were_exchanged_for_others_are_not_lost():
+    """As by AdaLoRA, which adds a term of its own to the gradients of a step and keeps the sums."""
+    model = tiny_model("llama").double()
+    model.set_attn_implementation(ON_DEVICE)
+    masters, found = Masters(model.named_parameters()), []
+    recorder = Recorder(model, CrossEntropy(), masters, BUDGET, CPU, SilentConsole(), tried)
+    for _ in range(3):
+        for _ in recorder.learn(STEPS[0], 3.0, lambda: None):
+            pass
+        found.append([weight.grad.clone() for weight in masters.weights.values()])
+        is_replayed = bool(recorder.sizes)
+        for weight in masters.weights.values():
+            weight.grad = weight.grad + 1
+        masters.drop_gradients()
+        assert is_replayed == (len(found) == 1)
+    assert recorder.refused == "gradients were exchanged for others between two steps"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("case", ["full", "split masters", "lora", "other losses"])
 def test_whole_steps_of_a_run_are_replayed(case: str, tiny_model_folder: Path, chat_file: Path, tmp_path: Path):
     """Masters, sums of each source and the update, in bfloat16, with gradients that stay where they are."""

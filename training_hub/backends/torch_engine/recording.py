@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,9 +75,10 @@ def cuda_graphs() -> Callable[[Work], Work]:
 
 @dataclass
 class Recorded:
-    """What is replayed for packs of one size: the tensors it reads, and what it has found."""
+    """What is replayed for packs of one size: the tensors it reads, those it adds to, and what it has found."""
 
     place: FilledPack
+    gradients: list[Tensor | None]
     replay: Work = lambda: None
     found: Term | None = None
 
@@ -108,9 +108,8 @@ class Recorder:
     ):
         self._model, self._objective, self._masters = model, objective, masters
         self._budget, self._device, self._console, self._record = budget, device, console, record
-        self._share = torch.ones(
-            (), dtype=torch.float64, device=device
-        )  # of the step, that a trained token of weight 1 is
+        # What a token of weight 1 is of the step.
+        self._share = torch.ones((), dtype=torch.float64, device=device)
         self._seen: set[Size] = set()
         self._graphs: dict[Size, Recorded] = {}
         self.refused = ""
@@ -125,6 +124,7 @@ class Recorder:
         """Forward and backward on a step's packs, of the sum of their terms divided by `divisor`; each once that is
         done. last: called before the last of them."""
         self._share.fill_(1 / divisor)
+        self._refuse_others()
         for number, one in enumerate(packs, 1):
             if number == len(packs):
                 last()
@@ -135,14 +135,27 @@ class Recorder:
             losses = term.losses[: len(rows)] if term.losses is not None else None
             yield one, replace(given, rows=rows), Term(term.total, losses)
 
+    def _refuse_others(self) -> None:
+        """Replay no more where gradients have been exchanged for others, which graphs do not know."""
+        now = [weight.grad for weight in self._masters.weights.values()]
+        if any(
+            one is not other for graph in self._graphs.values() for one, other in zip(graph.gradients, now, strict=True)
+        ):
+            self._graphs.clear()
+            self._refuse("gradients were exchanged for others between two steps")
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        self._console.say(f"{NOT_REPLAYED} {reason}")
+
     def _graph_of(self, size: Size, pack: Pack) -> Callable[[FilledPack], Term]:
         """What learns from packs of this size; `pack` is one."""
         is_new = size not in self._seen
         self._seen.add(size)
         if size not in self._graphs and not (is_new or self.refused or len(self._graphs) >= MOST):
-            graph = self._recorded(size, pack)
-            if self.refused:
-                self._console.say(f"{NOT_REPLAYED} {self.refused}")
+            graph, reason = self._recorded(size, pack)
+            if reason:
+                self._refuse(reason)
             else:
                 self._graphs[size] = graph
                 if len(self._graphs) == 1:
@@ -154,22 +167,22 @@ class Recorder:
         (term.total * self._share.to(term.total.dtype)).backward()
         return Term(term.total.detach(), term.losses)
 
-    def _recorded(self, size: Size, pack: Pack) -> Recorded:
-        """The graph of a size, whose `pack` is one; `refused` says why it cannot be used.
+    def _recorded(self, size: Size, pack: Pack) -> tuple[Recorded, str]:
+        """The graph of a size, of which `pack` is one; and why it cannot be used, "" where it can.
 
         Gradients of the step so far are afterwards what they were, and so is what random numbers come next."""
         place = filled(pack, size, self._device)
         own = {name: getattr(place, name).clone() for name in TENSORS}
-        graph = Recorded(replace(place, **own, lengths=Untold(place.lengths)))
         gradients = [weight.grad for weight in self._masters.weights.values()]
+        graph = Recorded(replace(place, **own, lengths=Untold(place.lengths)), gradients)
         kept = [gradient.clone() if gradient is not None else None for gradient in gradients]
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            self.refused = self._try(graph, filled(_turned(pack), size, self._device))
+            reason = self._try(graph, filled(_turned(pack), size, self._device))
         for weight, gradient, before in zip(self._masters.weights.values(), gradients, kept, strict=True):
             weight.grad = gradient
             if gradient is not None and before is not None:
                 gradient.copy_(before)
-        return graph
+        return graph, reason
 
     def _try(self, graph: Recorded, other: FilledPack) -> str:
         """Record the graph, and let it learn of another pack; why it cannot be used, "" where it can."""
@@ -177,15 +190,14 @@ class Recorder:
         def work() -> None:
             graph.found = self._pass(graph.place)
 
-        weights = list(self._masters.weights.values())
-        gradients = [weight.grad for weight in weights]
         try:
             graph.replay = self._record(work)
         except RuntimeError as error:
             return str(error).strip().splitlines()[0]
-        if any(weight.grad is not gradient for weight, gradient in zip(weights, gradients, strict=True)):
+        now = [weight.grad for weight in self._masters.weights.values()]
+        if any(one is not other for one, other in zip(graph.gradients, now, strict=True)):
             return "some weight has a gradient from some packs only"  # the graph would write where it should add
-        return self._unlike(graph, other, [gradient for gradient in gradients if gradient is not None])
+        return self._unlike(graph, other, [gradient for gradient in graph.gradients if gradient is not None])
 
     def _unlike(self, graph: Recorded, other: FilledPack, gradients: list[Tensor]) -> str:
         """What the graph learns of a pack, in these gradients, and the operations do not; "" where nothing is."""
@@ -204,7 +216,7 @@ class Recorder:
 
 def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The norm of the difference over that of what is wanted."""
-    norm: Callable[[Sequence[Tensor]], Tensor] = partial(torch.nn.utils.get_total_norm)
+    norm = torch.nn.utils.get_total_norm
     apart = norm([one - other for one, other in zip(found, wanted, strict=True)])
     return float(apart / norm(wanted).clamp_min(1e-30))
 
