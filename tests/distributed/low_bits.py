@@ -18,7 +18,7 @@ from training_hub.backends.torch_engine.loading.blank import plain_name
 from training_hub.backends.torch_engine.loading.dividing import attach, filled, load_for
 from training_hub.backends.torch_engine.loading.model import choose_dtype, load_model
 from training_hub.backends.torch_engine.loading.packing import Packing
-from training_hub.backends.torch_engine.loading.quantization import OWN, PACKED, dense, part
+from training_hub.backends.torch_engine.loading.quantization import OWN, PACKED, dense
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.monitoring.console import open_console
 from training_hub.recipe import Recipe
@@ -41,7 +41,6 @@ def read_in_turns(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
         layout.divide(model, dtype)
         loaded, broken = filled(loaded, numbers, CPU, console, is_offloaded=False)
     whole = load_model(asked, CPU, dtype).model
-    part(whole)
     layers = _layers(model)
     alone = _layers(whole)
     unlike = [name for name in layers if not _same(layers[name], alone[name])]

@@ -20,6 +20,7 @@ LORA = {"r": 4, "dropout": 0.0}
 TABLES = {**LORA, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}
 BY_COLUMNS = {**LORA, "tuner": "rslora", "options": {"init_lora_weights": "gaussian"}}
 SIXTEEN = {"model": {"dtype": "bfloat16"}}
+LOW = {"quantization": "int4"}
 DRAWN = {**LORA, "options": {"init_lora_weights": "pissa_niter_4"}}
 NOT_ZERO = {**LORA, "options": {"init_lora_weights": False}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -30,6 +31,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "heads": ("llama", HEADS, {"lora": BY_COLUMNS}),
     "stages": ("llama-tied", STAGES, {"lora": NOT_ZERO}),
     "lengths of rows": ("llama", SLICES, {"lora": {**LORA, "tuner": "dora"}, **SIXTEEN}),
+    "lengths of rows of bytes": (
+        "llama",
+        SLICES,
+        {"lora": {**LORA, "tuner": "dora"}, "model": {"quantization": "int4"}},
+    ),
+    "a head beside bytes": (
+        "llama",
+        SLICES,
+        {"lora": {**LORA, "modules_to_save": ["lm_head"]}, "model": {"quantization": "int8", "dtype": "bfloat16"}},
+    ),
     "lengths of rows, in stages": ("llama", STAGES, {"lora": {**LORA, "tuner": "dora"}}),
     "a part of the weights": ("llama", SLICES, {"lora": {**LORA, "tuner": "pissa"}}),
     "a part of the weights, drawn": ("llama-tied", SLICES, {"lora": DRAWN, **SIXTEEN}),
@@ -59,7 +70,7 @@ def settings_of(parallelism: dict[str, Any], sections: dict[str, Any]) -> dict[s
     "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES]
 )
 def test_an_adapter_begins_as_beside_a_whole_base(case, two, folders, chat_file, tmp_path):
-    """Bit for bit; and how far that is from the base, in a digit, is found in pieces as well."""
+    """Bit for bit; and how far that is from the base is found in pieces as well, in a digit."""
     family, parallelism, sections = CASES[case]
     model, settings = folders(family, num_hidden_layers=4), settings_of(parallelism, sections)
     asked = recipe(model, chat_file, tmp_path / "run", **settings)
@@ -67,12 +78,17 @@ def test_an_adapter_begins_as_beside_a_whole_base(case, two, folders, chat_file,
         assert each["read"] == "slices"
         assert each["unlike"] == [] and each["trained"] > 4
         found, wanted = each["differences"]
-        assert found == pytest.approx(wanted, rel=0.11, abs=1e-3)
+        is_rough = sections.get("model", {}).get("dtype") == "bfloat16"  # what is rounded away depends on the order
+        assert found == pytest.approx(wanted, rel=0.3 if is_rough else 0.11, abs=1e-3)
 
 
 BANK = "a bank for all layers"
 LEARNING = {
     "lengths of rows": {**LORA, "tuner": "dora"},
+    "lengths of rows of bytes": {**LORA, "tuner": "dora"},
+    "rows of a table, beside bytes": {**LORA, "trainable_tokens": [5, 7]},
+    "a head, beside bytes": {**LORA, "modules_to_save": ["lm_head"]},
+    "directions, beside bytes": {"tuner": "psoft", "r": 4},
     "a part of the weights": {**LORA, "tuner": "pissa"},
     "whole modules": {**LORA, "modules_to_save": ["lm_head"]},
     "rows of a table": {**LORA, "trainable_tokens": [5, 7]},
@@ -91,6 +107,8 @@ LEARNING = {
 def test_it_learns_what_it_does_beside_a_whole_base(case, two, folders, uneven_file, tmp_path):
     """From its first step to the final adapter, which is read back and compared, and proven before the first step."""
     model, settings = folders("llama"), settings_of(SLICES, {"lora": LEARNING[case], "training": PROVEN})
+    if "bytes" in case:
+        settings["model"] = {"quantization": "int8" if "head" in case else "int4"}
     together = two.train(model, uneven_file, tmp_path / "together", **settings)
     alone = train(model, uneven_file, tmp_path / "alone", **{**settings, "parallelism": {}})
     same_steps(alone, together)
@@ -98,12 +116,6 @@ def test_it_learns_what_it_does_beside_a_whole_base(case, two, folders, uneven_f
 
 
 WHOLE: dict[str, dict[str, Any]] = {
-    "an adapter with use_dora": {"lora": {"tuner": "dora"}, "model": {"quantization": "int8"}},
-    "an adapter with modules_to_save": {
-        "lora": {"modules_to_save": ["lm_head"]},
-        "model": {"quantization": "int8"},
-    },
-    "an adapter of IA3 begins alike beside bytes": {"lora": {"tuner": "ia3"}, "model": {"quantization": "int8"}},
     "an adapter with arrow_config": {"lora": {"options": {"arrow_config": {}}}},
     "an adapter of GLORA": {"lora": {"tuner": "glora"}},
 }

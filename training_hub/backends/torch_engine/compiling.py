@@ -17,7 +17,6 @@ import torch
 from training_hub.backends.torch_engine.attention import FUNCTIONS
 from training_hub.backends.torch_engine.checkpointing import MEMORY_BUDGET, layers_of
 from training_hub.backends.torch_engine.layouts.context import CONTEXT, context_attention
-from training_hub.backends.torch_engine.loading.quantization import part
 from training_hub.errors import RecipeError
 from training_hub.recipe.sections import Training
 
@@ -57,7 +56,6 @@ def compile_blocks(model: PreTrainedModel) -> str:
     torch._dynamo.reset()  # models of former runs in this process count towards the limit of versions of one code
     for name, attend in {**FUNCTIONS, CONTEXT: context_attention}.items():
         AttentionInterface.register(name, torch.compiler.disable(_opened(attend)))
-    part(model, for_now=True)
     for block in blocks:
         block.compile()
     model.base_model.register_forward_pre_hook(_seal, with_kwargs=True)

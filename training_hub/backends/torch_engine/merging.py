@@ -21,8 +21,9 @@ from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.model_folder import is_folder, stored_dtype
 from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.attention import attention_of_transformers
+from training_hub.backends.torch_engine.loading.low_bits import seen_dense
 from training_hub.backends.torch_engine.loading.model import choose_device, folder_problems
-from training_hub.backends.torch_engine.loading.quantization import NONE, dequantise, loading_options, multiply_dense
+from training_hub.backends.torch_engine.loading.quantization import NONE, dequantise, loading_options, part
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.merged_weights import merged_by_peft
@@ -202,7 +203,7 @@ class _Loader:
                 **options,
             )
         model.set_attn_implementation(attention_of_transformers(model))
-        multiply_dense(model)
+        part(model)
         return (model if options.get("quantization_config") else model.to(self.device)).eval()
 
     def with_adapter(self, adapter: Path, dtype: str, *, is_dense: bool = False) -> Any:
@@ -210,11 +211,7 @@ class _Loader:
         base = self.plain(self.path, dtype, self.origin["quantization"])
         if is_dense:
             dequantise(base)
-            for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
-                base.__dict__.pop(name, None)
-            if hasattr(base.config, "quantization_config"):
-                del base.config.quantization_config
-        with library.quiet():
+        with library.quiet(), seen_dense(base):
             return library.load().PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
@@ -249,7 +246,8 @@ def _ids(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[Tensor]:
 @torch.no_grad()
 def _logits(model: Any, ids: Sequence[Tensor]) -> list[Tensor]:
     device = next(model.parameters()).device
-    return [model(input_ids=each.to(device), use_cache=False).logits[0].float().cpu() for each in ids]
+    with seen_dense(model):
+        return [model(input_ids=each.to(device), use_cache=False).logits[0].float().cpu() for each in ids]
 
 
 def _as(tensors: dict[str, Tensor], written: Written, came: OpenBase) -> dict[str, Tensor]:

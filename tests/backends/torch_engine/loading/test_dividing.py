@@ -86,7 +86,8 @@ def test_beside_an_adapter_no_more_is_held_than_slices_and_a_tensor(tuner, at_ha
     asked = recipe(folder, Path("none.jsonl"), Path("none"), algorithm="lora_sft", lora={"r": 2, "tuner": tuner})
     layout = Layout(degrees=Degrees(dp_shard=SIZE), mesh=mesh, asked=slices)
     gc.collect()  # what other tests left would count as given back
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # Else older versions of torch warn that what was recorded is forgotten with the next.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         blank = load_for(layout, asked, CPU, torch.float32, None, [], open_console("off"))
         begun = attach(blank, Lora(asked), CPU, Group(RANK, RANK, SIZE))
         model = begun.model

@@ -78,7 +78,7 @@ def test_what_changes_a_copy_that_is_not_there_yet_is_refused(folder):
     blank = load_blank(recipe(folder, Path("rows.jsonl"), Path("out")), CPU, torch.float32)
     assert isinstance(blank, LoadedModel)
     see_one_number(blank.model, CPU)
-    with blank.base.opened() as came, OnDemand(blank.model, came), torch.no_grad():
+    with blank.base.opened() as came, OnDemand(blank.model, came.whole), torch.no_grad():
         copied = copy.deepcopy(blank.model.lm_head)
         with pytest.raises(RecipeError, match=r"lm_head\.weight in a copy.*Leave the module out of lora"):
             copied.weight.mul_(2)

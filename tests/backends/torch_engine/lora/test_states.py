@@ -12,6 +12,7 @@ from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.adaptations import ADAPTATIONS
 from training_hub.backends.torch_engine.loading.model import load_model
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
+from training_hub.backends.torch_engine.loading.quantization import PACKED, low_layers
 from training_hub.backends.torch_engine.objectives.cross_entropy import CrossEntropy
 from training_hub.backends.torch_engine.planning.memory import estimate
 from training_hub.backends.torch_engine.tensors import to_device
@@ -81,20 +82,13 @@ def test_the_plan_without_weights_counts_those_in_4_bits(dtype, wide_model_folde
 
 def bytes_of(model: torch.nn.Module) -> int:
     """What the weights take, scales of quantised ones included."""
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            total += parameter.untyped_storage().nbytes() + state.absmax.nbytes + state.state2.absmax.nbytes
-        elif hasattr(parameter, "qdata"):
-            total += parameter.qdata.nbytes + parameter.scale.nbytes
-        else:
-            total += parameter.nbytes
-    return total
+    packings = [getattr(layer, PACKED) for layer in low_layers(model)]
+    scales = [one for packing in packings for one in packing.tensors if one.shape != (256,)]  # the table of 8-bit codes
+    return sum(one.nbytes for one in (*model.parameters(), *scales))
 
 
 def kept_bytes(model: torch.nn.Module, pack) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.parameters() if not hasattr(p, "qdata")}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,12 +34,8 @@ ADAPTER = "default"
 EIGHT_BIT = "_eight_bit_linear"
 """What makes the forward of a layer that multiplies in 8-bit floating point (`swap.multiply_in_eight_bits`)."""
 
-CLASSES = (
-    "peft.tuners.lora.layer.Linear",
-    "peft.tuners.lora.bnb.Linear4bit",
-    "peft.tuners.lora.torchao.TorchaoLoraLinear",
-)
-"""What PEFT puts in the place of a linear layer: over plain weights, and over those of 4 and 8 bits."""
+LAYER = "peft.tuners.lora.layer.Linear"
+"""What PEFT puts in the place of a linear layer."""
 
 DORA = "DoraLinearVariant"
 """Class of what PEFT has such a layer do for DoRA."""
@@ -74,7 +70,7 @@ def run_adapters_fused(model: nn.Module) -> None:
     """Exchange PEFT's linear layers with plain LoRA, or DoRA, for ours, in place; parameters and names stay."""
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
-        if f"{kind.__module__}.{kind.__qualname__}" not in CLASSES:
+        if f"{kind.__module__}.{kind.__qualname__}" != LAYER:
             continue
         if is_dora(module):
             exchange(model, name, module, _with_lengths)

@@ -72,7 +72,7 @@ def run_on_kernels(model: PreTrainedModel) -> str | None:
 
 def _is_ours_alone(module: object) -> bool:
     """Whether the library cannot compute with what this layer has: bytes, or parts of what DoRA takes lengths of."""
-    return hasattr(module, PACKED) or hasattr(module, ACROSS)
+    return any(hasattr(one, PACKED) for one in (module, getattr(module, "base_layer", None))) or hasattr(module, ACROSS)
 
 
 def stay_on_kernels(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
@@ -161,7 +161,7 @@ def swap_back(model: nn.Module) -> None:
     """Undo `swap`."""
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
-        if issubclass(kind, OnKernels):
+        if issubclass(kind, OnKernels) and not _is_ours_alone(module):
             model.set_submodule(name, made(kind.__bases__[1], module.__dict__))
 
 

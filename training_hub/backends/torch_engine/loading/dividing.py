@@ -29,7 +29,14 @@ from training_hub.backends.torch_engine.loading.blank import (
     see_one_number,
     without_contents,
 )
-from training_hub.backends.torch_engine.loading.low_bits import empty_layers, fill_layers, whole_reason
+from training_hub.backends.torch_engine.loading.low_bits import (
+    empty_layers,
+    fill_layers,
+    look_dense,
+    look_low,
+    reader,
+    whole_reason,
+)
 from training_hub.backends.torch_engine.loading.model import (
     LoadedModel,
     attach_attention,
@@ -42,7 +49,7 @@ from training_hub.backends.torch_engine.loading.model import (
 )
 from training_hub.backends.torch_engine.loading.model_config import local_copy, read_config, take_generation_config
 from training_hub.backends.torch_engine.loading.on_demand import OnDemand, hand_out
-from training_hub.backends.torch_engine.loading.quantization import NONE, part
+from training_hub.backends.torch_engine.loading.quantization import NONE
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward, unrounded
 from training_hub.backends.torch_engine.parallel import ALONE, Group
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, base_of
@@ -132,11 +139,13 @@ def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device, gr
         adaptation.attach(model)
         return loaded
     see_one_number(model, device)  # in which it is made as beside any weights
+    look_dense(model, device)
     with loaded.base.opened() as came:
-        shown = OnDemand(model, came, group)
+        shown = OnDemand(model, reader(model, came, device), group)
         with shown:
             adaptation.attach(model)
     empty_again(model, loaded.base.shapes, device)
+    look_low(model)
     if not shown.looked:
         return loaded
     shown.share(model)
@@ -160,8 +169,6 @@ def divide(
     Raises TrainingError for weights that are not finite, RecipeError where the model cannot be divided so."""
     model = loaded.model
     if not loaded.files:
-        if layout.is_sharded or layout.degrees.tp > 1:
-            part(model)
         # What was drawn at random, or found by another library, before each keeps a piece of it.
         layout.group.spread(model.state_dict().values())
         if layout.degrees.pp == 1:  # else each has found what belongs to its own stages

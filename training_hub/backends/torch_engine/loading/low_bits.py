@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.layouts.pieces import cut_of, groups_across, local_of, whole_cut
 from training_hub.backends.torch_engine.loading.blank import plain_name
+from training_hub.backends.torch_engine.loading.on_demand import OnDemand
 from training_hub.backends.torch_engine.loading.packing import Packing, packed
 from training_hub.backends.torch_engine.loading.quantization import (
     BLOCK,
@@ -26,9 +28,12 @@ from training_hub.backends.torch_engine.loading.quantization import (
     PACKED,
     SECOND,
     frozen_layers,
+    low_layers,
     multiply_dense,
     quantised,
+    rounded,
 )
+from training_hub.backends.torch_engine.saving.base_weights import OpenBase
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
 from training_hub.backends.torch_engine.tensors import nonfinite_tensors
 
@@ -71,6 +76,70 @@ def empty_parts(layer: nn.Linear, quantization: str, dtype: torch.dtype) -> tupl
     return bytes_of, Packing(quantization, (*tensors, mean), (*shape, BLOCK, SECOND), dtype)
 
 
+@contextmanager
+def seen_dense(model: nn.Module) -> Iterator[None]:
+    """Within, quantised layers look as if their weights had never been quantised; each is made dense when something is
+    computed with it, and let go before the next. So an adapter is made beside it as beside any. Those that have no
+    numbers are left alone."""
+    layers = {f"{name}.weight": layer for name, layer in _low_layers(model).items() if not is_empty(layer)}
+    if not layers:
+        yield
+        return
+    bytes_of = {name: layer.weight for name, layer in layers.items()}
+    packings: dict[str, Packing] = {name: getattr(layer, PACKED) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        _look_dense(layer, bytes_of[name].device)
+    try:
+        with OnDemand(model, lambda name: packings[name].dense(bytes_of[name])):
+            yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = bytes_of[name]
+
+
+def look_dense(model: nn.Module, device: torch.device) -> None:
+    """Let quantised layers that have no numbers look as if they were not to be quantised, in place."""
+    for layer in _empty_layers(model):
+        _look_dense(layer, device)
+
+
+def look_low(model: nn.Module) -> None:
+    """Undo `look_dense`, in place: bytes on the meta device."""
+    for layer in _empty_layers(model):
+        layer.weight = nn.Parameter(_whole(layer)[0], requires_grad=False)
+
+
+def reader(model: nn.Module, came: OpenBase, device: torch.device) -> Callable[[str], Tensor]:
+    """What gives the whole weight of a name, as a model without contents will compute with it: of its quantised layers
+    what is left of their numbers."""
+    packings: dict[str, Packing] = {
+        f"{name}.weight": getattr(layer, PACKED) for name, layer in _low_layers(model).items() if is_empty(layer)
+    }
+
+    def read(name: str) -> Tensor:
+        whole, packing = came.whole(name), packings.get(name)
+        if packing is None:
+            return whole
+        return rounded(whole.to(device, packing.dtype), _quantization(packing))
+
+    return read
+
+
+def _look_dense(layer: nn.Linear, device: torch.device) -> None:
+    """One number that looks like all of them."""
+    number = torch.zeros((), dtype=getattr(layer, PACKED).dtype, device=device)
+    layer.weight = nn.Parameter(number.expand(layer.out_features, layer.in_features), requires_grad=False)
+
+
+def _low_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    low = set(map(id, low_layers(model)))
+    return {name: cast(nn.Linear, module) for name, module in model.named_modules() if id(module) in low}
+
+
+def _empty_layers(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in low_layers(model) if is_empty(layer)]
+
+
 def is_empty(layer: nn.Module) -> bool:
     """Whether this is a quantised layer that has no numbers yet."""
     packing: Packing | None = getattr(layer, PACKED, None)
@@ -89,7 +158,7 @@ def fill_layers(
     All processes among which a layer lies must call it. Each holds a dense matrix at most, or then the bytes of two.
     advance: told of each layer that is there.
     """
-    empty = {f"{name}.weight": layer for name, layer in model.named_modules() if is_empty(layer)}
+    empty = {f"{name}.weight": layer for name, layer in _low_layers(model).items() if is_empty(layer)}
     matrices: list[Matrix] = [(plain_name(name), layer) for name, layer in empty.items()]
     broken: list[str] = []
     for group, some in _by_readers(matrices):

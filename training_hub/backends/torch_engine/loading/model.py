@@ -23,7 +23,7 @@ from training_hub.backends.torch_engine.fused import eight_bit, onednn, panels
 from training_hub.backends.torch_engine.fused.swap import multiply_in_eight_bits, run_on_kernels
 from training_hub.backends.torch_engine.loading.model_config import from_library, read_config, source_options
 from training_hub.backends.torch_engine.loading.on_demand import UNCHANGED, Changed
-from training_hub.backends.torch_engine.loading.quantization import NONE, loading_options, multiply_dense
+from training_hub.backends.torch_engine.loading.quantization import NONE, loading_options, part
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.backends.torch_engine.preflight import (
     ROUGH,
@@ -112,7 +112,7 @@ def load_model(
     is_quantised = recipe.model.quantization != NONE
     if model is None:
         loaded, original, notes = read_whole(recipe.model, dtype, device)
-        base = UNREAD if is_quantised or not is_trained else finest_base(recipe.model, loaded, original)
+        base = finest_base(recipe.model, loaded, original) if is_trained else UNREAD
     elif is_quantised:
         raise RecipeError(
             f"model.quantization: {recipe.model.quantization} is made while weights are read, and the model was handed "
@@ -167,16 +167,16 @@ def read_whole(
     problems = _loading_problems(chosen.path, model, info)
     if problems:
         raise RecipeError(problems)
-    multiply_dense(model)
+    part(model)
     return model, original, unexpected_notes(info["unexpected_keys"])
 
 
 def finest_base(chosen: Model, model: PreTrainedModel, original: torch.dtype) -> BaseWeights:
     """The weights of `model` as they came, by its own names. Those that transformers makes of others, when it reads the
-    files, are read by it once more, in the format they came in, and kept on the CPU."""
+    files, are read by it once more, in the format they came in, and kept on the CPU; not beside quantised ones."""
     base = base_of(chosen, model)
     lost = lost_names(base, model, original)
-    if not lost:
+    if not lost or chosen.quantization != NONE:
         return base
     whole, _, _ = read_whole(chosen, torch.promote_types(original, next(model.parameters()).dtype), torch.device("cpu"))
     exact = dict(whole.named_parameters())

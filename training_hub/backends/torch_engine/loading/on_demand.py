@@ -7,6 +7,7 @@ here: torch tells of every function that is called with a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from training_hub.backends.torch_engine.layouts.pieces import Cut, cut_of, local_of
 from training_hub.backends.torch_engine.loading.blank import has_numbers, plain_name
 from training_hub.backends.torch_engine.parallel import ALONE, Group
-from training_hub.backends.torch_engine.saving.base_weights import OpenBase
 from training_hub.errors import RecipeError
 
 DATA = "data"
@@ -58,11 +58,13 @@ class OnDemand(TorchFunctionMode):
 
     One weight is whole at a time, in one process of the group; it is dealt to the one that has read least, and the
     others compute with zeros, until all `share` what was made. All must ask for the same in the same order.
+
+    read: the whole weight that is called so without adapters.
     """
 
-    def __init__(self, model: nn.Module, base: OpenBase, group: Group = ALONE):
+    def __init__(self, model: nn.Module, read: Callable[[str], Tensor], group: Group = ALONE):
         super().__init__()
-        self._base, self._group = base, group
+        self._whole, self._group = read, group
         self._names: dict[int, str] = {}
         self._copies: set[int] = set()
         self._kept: list[Tensor] = []  # so that no other tensor comes to lie where one of these was
@@ -137,7 +139,7 @@ class OnDemand(TorchFunctionMode):
             self._at_hand = None  # before the next is read
             whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
             if self._readers[name] == self._group.rank:
-                whole.copy_(self.changed.held[name] if name in self.changed.held else self._base.whole(name))
+                whole.copy_(self.changed.held[name] if name in self.changed.held else self._whole(name))
             self._at_hand = (name, whole)
         return self._at_hand[1]
 

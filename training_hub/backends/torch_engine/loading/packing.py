@@ -26,17 +26,16 @@ INT4, PART_OF_INT4, INT8 = "int4", "part of int4", "int8"
 class Packing:
     """What makes numbers of a quantised weight's bytes. sizes: of int4 its shape and those of both kinds of blocks, and
     of a part of one the place of its first block in the whole and how far from there that of its next row is; of int8
-    that of its blocks. dtype: of the numbers. whole: the weight as it was, over the same bytes, where it is kept.
+    that of its blocks. dtype: of the numbers.
     """
 
     form: str
     tensors: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     dtype: torch.dtype
-    whole: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
-        return self  # nothing changes it, and the bytes of `whole` are those of the model
+        return self  # nothing changes it
 
     def dense(self, packed: Tensor) -> Tensor:
         """[N, M]: the weight of these bytes."""

@@ -8,7 +8,7 @@ and embeddings stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -83,7 +83,7 @@ def loading_options(quantization: str, dtype: torch.dtype, device: torch.device)
 
 
 PACKED = "training_hub_packed"
-"""Attribute of a quantised layer whose weight has been parted: what makes numbers of its bytes, a `Packing`."""
+"""Attribute of a quantised layer, whose weight is bytes: what makes numbers of them, a `Packing`."""
 
 OWN = "training_hub_own"
 """Attribute of such a layer that was split while it had no contents: a function from the bytes and the packing of the
@@ -96,23 +96,27 @@ def quantiser(quantization: str) -> dict[str, str]:
     return {method.package: version(method.package)} if method else {}
 
 
-def num_numbers(parameter: Tensor) -> int:
-    """How many weights a parameter holds; one of bitsandbytes packs two into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+def nums_of(model: nn.Module) -> dict[str, int]:
+    """How many numbers each parameter holds, by name; of a quantised weight two may lie in a byte."""
+    low = {id(layer.weight): layer.in_features * layer.out_features for layer in low_layers(model)}
+    return {name: low.get(id(one), one.numel()) for name, one in model.named_parameters()}
 
 
 def num_quantised(model: Any) -> int:
     """How many weights linear layers have that are frozen, and so are kept in fewer bits; from shapes: `model` may be
-    quantised already, and parted, or lie on the meta device."""
+    quantised already, or lie on the meta device."""
     return sum(layer.in_features * layer.out_features for layer in frozen_layers(model))
 
 
 def frozen_layers(model: Any) -> Iterator[nn.Linear]:
+    return (layer for layer in linear_layers(model) if not layer.weight.requires_grad)
+
+
+def linear_layers(model: Any) -> Iterator[nn.Linear]:
     # The head stays as it is, and so does one that PEFT keeps beside a copy that trains.
     left = {id(module) for module in model.get_output_embeddings().modules()}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module) not in left and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and id(module) not in left:
             yield module
 
 
@@ -121,68 +125,52 @@ def frozen_weights(model: Any) -> list[Tensor]:
     return [layer.weight for layer in frozen_layers(model)]
 
 
-def plain_like(module: nn.Module) -> nn.Linear | None:
-    """An empty layer on the meta device of the shape of a linear layer of bitsandbytes; None for other modules."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if state is None or not isinstance(module, nn.Linear):
-        return None
-    made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+def low_layers(model: nn.Module) -> list[nn.Linear]:
+    """The quantised layers, whose weights are bytes."""
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and hasattr(layer, PACKED)]
+
+
+def plain_like(layer: nn.Linear) -> nn.Linear:
+    """An empty layer of the same shape on the meta device, frozen, whose weight is no bytes."""
+    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     return made.requires_grad_(False)
 
 
 def dense(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """[N, M]: the weight of a linear layer as it multiplies; made from its 4 or 8 bits in memory of its own. Of one
-    that is split it is this process's part."""
-    weight: Any = layer.weight
-    packing: Packing | None = getattr(layer, PACKED, None)
-    if packing is not None:
-        return packing.dense(_bytes_of(layer)).to(dtype)
-    if torch.compiler.is_compiling():
-        return weight  # quantised ones have been parted
-    if getattr(weight, "quant_state", None) is not None:
-        bytes_of, packing = packed(weight)
-        return packing.dense(bytes_of).to(dtype)
-    if is_quantised(weight):
-        return weight.dequantize().to(dtype)
-    return weight
+    """[N, M]: the weight of a linear layer as it multiplies; of a quantised one made from its 4 or 8 bits in memory of
+    its own, and of one that is split this process's part."""
+    packing = _packing_of(layer)
+    return layer.weight if packing is None else packing.dense(_bytes_of(layer)).to(dtype)
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is kept in fewer bits."""
+    """Whether a library keeps a weight in fewer bits."""
     return getattr(weight, "quant_state", None) is not None or type(weight).__module__.startswith("torchao")
 
 
-def part(model: nn.Module, *, for_now: bool = False) -> None:
-    """Part quantised weights into bytes, which become ordinary parameters that can be divided, and what makes numbers
-    of them (scales, 1/32 of their size in int4), which stays whole; in place. for_now: `put_together` undoes it.
-
-    Such layers must multiply by their dense weights already.
-    """
-    for module in model.modules():
+def part(model: nn.Module) -> None:
+    """Part the weights that a library has quantised into bytes, which become ordinary parameters of ordinary layers,
+    and what makes numbers of them (scales, 1/32 of their size in int4), in place; the model multiplies by their dense
+    weights then, and nothing in it says any more that a library quantised it."""
+    for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            layer = plain_like(module)
             bytes_of, packing = packed(module.weight)
-            setattr(module, PACKED, replace(packing, whole=module.weight if for_now else None))
-            module.weight = nn.Parameter(bytes_of, requires_grad=False)
-
-
-def put_together(model: nn.Module) -> None:
-    """Undo `part`, where that was for now, in place."""
-    for module in model.modules():
-        packing: Packing | None = getattr(module, PACKED, None)
-        if packing is not None and packing.whole is not None:
-            module.weight = packing.whole
-            delattr(module, PACKED)
+            layer.weight, layer.bias = nn.Parameter(bytes_of, requires_grad=False), module.bias
+            setattr(layer, PACKED, packing)
+            model.set_submodule(name, layer)
+    multiply_dense(model)
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        vars(model).pop(mark, None)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def multiply_dense(model: nn.Module) -> None:
-    """Let quantised layers multiply by their dense weights, in place.
-
-    What bitsandbytes does in evaluation mode on a CPU with AVX512_BF16 (another layout of the weight, a product of its
-    own) has no gradient, and says so by a warning only; this is the same arithmetic in every mode.
-    """
+    """Let quantised layers multiply by their dense weights, in place: the same arithmetic in every mode."""
     for name, module in list(model.named_modules()):
-        is_low = isinstance(module, nn.Linear) and (hasattr(module, PACKED) or is_quantised(module.weight))
-        if is_low and not isinstance(module, OnKernels):
+        if isinstance(module, nn.Linear) and hasattr(module, PACKED) and not isinstance(module, OnKernels):
             exchange(model, name, module, _dense_forward)
 
 
@@ -195,7 +183,7 @@ def _dense_forward(own: Any) -> Forward:
 
 
 def frozen_product(x: Tensor, layer: nn.Linear) -> Tensor:
-    """x W^T for a weight that is kept in fewer bits, or for this process's part of one that is parted."""
+    """x W^T for a weight that is kept in fewer bits, or for this process's part of one."""
     y: Tensor = _Frozen.apply(x, layer)
     return y
 
@@ -215,15 +203,19 @@ class _Frozen(torch.autograd.Function):
 
 def _product(x: Tensor, layer: nn.Linear, *, is_turned: bool) -> Tensor:
     """x W^T, or x W."""
-    packing: Packing | None = getattr(layer, PACKED, None)
-    if packing is not None:
-        return packing.product(x, _bytes_of(layer), is_turned=is_turned)
-    weight = dense(layer, x.dtype)
-    return x @ (weight.T if is_turned else weight)
+    packing = _packing_of(layer)
+    if packing is None:
+        return x @ (layer.weight.T if is_turned else layer.weight)
+    return packing.product(x, _bytes_of(layer), is_turned=is_turned)
+
+
+def _packing_of(layer: nn.Linear) -> Packing | None:
+    """What makes numbers of the layer's bytes; None where its weight is, or for now looks like, numbers."""
+    return None if layer.weight.is_floating_point() else getattr(layer, PACKED)
 
 
 def _bytes_of(layer: nn.Linear) -> Tensor:
-    """What this process has of a parted weight."""
+    """What this process has of the bytes of a weight."""
     weight = layer.weight
     return (weight.to_local() if isinstance(weight, DTensor) else weight).data
 
@@ -255,17 +247,17 @@ def quantised(weight: Tensor, quantization: str) -> nn.Linear:
 
 
 def rounded(weight: Tensor, quantization: str) -> Tensor:
-    """[N, M] in float32: the numbers of the weight of a linear layer once it is kept in 4 or 8 bits, as `dequantise`
-    finds them in a model that was read so."""
-    return dense(quantised(weight, quantization), torch.float32)
+    """[N, M] in float32: the numbers of the weight of a linear layer once it is kept in 4 or 8 bits, by which a model
+    that was read so multiplies."""
+    bytes_of, packing = packed(quantised(weight, quantization).weight)
+    return packing.dense(bytes_of).to(torch.float32)
 
 
 @torch.no_grad()
 def dequantise(model: nn.Module) -> None:
     """Put ordinary float32 layers with the same numbers in the place of quantised ones, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and is_quantised(module.weight):
-            made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            made.weight = nn.Parameter(dense(module, torch.float32), requires_grad=False)
-            made.bias = module.bias
+        if isinstance(module, nn.Linear) and hasattr(module, PACKED):
+            made = plain_like(module)
+            made.weight, made.bias = nn.Parameter(dense(module, torch.float32), requires_grad=False), module.bias
             model.set_submodule(name, made)

@@ -31,7 +31,7 @@ from training_hub.backends.torch_engine.layouts.share import (
     mask_numbers,
     part_of,
 )
-from training_hub.backends.torch_engine.loading.quantization import frozen_weights, plain_like
+from training_hub.backends.torch_engine.loading.quantization import frozen_weights, low_layers, plain_like
 from training_hub.backends.torch_engine.objectives.head import chunk_rows, find_head
 from training_hub.backends.torch_engine.optim import LOW_PRECISION
 from training_hub.backends.torch_engine.parallel import BUCKET_BYTES
@@ -342,18 +342,13 @@ def blank_like(model: PreTrainedModel) -> PreTrainedModel:
 
     A module on our kernels is one of the library's again in a copy.
     """
-    empty: dict[int, Any] = {}
-    for module in model.modules():
-        plain = plain_like(module)
-        if plain is not None:
-            empty[id(module)] = plain
+    empty: dict[int, Any] = {id(layer): plain_like(layer) for layer in low_layers(model)}
     for parameter in model.parameters():
         blank_of = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         empty[id(parameter)] = nn.Parameter(blank_of, parameter.requires_grad and parameter.is_floating_point())
     for buffer in model.buffers():
         empty[id(buffer)] = torch.empty_like(buffer, device="meta")
     blank = copy.deepcopy(model, empty)
-    blank.__dict__.pop("quantization_method", None)  # its layers are plain now, and may be of another format
     blank.config._attn_implementation = None
     blank.config.pad_token_id = None  # else some models look for padding in the ids, which have no contents here
     return blank

@@ -24,7 +24,7 @@ from training_hub.backends.torch_engine.layouts.share import EVERYTHING, Share, 
 from training_hub.backends.torch_engine.layouts.stages import ORDERS, late, under_way, waiting
 from training_hub.backends.torch_engine.loading.model import choose_device, choose_dtype
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model
-from training_hub.backends.torch_engine.loading.quantization import num_numbers, quantiser
+from training_hub.backends.torch_engine.loading.quantization import nums_of, quantiser
 from training_hub.backends.torch_engine.materials import Materials, load_materials
 from training_hub.backends.torch_engine.planning.memory import (
     MOST_SIZES,
@@ -101,7 +101,6 @@ def describe(
 
     Of several processes each holds what `memory_gib` says; samples, tokens and packs are those of all.
     """
-    parameters = list(model.parameters())
     moved = [p for name, p in model.named_parameters() if p.requires_grad and name not in holdings.claimed]
     trained = sum(p.numel() for p in moved) + holdings.trained
     told = planned(recipe, materials.prepared, materials.template, feed)
@@ -130,7 +129,7 @@ def describe(
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": {"name": recipe.model.quantization, **quantiser(recipe.model.quantization)},
         "save_dtype": str(save_dtype).removeprefix("torch."),
-        "parameters": sum(num_numbers(p) for p in parameters),
+        "parameters": sum(nums_of(model).values()),
         "trained_parameters": trained,
         "frozen_at_first": Thaw(model, turns_of(model, recipe.freezing)).frozen_at_first(),
         **told,

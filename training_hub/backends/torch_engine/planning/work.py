@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from training_hub.backends.torch_engine.fused import products
-from training_hub.backends.torch_engine.loading.quantization import num_numbers
+from training_hub.backends.torch_engine.loading.quantization import nums_of
 from training_hub.types import Pack
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ def work_of(model: PreTrainedModel, *, learns: bool = True) -> Work:
     apart = {id(layer.weight) for layer in model.modules() if layer is head or isinstance(layer, nn.Embedding)}
     config = model.config.get_text_config()
     share = _share_of_experts(config)
+    nums = nums_of(model)
     body = sum(
-        num_numbers(parameter) * _operations(parameter.requires_grad, learns) * (share if ".experts." in name else 1.0)
+        nums[name] * _operations(parameter.requires_grad, learns) * (share if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in apart
     )

@@ -18,6 +18,7 @@ from training_hub.backends.shared.disk import disk_errors_explained
 from training_hub.backends.shared.final_folder import save_tokenizer, set_stop_ids
 from training_hub.backends.shared.model_folder import weight_files
 from training_hub.backends.torch_engine.attention import attention_of_transformers
+from training_hub.backends.torch_engine.loading.low_bits import seen_dense
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.saving.model_files import ModelFiles
 from training_hub.backends.torch_engine.saving.tensor_files import opened
@@ -159,7 +160,8 @@ def verify(
         refuse_nonfinite_logits(float(said.abs().max()))
         return 0.0
     here = probed_logits(model, next(model.parameters()).device)
-    there = loaded.eval()(input_ids=_probe(model).to(loaded.device), use_cache=False).logits.float().cpu()
+    with seen_dense(loaded):
+        there = loaded.eval()(input_ids=_probe(model).to(loaded.device), use_cache=False).logits.float().cpu()
     difference = float((here - there).abs().max())
     refuse_nonfinite_logits(difference)
     return difference

@@ -27,12 +27,13 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
-from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
+from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle, refuse_low
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.loading.blank import has_numbers, recast
-from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, num_numbers, num_quantised
+from training_hub.backends.torch_engine.loading.low_bits import seen_dense
+from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, num_quantised, nums_of
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
@@ -66,9 +67,7 @@ class Lora(OfParameters):
 
     def begins_beside(self) -> str:
         """Why the adapter must be made beside whole weights, where it must."""
-        recipe = self._recipe
-        is_quantised, goes_on = recipe.model.quantization != NONE, recipe.lora.adapter is not None
-        return begins_beside(make_config(recipe, None), goes_on=goes_on, is_quantised=is_quantised)
+        return begins_beside(make_config(self._recipe, None), goes_on=self._recipe.lora.adapter is not None)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model, frozen, with an adapter in the place of each target.
@@ -77,12 +76,15 @@ class Lora(OfParameters):
         """
         config = make_config(self._recipe, _token_ids(self._recipe))
         refuse_idle(model, getattr(config, "target_modules", None), getattr(config, "modules_to_save", None))
+        if self._recipe.model.quantization != NONE:
+            refuse_low(model, getattr(config, "modules_to_save", None), self._recipe.model.quantization)
         if self._recipe.qat.weight_dtype is not None:
             refuse_unrounded(config, self._recipe.lora.tuner)
         _tie(config, model)
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = logits_of_one(model) if has_numbers(parameter) else None
-        self._put_in(config, model, is_blank=parameter.is_meta)
+        with seen_dense(model):
+            self._put_in(config, model, is_blank=parameter.is_meta)
         self._model = model
         if self._recipe.parallelism.pipeline_parallel_degree > 1:
             self._names = names_in_file(self._peft, model)
@@ -102,9 +104,9 @@ class Lora(OfParameters):
             self._start = Start(self._adapter_tensors(self._own_weights()))
         if not parameter.is_meta and self._recipe.lora.adapter is not None:
             self._take_over(Path(self._recipe.lora.adapter).expanduser())
+        run_adapters_fused(model)
         if before is not None:
             self._difference = relative_difference(logits_of_one(model), before)
-        run_adapters_fused(model)
         return model
 
     def filled(self) -> None:
@@ -361,7 +363,7 @@ def _token_ids(recipe: Recipe) -> list[int] | None:
 
 def _told(model: nn.Module, config: Any) -> Iterator[str]:
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    total, everything = sum(trained.values()), sum(num_numbers(p) for p in model.parameters())
+    total, everything = sum(trained.values()), sum(nums_of(model).values())
     places: Counter[str] = Counter()
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from training_hub.backends.torch_engine.adaptations.lora import library
+from training_hub.backends.torch_engine.loading.quantization import NONE
 from training_hub.backends.torch_engine.loading.quantization import problems as quantization_problems
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
@@ -49,14 +50,19 @@ DRAWN = (True, False, "gaussian", "orthogonal")
 BEGINNINGS = (*DRAWN, "pissa", "olora", "mica")
 """Values of init_lora_weights with which it does, and "pissa_niter_" with a number."""
 
-OF_NUMBERS = ("use_dora", "modules_to_save")
-"""Fields of SEEN with which it is made of numbers, where a quantised base has bytes."""
-
 TUNERS = (
     *("adalora", "beft", "boft", "c3a", "deft", "delora", "fourierft", "gralora", "hira", "hra", "ia3", "ln_tuning"),
     *("loha", "lokr", "miss", "oft", "peanut", "psoft", "pvera", "randlora", "road", "supertuning", "tinylora"),
     *("unilora", "vblora", "vera", "waveft"),
 )
+
+MULTIPLYING: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "int4": ("hira", "hra", "loha", "lokr", "peanut", "supertuning"),
+        "int8": ("hira", "hra", "peanut", "supertuning"),
+    }
+)
+"""TUNERS that compute in forward with what lies in the place of the weights, or want its shape, by what that is."""
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -92,7 +98,8 @@ def problems(recipe: Recipe) -> list[str]:
     unmet = quantization_problems(recipe.model)
     if not library.is_installed():
         return [library.MISSING, *unmet]
-    return [*unmet, *_section_problems(recipe)]
+    found = [*unmet, *_section_problems(recipe)]
+    return found or list(_low_problems(recipe))
 
 
 def _section_problems(recipe: Recipe) -> list[str]:
@@ -127,31 +134,33 @@ def make_config(recipe: Recipe, token_ids: list[int] | None) -> Any:
 def is_changing_its_base(config: Any) -> bool:
     """Whether the adapter starts from a part of the weights, which is taken out of them (PiSSA, OLoRA)."""
     kind = getattr(config, "init_lora_weights", True)
-    return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
+    return isinstance(kind, str) and _takes_a_part(kind)
 
 
-def begins_beside(config: Any, *, goes_on: bool = False, is_quantised: bool = False) -> str:
+def _takes_a_part(init_lora_weights: str) -> bool:
+    return init_lora_weights.startswith("pissa") or init_lora_weights == "olora"
+
+
+def begins_beside(config: Any, *, goes_on: bool = False) -> str:
     """Why an adapter must be made beside whole weights; "" where it begins alike beside those that are read one by one.
-    goes_on: its numbers come from a folder. is_quantised: of most weights there are bytes, which are made of them."""
+    goes_on: its numbers come from a folder."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if goes_on and getattr(config, "modules_to_save", None):
         return "lora.adapter has whole modules (modules_to_save) in the place of its own"
     if kind != "LORA":
-        is_known = kind.lower() in TUNERS and not is_quantised
-        beside = "bytes" if is_quantised else "less of it"
-        return "" if is_known else f"it is not known whether an adapter of {kind} begins alike beside {beside}"
+        is_known = kind.lower() in TUNERS
+        return "" if is_known else f"it is not known whether an adapter of {kind} begins alike beside less of it"
     if goes_on and is_changing_its_base(config):
         return "lora.adapter stands beside what was left of it (init_lora_weights)"
     usual = type(config)()
-    seen = set(SEEN) - set(OF_NUMBERS if is_quantised else ())
     found = [
         field.name
         for field in dataclasses.fields(config)
-        if field.name not in (*OWN_FIELDS, *seen) and getattr(config, field.name) != getattr(usual, field.name)
+        if field.name not in (*OWN_FIELDS, *SEEN) and getattr(config, field.name) != getattr(usual, field.name)
     ]
     begun = config.init_lora_weights
     is_seen = begun in BEGINNINGS or str(begun).startswith("pissa_niter_")
-    if begun not in DRAWN and (is_quantised or not is_seen):
+    if begun not in DRAWN and not is_seen:
         found.append("init_lora_weights")
     return f"an adapter with {', '.join(found)} may want all of it" if found else ""
 
@@ -256,6 +265,23 @@ def _field_problems(settings: Settings) -> Iterator[str]:
                 f"lora.options: init_lora_weights {value} needs rows or another base before training, which is not "
                 "done here. Write pissa, olora, gaussian or true."
             )
+
+
+def _low_problems(recipe: Recipe) -> Iterator[str]:
+    """Why the adapter cannot be put beside weights of 4 or 8 bits; what makes it is known to be right otherwise."""
+    kept = recipe.model.quantization
+    if kept == NONE:
+        return
+    where, tuner, begun = "lora.tuner", recipe.lora.tuner, recipe.lora.options.get("init_lora_weights")
+    if recipe.lora.adapter is not None:
+        folder = Path(recipe.lora.adapter).expanduser()
+        said = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        where, tuner, begun = f"lora.adapter: {folder}", said["peft_type"].lower(), said.get("init_lora_weights")
+    remedy = "Write lora.tuner: lora, or model.quantization: none."
+    if isinstance(begun, str) and _takes_a_part(begun):
+        yield f"{where}: {begun} takes its start out of the weights, which {kept} numbers do not allow. {remedy}"
+    if tuner not in KINDS_OF_LORA and (tuner not in TUNERS or tuner in MULTIPLYING[kept]):
+        yield f"{where}: {tuner} computes with the weights themselves, of which {kept} keeps bytes. {remedy}"
 
 
 def _folder_problems(folder: Path) -> Iterator[str]:

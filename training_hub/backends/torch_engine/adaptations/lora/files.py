@@ -17,8 +17,9 @@ from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.adaptations.lora.configs import is_changing_its_base
 from training_hub.backends.torch_engine.layouts.cut import route_of
 from training_hub.backends.torch_engine.loading.blank import see_one_number, without_contents
+from training_hub.backends.torch_engine.loading.low_bits import seen_dense
 from training_hub.backends.torch_engine.loading.model_config import read_config
-from training_hub.backends.torch_engine.loading.quantization import multiply_dense, put_together, quantiser
+from training_hub.backends.torch_engine.loading.quantization import quantiser
 from training_hub.folders import write_json
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import ORIGIN_FILE, WEIGHTS_FILE
@@ -89,7 +90,8 @@ class AdapterFiles:
         peft = library.load()
         base = self._base(model)
         with library.quiet():
-            loaded = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+            with seen_dense(base):
+                loaded = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
             held = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
         found = load_file(folder / WEIGHTS_FILE)
         # What PEFT made of the file is in the format of the base, to which the file's numbers are rounded here.
@@ -117,8 +119,6 @@ class AdapterFiles:
         with library.quiet():
             whole = copy.deepcopy(self.peft, shared)
             base = whole.unload()
-        put_together(base)
-        multiply_dense(base)  # bitsandbytes would lay out anew, in place, the weights that are shared here
         if self.start is not None:
             self._make_whole(base)
         return base

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from training_hub.backends.torch_engine.loading.quantization import linear_layers
 from training_hub.errors import RecipeError
 from training_hub.recipe.names import nearest
 
@@ -20,6 +21,18 @@ def refuse_idle(model: nn.Module, targets: Any, kept: Iterable[str] | None) -> N
     found = [*_idle_targets(model, targets), *_idle_modules(model, kept or ())]
     if found:
         raise RecipeError(found)
+
+
+def refuse_low(model: nn.Module, kept: Iterable[str] | None, quantization: str) -> None:
+    """Raise RecipeError for each module to save with layers whose weights are kept in fewer bits, which cannot move."""
+    low = set(map(id, linear_layers(model)))
+    for one in kept or ():
+        for name, module in model.named_modules():
+            if name.endswith(one) and any(id(part) in low for part in module.modules()):
+                raise RecipeError(
+                    f"lora.modules_to_save: {one!r} is {name}, whose weights {quantization} keeps in bytes, which no "
+                    "gradient moves. Leave it out, or write model.quantization: none."
+                )
 
 
 def _idle_targets(model: nn.Module, targets: Any) -> Iterator[str]:
