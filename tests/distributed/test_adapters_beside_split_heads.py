@@ -14,7 +14,7 @@ import pytest
 from tests.distributed.lacking import lacks_slices
 from tests.distributed.test_divided_further import needs
 from tests.distributed.test_equal_numbers import STEPS, apart, weights
-from tests.distributed.test_pipeline import CLOSE, SGD
+from tests.distributed.test_pipeline import CLOSE, SGD, roughly_same_steps
 from tests.distributed.test_pipeline_adapters import LONGER, broken_off
 from tests.distributed.test_split_models import same_steps
 from tests.invariants.run import recipe, train
@@ -111,6 +111,20 @@ def test_four_processes_find_them_by_two_ways_at_once(case, four, folders, uneve
     alone = train(model, uneven_file, tmp_path / "alone", **settings)
     same_steps(alone, together)
     same_adapters(alone, together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*marked(CASES), *marked({key: MORE[key] for key in ("dora, int4", "dora, int8")})])
+def test_steps_in_16_bits_are_roughly_those_of_one(case, two, folders, uneven_file, tmp_path):
+    """Of the gradients of this model, whose weights are large, 16 bits take up to a tenth in one process as well."""
+    family, parallelism, sections = {**CASES, **MORE}[case]
+    settings, model = settings_of(sections), folders(family, **WIDE)
+    settings["model"] = {**settings.get("model", {}), "dtype": "bfloat16"}
+    together = two.train(model, uneven_file, tmp_path / "together", parallelism=parallelism, **settings)
+    alone = train(model, uneven_file, tmp_path / "alone", **settings)
+    roughly_same_steps(alone, together, "loss")
+    for row, wanted in zip(together[0]["history"], alone.history, strict=True):
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.15)
 
 
 MOVED: dict[str, dict[str, Any]] = {"int4": INT4, "int8": INT8, "dora": DORA}
