@@ -26,6 +26,7 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
     refuse_unrounded,
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
+from training_hub.backends.torch_engine.adaptations.lora.passing import passing
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
@@ -70,7 +71,7 @@ class Lora(OfParameters):
         is_quantised, goes_on = recipe.model.quantization != NONE, recipe.lora.adapter is not None
         return begins_beside(make_config(recipe, None), goes_on=goes_on, is_quantised=is_quantised)
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, console: Console | None = None) -> nn.Module:
         """The same model, frozen, with an adapter in the place of each target.
 
         Raises RecipeError where a target matches nothing or PEFT refuses the configuration for this model.
@@ -82,7 +83,8 @@ class Lora(OfParameters):
         _tie(config, model)
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = logits_of_one(model) if has_numbers(parameter) else None
-        self._put_in(config, model, is_blank=parameter.is_meta)
+        with passing(model, console):
+            self._put_in(config, model, is_blank=parameter.is_meta)
         self._model = model
         if self._recipe.parallelism.pipeline_parallel_degree > 1:
             self._names = names_in_file(self._peft, model)
