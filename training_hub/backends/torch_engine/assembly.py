@@ -60,7 +60,7 @@ def assemble(
     if not loaded.files:
         refuse_broken_model(recipe, nonfinite_tensors(loaded.model.state_dict()))
     adaptation = ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe)
-    loaded = attach(loaded, adaptation, device, layout.group)
+    loaded = attach(loaded, adaptation, device, layout.group, console)
     model = loaded.model
     is_decomposed_late = isinstance(adaptation, Osft) and bool(loaded.files)
     if isinstance(adaptation, Osft):

@@ -24,7 +24,7 @@ class Full(OfParameters):
         self._freezing = freezing
         self._model: nn.Module = nn.Module()
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, console: Console | None = None) -> nn.Module:
         """The same model, with a gradient for each of its floating-point parameters that is not frozen."""
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())

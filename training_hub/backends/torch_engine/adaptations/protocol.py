@@ -41,8 +41,9 @@ class Adaptation(Protocol):
         """Why it must be attached to a model that has its weights; "" where they may be read later."""
         ...
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Choose or replace what trains; the model may lie on the meta device."""
+    def attach(self, model: nn.Module, console: Console | None = None) -> nn.Module:
+        """Choose or replace what trains; the model may lie on the meta device. console: where what takes long is
+        shown."""
         ...
 
     def holdings(self) -> Holdings:

@@ -130,20 +130,26 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     return LoadedModel(model, original, "", tuple(told), base.files, base)
 
 
-def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device, group: Group = ALONE) -> LoadedModel:
+def attach(
+    loaded: LoadedModel,
+    adaptation: Adaptation,
+    device: torch.device,
+    group: Group = ALONE,
+    console: Console | None = None,
+) -> LoadedModel:
     """The model with what trains, in place. One without contents gets only what the adaptation puts beside its weights,
     with the numbers that it has beside whole ones: those that it looks at are read one by one, each by one process of
     the group for all, which must all call it."""
     model = loaded.model
     if not loaded.files:
-        adaptation.attach(model)
+        adaptation.attach(model, console)
         return loaded
     see_one_number(model, device)  # in which it is made as beside any weights
     look_dense(model, device)
     with loaded.base.opened() as came:
         shown = OnDemand(model, reader(model, came, device), group)
         with shown:
-            adaptation.attach(model)
+            adaptation.attach(model, console)
     empty_again(model, loaded.base.shapes, device)
     look_low(model)
     if not shown.looked:
@@ -186,7 +192,8 @@ def divide(
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
     if loaded.changed.owners:
         adaptation.filled()
-        hand_out(model, loaded.changed, layout.group)
+        with console.progress("handing out weights", len(loaded.changed.owners), "weights") as advance:
+            hand_out(model, loaded.changed, layout.group, advance)
         layout.let_go(model)
     loaded = looked_at(loaded, recipe.model.attention, lengths, device, dtype)
     adaptation.divided()

@@ -183,9 +183,11 @@ class OnDemand(TorchFunctionMode):
 
 
 @torch.no_grad()
-def hand_out(model: nn.Module, changed: Changed, group: Group) -> None:
+def hand_out(
+    model: nn.Module, changed: Changed, group: Group, advance: Callable[[float], None] = lambda count: None
+) -> None:
     """Give each process its pieces of the weights of a divided model that were changed, in place, weight by weight; all
-    must call it. Who had them has them no more."""
+    must call it. Who had them has them no more. advance: told of each weight that is there."""
     pieces = {}
     for name, one in model.named_parameters():
         if plain_name(name) in changed.owners and not one.requires_grad:
@@ -200,6 +202,7 @@ def hand_out(model: nn.Module, changed: Changed, group: Group) -> None:
             if name in pieces:
                 own = local_of(pieces[name].detach())
                 own.copy_(_received(own, owner) if whole is None else whole[_slices(told[group.rank][name])])
+        advance(1)
 
 
 def _slices(cut: list[list[int]]) -> tuple[slice, ...]:

@@ -53,7 +53,7 @@ def load_saved_together(
     loaded.model.requires_grad_(False)
     adaptation = ADAPTATIONS[find_algorithm(asked.algorithm).adaptation](asked)
     if is_adapted:
-        loaded = attach(loaded, adaptation, layout.device, layout.group)
+        loaded = attach(loaded, adaptation, layout.device, layout.group, console)
     loaded, layout = divide(layout, loaded, adaptation, asked, layout.device, dtype, lengths, console)
     for note in loaded.notes:
         console.say(f"model: {note}")

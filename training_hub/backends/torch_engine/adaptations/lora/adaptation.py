@@ -26,6 +26,7 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
     refuse_unrounded,
 )
 from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
+from training_hub.backends.torch_engine.adaptations.lora.passing import passing
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle, refuse_low
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
@@ -69,7 +70,7 @@ class Lora(OfParameters):
         """Why the adapter must be made beside whole weights, where it must."""
         return begins_beside(make_config(self._recipe, None), goes_on=self._recipe.lora.adapter is not None)
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, console: Console | None = None) -> nn.Module:
         """The same model, frozen, with an adapter in the place of each target.
 
         Raises RecipeError where a target matches nothing or PEFT refuses the configuration for this model.
@@ -83,7 +84,7 @@ class Lora(OfParameters):
         _tie(config, model)
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         before = logits_of_one(model) if has_numbers(parameter) else None
-        with seen_dense(model):
+        with seen_dense(model), passing(model, console):
             self._put_in(config, model, is_blank=parameter.is_meta)
         self._model = model
         if self._recipe.parallelism.pipeline_parallel_degree > 1:

@@ -86,7 +86,7 @@ class Osft:
         """Factors are made in `begin`, each of a whole weight, which is read for that alone."""
         return ""
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, console: Console | None = None) -> nn.Module:
         """The same model; what is frozen gets no gradient. Weights are looked at in `begin`.
 
         Raises RecipeError where a target pattern matches nothing, or a weight that two stages have.
