@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Any
 
@@ -34,6 +35,7 @@ CASES: dict[str, Case] = {
     "int4, stages": ("qwen2", STAGES, {"quantization": "int4"}),
     "int8, stages": ("qwen2", STAGES, {"quantization": "int8"}),
     "int4, experts": ("qwen3-moe", EXPERTS, {"quantization": "int4"}),
+    "int4, slices, turned": ("gpt2", SLICES, {"quantization": "int4"}),
     "int4, heads": ("llama", HEADS, {"quantization": "int4"}),
     "int8, heads": ("qwen2", HEADS, {"quantization": "int8"}),
 }
@@ -43,7 +45,7 @@ FOUR: dict[str, Case] = {
     "int4, stages of slices": ("llama", {**STAGES, "data_parallel_shard_degree": 2}, {"quantization": "int4"}),
     "int4, experts of slices": ("qwen3-moe", {**EXPERTS, "data_parallel_shard_degree": 4}, {"quantization": "int4"}),
 }
-QUICK = ("int4, slices, in 16 bits", "int8, slices", "int4, stages", "int4, heads")
+QUICK = ("int4, slices, turned", "int4, slices, in 16 bits", "int8, slices", "int4, stages", "int4, heads")
 LIBRARIES = {"int4": "bitsandbytes", "int8": "torchao"}
 
 
@@ -53,7 +55,9 @@ def marked(case: str) -> Any:
 
 def read_by(crew: Any, model: Any, rows: Any, output: Any, parallelism: dict[str, Any], chosen: dict[str, Any]) -> Any:
     pytest.importorskip(LIBRARIES[chosen["quantization"]])
-    settings = {"algorithm": "lora_sft", "lora": LORA, "training": STEPS, "optimizer": SGD, "model": chosen}
+    is_turned = json.loads((model / "config.json").read_text())["model_type"] == "gpt2"
+    lora = {**LORA, "target_modules": ["c_attn"]} if is_turned else LORA
+    settings = {"algorithm": "lora_sft", "lora": lora, "training": STEPS, "optimizer": SGD, "model": chosen}
     if lacks_slices([REFUSED], crew, parallelism, settings):
         pytest.skip("this torch makes no slices of bytes")
     asked = recipe(model, rows, output, parallelism=parallelism, **settings).model_dump(mode="json")

@@ -35,7 +35,6 @@ from training_hub.backends.torch_engine.loading.low_bits import (
     look_dense,
     look_low,
     reader,
-    whole_reason,
 )
 from training_hub.backends.torch_engine.loading.model import (
     LoadedModel,
@@ -121,8 +120,6 @@ def load_blank(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Load
     if info["missing_keys"] or info["mismatched_keys"]:
         return "its files hold weights otherwise than it does"
     if chosen.quantization != NONE:
-        if reason := whole_reason(model, chosen.quantization):
-            return reason
         empty_layers(model, chosen.quantization)
     if dtype in TYPES and problem_on(device) is None and not recipe.training.compile:
         swap(model)

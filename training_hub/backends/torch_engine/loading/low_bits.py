@@ -27,11 +27,13 @@ from training_hub.backends.torch_engine.loading.quantization import (
     OWN,
     PACKED,
     SECOND,
+    TURNED,
     frozen_layers,
     low_layers,
     multiply_dense,
     quantised,
     rounded,
+    straighten,
 )
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase
 from training_hub.backends.torch_engine.saving.expert_files import ExpertFiles
@@ -41,19 +43,11 @@ Matrix = tuple[str, nn.Linear]
 """A quantised layer, and the name of its weight in a model without adapters."""
 
 
-def whole_reason(model: nn.Module, quantization: str) -> str:
-    """Why the library quantises a model otherwise than matrix by matrix of its linear layers; "" where it does that."""
-    from transformers.pytorch_utils import Conv1D
-
-    if quantization == "int4" and any(isinstance(module, Conv1D) for module in model.modules()):
-        return "its layers are turned before they are quantised"
-    return ""
-
-
 def empty_layers(model: nn.Module, quantization: str) -> None:
     """Let the layers of a model without contents that are to be kept in fewer bits be such layers, in place: bytes on
     the meta device, which can be divided, and what makes numbers of them, there as well.
     """
+    straighten(model, quantization)
     for layer in list(frozen_layers(model)):
         bytes_of, packing = empty_parts(layer, quantization, layer.weight.dtype)
         layer.weight = nn.Parameter(bytes_of, requires_grad=False)
@@ -112,17 +106,21 @@ def look_low(model: nn.Module) -> None:
 def reader(model: nn.Module, came: OpenBase, device: torch.device) -> Callable[[str], Tensor]:
     """What gives the whole weight of a name, as a model without contents will compute with it: of its quantised layers
     what is left of their numbers."""
-    packings: dict[str, Packing] = {
-        f"{name}.weight": getattr(layer, PACKED) for name, layer in _low_layers(model).items() if is_empty(layer)
-    }
+    layers = {f"{name}.weight": layer for name, layer in _low_layers(model).items() if is_empty(layer)}
 
     def read(name: str) -> Tensor:
-        whole, packing = came.whole(name), packings.get(name)
-        if packing is None:
-            return whole
-        return rounded(whole.to(device, packing.dtype), _quantization(packing))
+        if name not in layers:
+            return came.whole(name)
+        packing: Packing = getattr(layers[name], PACKED)
+        whole = _straight(came.whole(name), layers[name]).to(device, packing.dtype)
+        return rounded(whole, _quantization(packing))
 
     return read
+
+
+def _straight(whole: Tensor, layer: nn.Linear) -> Tensor:
+    """[N, M]: the layer's weight as it multiplies, of which the files hold `whole`."""
+    return whole.T.contiguous() if hasattr(layer, TURNED) else whole
 
 
 def _look_dense(layer: nn.Linear, device: torch.device) -> None:
@@ -196,7 +194,7 @@ def _in_turns(matrices: list[Matrix], size: int) -> Iterator[list[Matrix]]:
 def _read(name: str, layer: nn.Linear, files: ExpertFiles, device: torch.device) -> tuple[list[Tensor], list[str]]:
     """The bytes of the whole weight and the tensors of its packing; and what is wrong with it."""
     packing: Packing = getattr(layer, PACKED)
-    whole = files.read(name, whole_cut(files.shapes[name])).to(device, packing.dtype)
+    whole = _straight(files.read(name, whole_cut(files.shapes[name])), layer).to(device, packing.dtype)
     bytes_of, made = packed(quantised(whole, _quantization(packing)).weight)
     return [bytes_of, *made.tensors], nonfinite_tensors({name: whole})
 

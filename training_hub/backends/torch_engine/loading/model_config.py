@@ -10,6 +10,7 @@ import torch
 
 from training_hub.backends.shared.materials import Limits, limits_of
 from training_hub.backends.shared.model_folder import fetched, folder_problems, is_folder, stored_dtype, weight_files
+from training_hub.backends.torch_engine.loading.quantization import straighten
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.loading.rounding import round_in_forward
 from training_hub.errors import BackendError, RecipeError
@@ -35,6 +36,7 @@ def read_blank_model(chosen: Model, rounding: Qat = Qat()) -> tuple[PreTrainedMo
     config, original = read_config(chosen, with_weights=False)
     with torch.device("meta"):
         blank = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=chosen.trust_remote_code)
+    straighten(blank, chosen.quantization)
     round_in_forward(blank, rounding)
     return blank, original
 

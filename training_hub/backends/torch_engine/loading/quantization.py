@@ -90,6 +90,26 @@ OWN = "training_hub_own"
 whole weight to those that this process computes with, the bytes laid out as the layer's weight is cut."""
 
 
+TURNED = "training_hub_turned"
+"""Attribute of a layer whose weight the files hold turned, [M, N]."""
+
+
+def straighten(model: nn.Module, quantization: str) -> None:
+    """Let layers of a model without contents that multiply by a turned weight, as those of GPT-2 do, be ordinary linear
+    ones, in place, where the library makes such of them before it quantises them."""
+    from transformers.pytorch_utils import Conv1D
+
+    if quantization != "int4":
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            layer = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+            layer.weight.requires_grad_(module.weight.requires_grad)
+            layer.bias = module.bias
+            setattr(layer, TURNED, True)
+            model.set_submodule(name, layer)
+
+
 def quantiser(quantization: str) -> dict[str, str]:
     """Name and version of what quantises, for the files of a run."""
     method = METHODS.get(quantization)
