@@ -1,4 +1,4 @@
-"""The plan of a run with an adapter counts what libraries keep for its products, and scales whole in each process."""
+"""The plan counts what libraries keep for products, many beside an adapter, and scales whole in each process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import torch
 
 from tests.backends.torch_engine.tiny_models import random_pack, tiny_model
 from training_hub.backends.torch_engine.adaptations.holdings import NOTHING
+from training_hub.backends.torch_engine.fused import panels
 from training_hub.backends.torch_engine.layouts.share import Share
-from training_hub.backends.torch_engine.planning.memory import GIB, MOST_SIZES, PRODUCT_KEPT, estimate
+from training_hub.backends.torch_engine.planning.memory import (
+    GIB,
+    MOST_SIZES,
+    PRODUCT_KEPT,
+    SIZES_OF_LOOKS,
+    estimate,
+)
 from training_hub.recipe.parallelism import Parallelism
 from training_hub.recipe.sections import Optimizer
 
@@ -34,9 +41,22 @@ def test_products_beside_an_adapter_are_counted_by_the_sizes_of_packs():
     assert most["total"] - few["total"] == pytest.approx(most["products"] - few["products"])
 
 
-@pytest.mark.parametrize(("dtype", "is_adapted"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_other_products_keep_nothing(dtype, is_adapted):
-    assert "products" not in planned(dtype, is_adapted=is_adapted)
+def test_products_of_whole_weights_keep_what_was_met_before_the_first_step():
+    """Where our kernel multiplies; elsewhere each number of tokens brings its own."""
+    few, many = (planned(torch.bfloat16, is_adapted=False, num_pack_sizes=count) for count in (1, 10))
+    if panels.is_trusted(torch.bfloat16):
+        assert few["products"] * GIB == pytest.approx(SIZES_OF_LOOKS * PRODUCT_KEPT["cpu"])
+    assert (few["products"] < many["products"]) != panels.is_trusted(torch.bfloat16)
+
+
+def test_compiled_products_are_none_of_our_kernel():
+    few, many = (planned(torch.bfloat16, is_adapted=False, is_compiled=True, num_pack_sizes=count) for count in (1, 10))
+    assert few["products"] < many["products"]
+
+
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_products_in_float32_keep_nothing(is_adapted):
+    assert "products" not in planned(torch.float32, is_adapted=is_adapted)
 
 
 def test_scales_of_slices_are_whole():

@@ -61,11 +61,13 @@ PRODUCTS_KEPT = {"cpu": int(0.33 * 2**30)}
 """Bytes that oneDNN keeps for 16-bit products of up to 1,024 sizes: experts get another number of tokens each time."""
 
 PRODUCT_KEPT = {"cpu": int(0.53 * 2**20)}
-"""Bytes that it keeps for products of one size of an adapter's width: 543 MiB for 1,024 sizes, and no more for more."""
+"""Bytes that it keeps for products of one size, each: 543 MiB for 1,024 sizes, and no more for more."""
 
-MOST_SIZES, SIZES_BEFORE, SIZES_OF_PACKS = 1024, 80, 20
-"""Sizes whose products it keeps; those met before the first step, where a Llama has an adapter beside every linear
-layer, and those of each number of tokens in a pack. ONEDNN_VERBOSE=2 tells of each."""
+MOST_SIZES, SIZES_BEFORE, SIZES_OF_PACKS, SIZES_OF_LOOKS = 1024, 80, 20, 40
+"""Sizes whose products it keeps; of a Llama with an adapter beside every linear layer, or without kernels of ours,
+those met before the first step and those of each number of tokens in a pack; and all where these multiply: 39 of the few
+tokens on which a model is looked at before, and of the squares that the processor's peak is measured on.
+ONEDNN_VERBOSE=2 tells of each."""
 
 GAPS = {"cpu": 0.155}
 """What an allocator loses between blocks, as a share of those that come and go in a step. Measured with glibc 2.36
@@ -178,8 +180,9 @@ def estimate(
             among=share.heads if share.gathers_head else 1,
         ),
     }
-    if is_low and (products := _products_kept(blank, device, num_pack_sizes, has_experts=has_experts)):
-        parts["products"] = products
+    if is_low and device.type in PRODUCT_KEPT:
+        is_ours = ways.on_kernels and panels.is_trusted(dtype)
+        parts["products"] = _products_kept(blank, num_pack_sizes, is_ours=is_ours, has_experts=has_experts)
     if is_staged:
         parts["staged"] = _staged_bytes(parts, sum(p.numel() for p in trained), own.numel(), holdings, exact, share)
     if share.slices > 1:
@@ -217,13 +220,13 @@ def estimate(
     return {**gib, "total": max(most, parts["libraries"] + before) / GIB, "note": note}
 
 
-def _products_kept(blank: PreTrainedModel, device: torch.device, num_pack_sizes: int, *, has_experts: bool) -> int:
-    """What a library keeps for 16-bit products of the sizes that it has met. Those of whole weights run on kernels of
-    ours, that keep nothing; those of experts and adapters do not."""
-    of_experts = PRODUCTS_KEPT.get(device.type, 0) if has_experts else 0
+def _products_kept(blank: PreTrainedModel, num_pack_sizes: int, *, is_ours: bool, has_experts: bool) -> int:
+    """What a library keeps on a CPU for 16-bit products of the sizes that it has met. is_ours: those of whole weights run
+    on kernels of ours, that keep nothing, but for a few rows; those of experts and adapters do not."""
+    of_experts = PRODUCTS_KEPT["cpu"] if has_experts else 0
     is_adapted = any(hasattr(module, "lora_A") for module in blank.modules())
-    sizes = min(MOST_SIZES, SIZES_BEFORE + SIZES_OF_PACKS * num_pack_sizes) if is_adapted else 0
-    return max(of_experts, sizes * PRODUCT_KEPT.get(device.type, 0))
+    sizes = SIZES_OF_LOOKS if is_ours and not is_adapted else SIZES_BEFORE + SIZES_OF_PACKS * num_pack_sizes
+    return max(of_experts, min(MOST_SIZES, sizes) * PRODUCT_KEPT["cpu"])
 
 
 def _low_share(weights: Sequence[nn.Parameter], numbers: int, share: Share, apart: Collection[nn.Parameter]) -> float:
