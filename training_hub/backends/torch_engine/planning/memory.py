@@ -65,8 +65,8 @@ PRODUCT_KEPT = {"cpu": int(0.53 * 2**20)}
 
 MOST_SIZES, SIZES_BEFORE, SIZES_OF_PACKS, SIZES_OF_LOOKS = 1024, 80, 20, 40
 """Sizes whose products it keeps; of a Llama with an adapter beside every linear layer, or without kernels of ours,
-those met before the first step and those of each number of tokens in a pack; and all where these multiply: 39 of the few
-tokens on which a model is looked at before, and of the squares that the processor's peak is measured on.
+those met before the first step and those of each number of tokens in a pack; and all where these multiply: 39, of the
+few tokens on which a model is looked at before and of the squares that the processor's peak is measured on.
 ONEDNN_VERBOSE=2 tells of each."""
 
 GAPS = {"cpu": 0.155}
@@ -221,8 +221,8 @@ def estimate(
 
 
 def _products_kept(blank: PreTrainedModel, num_pack_sizes: int, *, is_ours: bool, has_experts: bool) -> int:
-    """What a library keeps on a CPU for 16-bit products of the sizes that it has met. is_ours: those of whole weights run
-    on kernels of ours, that keep nothing, but for a few rows; those of experts and adapters do not."""
+    """What a library keeps on a CPU for 16-bit products of the sizes that it has met. is_ours: those of whole weights
+    run on kernels of ours, that keep nothing, but for a few rows; those of experts and adapters do not."""
     of_experts = PRODUCTS_KEPT["cpu"] if has_experts else 0
     is_adapted = any(hasattr(module, "lora_A") for module in blank.modules())
     sizes = SIZES_OF_LOOKS if is_ours and not is_adapted else SIZES_BEFORE + SIZES_OF_PACKS * num_pack_sizes
