@@ -17,13 +17,13 @@ ORIGIN_FILE = "trained_beside.json"
 it computed."""
 
 
-def has_rows(folder: Path) -> bool:
-    """Whether the adapter has rows of a table of embeddings in it, as far as its configuration can be read."""
+def said_in(folder: Path) -> dict[str, Any]:
+    """The configuration of the adapter in the folder, as far as it can be read."""
     try:
         said = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # whoever loads the adapter tells what is wrong with it
-        return False
-    return isinstance(said, dict) and bool(said.get("trainable_token_indices"))
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

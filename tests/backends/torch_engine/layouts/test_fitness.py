@@ -160,6 +160,18 @@ def test_a_recipe_is_refused_before_its_processes_are_started(case, tmp_path: Pa
     assert any(wanted in problem for problem in TorchEngine().objections(asked))
 
 
+@pytest.mark.parametrize(("kind", "is_refused"), [("LOHA", True), ("LORA", False)])
+def test_an_adapter_of_a_folder_is_split_if_it_is_of_a_kind_that_can_be(kind, is_refused, tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    tiny_config("llama").save_pretrained(tmp_path)
+    lora, parallelism = {"adapter": str(tmp_path)}, {"tensor_parallel_degree": 2}
+    asked = recipe(tmp_path, tmp_path / "rows.jsonl", tmp_path / "out", algorithm="lora_sft", lora=lora,
+                   parallelism=parallelism)  # fmt: skip
+    found = way_problems(asked, degrees_of(asked.parallelism, 2))
+    assert bool(found) == is_refused
+    assert all("loha cannot be split. Write 1, or go on with an adapter of LoRA." in problem for problem in found)
+
+
 @pytest.mark.parametrize("is_from_folder", [False, True])
 def test_rows_of_a_table_that_is_also_the_head_do_not_train_in_slices(is_from_folder, tmp_path: Path):
     sections: dict[str, Any] = {"algorithm": "lora_sft", "parallelism": {"data_parallel_shard_degree": 2}}

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.backends.torch_engine.lora.learned import learned_adapter
 from tests.backends.torch_engine.tiny_models import tiny_model
 from tests.invariants.run import recipe
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.adaptations.lora.configs import KINDS_OF_LORA, REFUSED, TUNERS, _kinds
 from training_hub.backends.torch_engine.loading.blank import plain_name, see_one_number
-from training_hub.backends.torch_engine.loading.dividing import attach, load_blank
+from training_hub.backends.torch_engine.loading.dividing import attach, filled, load_blank
 from training_hub.backends.torch_engine.loading.model import LoadedModel, load_model
-from training_hub.backends.torch_engine.loading.on_demand import OnDemand
+from training_hub.backends.torch_engine.loading.on_demand import OnDemand, hand_out
+from training_hub.backends.torch_engine.parallel import ALONE
 from training_hub.errors import RecipeError
+from training_hub.monitoring.console import open_console
 
 CPU = torch.device("cpu")
 
@@ -32,16 +35,19 @@ FIT_FOR_TINY: dict[str, dict[str, Any]] = {
 }
 """Settings without which a tuner does not go into matrices of 32 rows."""
 
+BOTH = "a part of the weights, and whole modules"
 BEGUN: dict[str, dict[str, Any]] = {
     **{tuner: {"tuner": tuner} for tuner in KINDS_OF_LORA},
     **{tuner: {"tuner": tuner, **FIT_FOR_TINY.get(tuner, {})} for tuner in TUNERS},
     **{name: {"options": {"init_lora_weights": name}} for name in ("gaussian", "orthogonal", "mica", "pissa_niter_4")},
     "whole modules": {"modules_to_save": ["lm_head", "layers.0.mlp"]},
     "rows of a table": {"trainable_tokens": [5, 7]},
+    BOTH: {"tuner": "pissa", "modules_to_save": ["lm_head"]},
     "a part of the weights of tables, too": {"tuner": "pissa", "target_modules": ["q_proj", "lm_head"]},
 }
+LEFT = [case for case in BEGUN if case != "pissa_niter_4"]
 LOOKING = {"dora", "pissa", "olora", "mica", "pissa_niter_4", "deft", "delora", "psoft", "supertuning", "tinylora",
-           "ln_tuning", "rows of a table", "a part of the weights of tables, too"}  # fmt: skip
+           "ln_tuning", "rows of a table", BOTH, "a part of the weights of tables, too"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,36 @@ def test_an_adapter_begins_alike_beside_weights_that_are_read_one_by_one(case, f
     assert unlike == [] and all(found[name].dtype == wanted[name].dtype for name in found)
     assert ("read one by one" in " ".join(begun.notes)) == (case in LOOKING)
     assert bool(left) == (asked.lora.tuner in ("pissa", "olora") or case == "pissa_niter_4")
+
+
+def numbers(adapted: Any) -> dict[str, torch.Tensor]:
+    return {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+
+
+QUICK = ("lora", "dora", "pissa", "olora", "ln_tuning", "psoft", "whole modules", "rows of a table", BOTH)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in LEFT])
+def test_one_that_goes_on_from_a_folder_does_so_too(case, folder, tmp_path):
+    """With the part of the weights that PEFT takes out for it, and with modules of its own, read in pieces."""
+    kept = learned_adapter(folder, tmp_path / "learned", BEGUN[case])
+    asked = recipe(folder, Path("rows.jsonl"), Path("out"), algorithm="lora_sft", lora={"adapter": str(kept)})
+    whole, adaptation = load_model(asked, CPU, torch.bfloat16), Lora(asked)
+    adaptation.attach(whole.model)
+    blank, other = load_blank(asked, CPU, torch.bfloat16), Lora(asked)
+    assert isinstance(blank, LoadedModel) and other.begins_beside() == ""
+    begun = attach(blank, other, CPU)
+    model, base = begun.model, blank.base.shapes
+    assert all(one.is_meta == (plain_name(name) in base) for name, one in model.named_parameters())
+    filled(begun, 1, CPU, open_console("off"), is_offloaded=False)
+    other.filled()
+    hand_out(model, begun.changed, ALONE)
+    other.divided()
+    wanted, found = numbers(whole.model), numbers(model)
+    assert found.keys() == wanted.keys()
+    assert [name for name, one in found.items() if not torch.equal(one, wanted[name])] == []
+    differences = [float(one.proofs()[0].measured) for one in (other, adaptation)]
+    assert differences[0] == pytest.approx(differences[1], rel=0.11, abs=1e-3)
 
 
 def test_what_changes_a_copy_that_is_not_there_yet_is_refused(folder):

@@ -45,6 +45,9 @@ class OfParameters:
     def expect_steps(self, total: int) -> None:
         """Nothing depends on how many steps the run has."""
 
+    def shared(self) -> None:
+        """Nothing to do before the model is divided."""
+
     def filled(self) -> None:
         """Nothing to learn from weights that are about to change."""
 

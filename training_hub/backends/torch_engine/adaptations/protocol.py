@@ -57,6 +57,11 @@ class Adaptation(Protocol):
         """Prepare what depends on the weights."""
         ...
 
+    def shared(self) -> None:
+        """What was attached to a model without weights has its numbers, which processes that share work out made of
+        single weights; all processes of the group must call it."""
+        ...
+
     def filled(self) -> None:
         """The model is divided and its weights are there as they came; others are about to take the place of some."""
         ...

@@ -18,7 +18,7 @@ from training_hub.backends.torch_engine.layouts.tensor import general, split_lay
 from training_hub.backends.torch_engine.loading.model_config import read_blank_model, read_config
 from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, PACKED
 from training_hub.recipe import Recipe
-from training_hub.recipe.adapter_folder import has_rows
+from training_hub.recipe.adapter_folder import said_in
 from training_hub.recipe.parallelism import Degrees, Parallelism
 
 TENSOR = "parallelism.tensor_parallel_degree"
@@ -71,9 +71,10 @@ def way_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
 def _row_problems(recipe: Recipe) -> list[str]:
     """Why rows of a table do not train beside slices of it, as far as the model's config tells."""
     folder, where = recipe.lora.adapter, "lora.trainable_tokens"
+    has_any: Any = recipe.lora.trainable_tokens
     if folder is not None:
         where = "lora.adapter: it has rows of a table (lora.trainable_tokens)"
-    has_any = recipe.lora.trainable_tokens if folder is None else has_rows(Path(folder).expanduser())
+        has_any = said_in(Path(folder).expanduser()).get("trainable_token_indices")
     if recipe.algorithm != "lora_sft" or not has_any:
         return []
     if not read_config(recipe.model, with_weights=False)[0].get_text_config().tie_word_embeddings:
@@ -126,13 +127,14 @@ def _block_problems(model: Any, among: int, block: int) -> list[str]:
 
 
 def _settings_problems(recipe: Recipe, degrees: Degrees) -> list[str]:
-    is_adapted = recipe.algorithm == "lora_sft" and recipe.lora.adapter is None
-    refused = {
-        f"{TENSOR}: an adapter of {recipe.lora.tuner} cannot be split. Write 1, or lora.tuner: lora.": degrees.tp > 1
-        and is_adapted
-        and recipe.lora.tuner not in SPLIT_TUNERS,
-    }
-    return [*(problem for problem, is_so in refused.items() if is_so), *_pipeline_problems(recipe, degrees)]
+    is_adapted, folder, tuner = recipe.algorithm == "lora_sft", recipe.lora.adapter, recipe.lora.tuner
+    remedy = "Write 1, or lora.tuner: lora"
+    if folder is not None:
+        tuner = str(said_in(Path(folder).expanduser()).get("peft_type", tuner)).lower()
+        remedy = "Write 1, or go on with an adapter of LoRA"
+    found = [f"{TENSOR}: an adapter of {tuner} cannot be split. {remedy}."]
+    is_whole = degrees.tp == 1 or not is_adapted or tuner in SPLIT_TUNERS
+    return [*([] if is_whole else found), *_pipeline_problems(recipe, degrees)]
 
 
 def _pipeline_problems(recipe: Recipe, degrees: Degrees) -> list[str]:

@@ -137,9 +137,10 @@ def attach(loaded: LoadedModel, adaptation: Adaptation, device: torch.device, gr
         with shown:
             adaptation.attach(model)
     empty_again(model, loaded.base.shapes, device)
+    shown.share(model)
+    adaptation.shared()
     if not shown.looked:
         return loaded
-    shown.share(model)
     told = f"what trains is made of {shown.looked} weights, read one by one; {shown.numbers_read:,} numbers here"
     return replace(loaded, notes=(*loaded.notes, told), changed=shown.changed)
 
@@ -177,10 +178,9 @@ def divide(
     is_offloaded = recipe.parallelism.enable_cpu_offload
     loaded, broken = filled(loaded, numbers, device, console, is_offloaded=is_offloaded)
     refuse_broken_model(recipe, [line for some in layout.group.gather(broken) for line in some])
-    if loaded.changed.owners:
-        adaptation.filled()
-        hand_out(model, loaded.changed, layout.group)
-        layout.let_go(model)
+    adaptation.filled()
+    hand_out(model, loaded.changed, layout.group)
+    layout.let_go(model)
     loaded = looked_at(loaded, recipe.model.attention, lengths, device, dtype)
     adaptation.divided()
     layout.spread(model)

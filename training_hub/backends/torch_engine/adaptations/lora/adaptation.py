@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.adaptations.holdings import Holdings
@@ -25,17 +24,25 @@ from training_hub.backends.torch_engine.adaptations.lora.configs import (
     make_config,
     refuse_unrounded,
 )
-from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER, AdapterFiles, Start
+from training_hub.backends.torch_engine.adaptations.lora.files import (
+    ADAPTER,
+    AdapterFiles,
+    Start,
+    is_part_of_weight,
+    tensors_in_file,
+)
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
 from training_hub.backends.torch_engine.layouts.cut import route_of
+from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of, whole_cut
 from training_hub.backends.torch_engine.loading.blank import has_numbers, recast
 from training_hub.backends.torch_engine.loading.quantization import METHODS, NONE, num_numbers, num_quantised
 from training_hub.backends.torch_engine.parallel import Group
 from training_hub.backends.torch_engine.preflight import ROUGH, SAME_LOGITS, logits_of_one, relative_difference
 from training_hub.backends.torch_engine.saving.base_weights import OpenBase, Written
+from training_hub.backends.torch_engine.saving.tensor_files import opened
 from training_hub.errors import RecipeError
 from training_hub.folders import remove
 from training_hub.recipe import Recipe
@@ -62,13 +69,13 @@ class Lora(OfParameters):
         self._before: Tensor | None = None
         self._notes: list[str] = []
         self._names: dict[str, str] = {}
+        self._to_come: dict[str, str] = {}
         self._dtype = torch.float32
 
     def begins_beside(self) -> str:
         """Why the adapter must be made beside whole weights, where it must."""
         recipe = self._recipe
-        is_quantised, goes_on = recipe.model.quantization != NONE, recipe.lora.adapter is not None
-        return begins_beside(make_config(recipe, None), goes_on=goes_on, is_quantised=is_quantised)
+        return begins_beside(make_config(recipe, None), is_quantised=recipe.model.quantization != NONE)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The same model, frozen, with an adapter in the place of each target.
@@ -98,18 +105,30 @@ class Lora(OfParameters):
         for trained in model.parameters():
             if trained.requires_grad and trained.is_floating_point():
                 recast(trained, self._dtype)
-        if before is not None and is_changing_its_base(config):
-            self._start = Start(self._adapter_tensors(self._own_weights()))
-        if not parameter.is_meta and self._recipe.lora.adapter is not None:
-            self._take_over(Path(self._recipe.lora.adapter).expanduser())
+        # Which of AdaLoRA's ranks are left is not known without numbers.
+        if self._folder is not None and not (parameter.is_meta and config.peft_type == ALLOCATED):
+            self._refuse_another(self._folder)
         if before is not None:
+            self.shared()
             self._difference = relative_difference(logits_of_one(model), before)
         run_adapters_fused(model)
         return model
 
+    def shared(self) -> None:
+        """What begins as a part of the weights is kept as it is now, and the numbers of a folder take the place of all
+        that trains; of copies of modules, whose own are not here yet, once these are."""
+        if is_changing_its_base(self._config):
+            factors = {name: one for name, one in tensors_in_file(self._peft).items() if is_part_of_weight(name)}
+            self._start = Start({name: one.detach().to("cpu", copy=True) for name, one in factors.items()})
+        if self._folder is not None:
+            self._take_over(self._folder)
+
     def filled(self) -> None:
-        """What the base says, from whose weights a part will be taken."""
-        self._before = self._said_without()
+        """What the base says, from whose weights a part will be taken, or that will have others in a folder."""
+        if is_changing_its_base(self._config) or self._folder is not None:
+            self._before = self._said_without()
+        if self._folder is not None and self._to_come:
+            self._take_over_pieces(self._folder)
 
     def divided(self) -> None:
         """Where the base had no weights before, it is told only now how far from it the model with the adapter is."""
@@ -122,7 +141,9 @@ class Lora(OfParameters):
 
     def _said_without(self) -> Tensor:
         is_low_rank = any(hasattr(module, "lora_A") for module in self._model.modules())  # a stage may have none
-        with (library.silent if is_low_rank else library.disabled)(self._model):
+        # One that has learned may have more than what is added: lengths of rows, whole modules.
+        is_silenced = is_low_rank and self._folder is None
+        with (library.silent if is_silenced else library.disabled)(self._model):
             return logits_of_one(self._model)
 
     def holdings(self) -> Holdings:
@@ -143,7 +164,7 @@ class Lora(OfParameters):
         """How many steps the run will have. Raises RecipeError where ranks cannot be shared out in them."""
         if self._allocation is None:
             return
-        if self._recipe.lora.adapter is not None:
+        if self._folder is not None:
             raise RecipeError(
                 f"lora.adapter: {self._recipe.lora.adapter} is an AdaLoRA adapter, whose ranks have been shared out. "
                 "Merge it into its base and begin another beside that, or begin anew."
@@ -183,9 +204,7 @@ class Lora(OfParameters):
             self._allocation.load(tensors)
 
     def begin(self, console: Console) -> None:
-        """Say what trains; where a part of the weights does, it is kept as it is now."""
-        if self._start is None and is_changing_its_base(self._config):
-            self._start = Start(self._adapter_tensors(self._own_weights()))
+        """Say what trains."""
         for line in (*self._notes, *_told(self._model, self._config)):
             console.say(f"lora: {line}")
 
@@ -194,7 +213,7 @@ class Lora(OfParameters):
         name = "the adapter begins as the model"
         limit = SAME_LOGITS.get(self._dtype, ROUGH)
         measured = f"{self._difference:.1e}"
-        if self._recipe.lora.adapter is not None:
+        if self._folder is not None:
             return [Proof(name, "left out", measured, "", "it goes on with an adapter that has learned")]
         if (self._difference or 0.0) <= limit:
             return [Proof(name, "holds", measured, f"{limit:.0e}")]
@@ -240,6 +259,12 @@ class Lora(OfParameters):
     def _config(self) -> Any:
         return self._peft.peft_config[ADAPTER]
 
+    @property
+    def _folder(self) -> Path | None:
+        """That of the adapter that the run goes on with."""
+        given = self._recipe.lora.adapter
+        return None if given is None else Path(given).expanduser()
+
     def _put_in(self, config: Any, model: nn.Module, *, is_blank: bool) -> None:
         peft = library.load()
         own = {*(getattr(config, "rank_pattern", None) or ()), *(getattr(config, "alpha_pattern", None) or ())}
@@ -257,13 +282,10 @@ class Lora(OfParameters):
                 f"lora.tuner: {self._recipe.lora.tuner} cannot be put into this model: {error}"
             ) from error
         idle = [line for line in (str(one.message) for one in said) if _is_idle(line, own)]
-        if idle and self._recipe.lora.adapter is None:  # what PEFT wrote into an adapter's own file is nobody's mistake
+        if idle and self._folder is None:  # what PEFT wrote into an adapter's own file is nobody's mistake
             raise RecipeError([f"lora.options: {line}" for line in idle])
         if is_blank and kind is not None:
             config.init_lora_weights = kind
-
-    def _own_weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
 
     def _adapter_tensors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter by PEFT's names, copied to the CPU, with `weights` in place of the parameters so named.
@@ -284,11 +306,10 @@ class Lora(OfParameters):
             )
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 
-    def _take_over(self, folder: Path) -> None:
-        """Put the numbers of a saved adapter into the one that was attached."""
-        tensors = load_file(folder / WEIGHTS_FILE)
-        wanted = {name: tuple(tensor.shape) for name, tensor in self._adapter_tensors({}).items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    def _refuse_another(self, folder: Path) -> None:
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors_in_file(self._peft).items()}
+        with opened([folder / WEIGHTS_FILE]) as files:
+            found = files.shapes
         wrong = [
             f"lora.adapter: {folder / WEIGHTS_FILE}: {name} is {found.get(name, 'not there')}, wanted is "
             f"{wanted.get(name, 'none')}. Give the adapter of this model."
@@ -297,13 +318,34 @@ class Lora(OfParameters):
         ]
         if wrong:
             raise RecipeError(wrong[:5])
-        with library.quiet():
-            library.load().set_peft_model_state_dict(self._peft, tensors, adapter_name=ADAPTER)
         came_from = self._config.base_model_name_or_path
         if came_from and Path(came_from).name != Path(self._recipe.model.path).name:
             self._notes.append(
                 f"the adapter names {came_from} as its base; it goes on beside {self._recipe.model.path}"
             )
+
+    def _take_over(self, folder: Path) -> None:
+        """Put the numbers of a saved adapter into the one that was attached, but for those of weights without contents,
+        whose names are kept."""
+        own = tensors_in_file(self._peft)
+        names = {id(one): name for name, one in self._model.named_parameters()}
+        self._to_come = {name: names[id(tensor)] for name, tensor in own.items() if tensor.is_meta}
+        with opened([folder / WEIGHTS_FILE]) as files:
+            tensors = {
+                name: torch.empty_like(tensor) if name in self._to_come else files.read(name, whole_cut(tensor.shape))
+                for name, tensor in own.items()
+            }
+        with library.quiet():
+            library.load().set_peft_model_state_dict(self._peft, tensors, adapter_name=ADAPTER)
+
+    @torch.no_grad()
+    def _take_over_pieces(self, folder: Path) -> None:
+        """Put this process's pieces of what was without contents in the place of those of the base, rounded as the
+        whole would be."""
+        here = dict(self._model.named_parameters(remove_duplicate=False))
+        with opened([folder / WEIGHTS_FILE]) as files:
+            for name, parameter in ((name, here[of]) for name, of in self._to_come.items() if of in here):
+                local_of(parameter).copy_(files.read(name, cut_of(parameter)).to(self._dtype))
 
 
 @contextmanager

@@ -10,10 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from training_hub.backends.torch_engine.adaptations.lora import library
+from training_hub.backends.torch_engine.loading.quantization import NONE
 from training_hub.backends.torch_engine.loading.quantization import problems as quantization_problems
 from training_hub.errors import RecipeError
 from training_hub.recipe import Recipe
 from training_hub.recipe.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from training_hub.recipe.lora import STARTING_IN_WEIGHTS
 from training_hub.recipe.lora import Lora as Settings
 from training_hub.recipe.names import nearest
 
@@ -83,6 +85,9 @@ UNKNOWN_STEPS = 2**31
 OF_DATA = ("eva", "corda", "lora_ga", "loftq")
 """Values of init_lora_weights that need rows, or quantise the base on their own."""
 
+LOST = ("corda", "lora_ga")
+"""Values of init_lora_weights that take out of the weights what follows from rows."""
+
 OWN_FIELDS = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
               "peft_version")  # fmt: skip
 
@@ -97,7 +102,7 @@ def problems(recipe: Recipe) -> list[str]:
 
 def _section_problems(recipe: Recipe) -> list[str]:
     if recipe.lora.adapter is not None:
-        return list(_folder_problems(Path(recipe.lora.adapter).expanduser()))
+        return list(_folder_problems(Path(recipe.lora.adapter).expanduser(), recipe.model.quantization))
     found = list(_tuner_problems(recipe.lora.tuner))
     return found or list(_field_problems(recipe.lora))
 
@@ -130,18 +135,14 @@ def is_changing_its_base(config: Any) -> bool:
     return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
 
 
-def begins_beside(config: Any, *, goes_on: bool = False, is_quantised: bool = False) -> str:
+def begins_beside(config: Any, *, is_quantised: bool = False) -> str:
     """Why an adapter must be made beside whole weights; "" where it begins alike beside those that are read one by one.
-    goes_on: its numbers come from a folder. is_quantised: of most weights there are bytes, which are made of them."""
+    is_quantised: of most weights there are bytes, which are made of them."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if goes_on and getattr(config, "modules_to_save", None):
-        return "lora.adapter has whole modules (modules_to_save) in the place of its own"
     if kind != "LORA":
         is_known = kind.lower() in TUNERS and not is_quantised
         beside = "bytes" if is_quantised else "less of it"
         return "" if is_known else f"it is not known whether an adapter of {kind} begins alike beside {beside}"
-    if goes_on and is_changing_its_base(config):
-        return "lora.adapter stands beside what was left of it (init_lora_weights)"
     usual = type(config)()
     seen = set(SEEN) - set(OF_NUMBERS if is_quantised else ())
     found = [
@@ -258,7 +259,7 @@ def _field_problems(settings: Settings) -> Iterator[str]:
             )
 
 
-def _folder_problems(folder: Path) -> Iterator[str]:
+def _folder_problems(folder: Path, quantization: str) -> Iterator[str]:
     where = f"lora.adapter: {folder}"
     if not folder.is_dir():
         yield f"{where} is not a folder. Give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}."
@@ -274,4 +275,21 @@ def _folder_problems(folder: Path) -> Iterator[str]:
     except (ValueError, AttributeError) as error:
         yield f"{where}: {CONFIG_FILE} is not valid JSON ({error}). Fetch the file again."
         return
-    yield from (f"{where}: {line}" for line in _tuner_problems(tuner))
+    found = list(_tuner_problems(tuner)) or list(_start_problems(said, quantization))
+    yield from (f"{where}: {line}" for line in found)
+
+
+def _start_problems(said: Mapping[str, Any], quantization: str) -> Iterator[str]:
+    """Why what an adapter took out of the weights when it began cannot be taken out of them again."""
+    begun = str(said.get("init_lora_weights"))
+    if begun.startswith("pissa_niter_") or begun in LOST:
+        yield (
+            f"init_lora_weights is {begun}: what it took out of the weights was drawn at random, or made of rows, and "
+            "is not in the folder. Have PEFT write it as a LoRA beside the weights as they were: "
+            "save_pretrained(folder, path_initial_model_for_weight_conversion=...)."
+        )
+    elif begun in STARTING_IN_WEIGHTS and quantization != NONE:
+        yield (
+            f"init_lora_weights is {begun}: it stands beside weights of which it took a part out, which {quantization} "
+            "numbers do not allow. Write model.quantization: none."
+        )

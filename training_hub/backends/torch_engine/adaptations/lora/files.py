@@ -38,15 +38,28 @@ class Start:
 
     def difference(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`tensors`, as an adapter of twice the rank on the weights as they came."""
-        made = {}
-        for name, tensor in tensors.items():
-            before = self.tensors[name].to(tensor.dtype)
-            if ".lora_A." in name:
-                tensor = torch.cat([tensor, before], 0)
-            elif ".lora_B." in name:
-                tensor = torch.cat([tensor, -before], 1)
-            made[name] = tensor
+        made = dict(tensors)
+        for name, before in self.tensors.items():
+            sign, side = (1, 0) if ".lora_A." in name else (-1, 1)
+            made[name] = torch.cat([tensors[name], sign * before.to(tensors[name].dtype)], side)
         return made
+
+
+def is_part_of_weight(name: str) -> bool:
+    """Whether a tensor so called in an adapter's file is one of the two factors of what is added to a weight."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def tensors_in_file(peft_model: Any) -> dict[str, Tensor]:
+    """By PEFT's names in an adapter's file, the parameters and other tensors of the model that these are."""
+    with library.quiet():
+        found: dict[str, Tensor] = library.load().get_peft_model_state_dict(
+            peft_model,
+            state_dict=peft_model.state_dict(keep_vars=True),
+            adapter_name=ADAPTER,
+            save_embedding_layers=False,
+        )
+    return found
 
 
 @dataclass(frozen=True)

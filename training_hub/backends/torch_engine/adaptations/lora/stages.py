@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from training_hub.backends.torch_engine.adaptations.lora import library
-from training_hub.backends.torch_engine.adaptations.lora.files import ADAPTER
+from training_hub.backends.torch_engine.adaptations.lora.files import tensors_in_file
 from training_hub.backends.torch_engine.layouts.stages import DEGREE
 from training_hub.errors import RecipeError
 
@@ -20,12 +19,7 @@ def names_in_file(peft_model: Any, model: nn.Module) -> dict[str, str]:
     """By PEFT's names of the tensors in an adapter's file, the names of the parameters of `model` that they are; NONE
     for a tensor that is no trained parameter. The model must be whole."""
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    everything = peft_model.state_dict(keep_vars=True)
-    with library.quiet():
-        found = library.load().get_peft_model_state_dict(
-            peft_model, state_dict=everything, adapter_name=ADAPTER, save_embedding_layers=False
-        )
-    return {name: names.get(id(tensor), NONE) for name, tensor in found.items()}
+    return {name: names.get(id(tensor), NONE) for name, tensor in tensors_in_file(peft_model).items()}
 
 
 def refuse_shared(model: Any, names: Mapping[str, str], tuner: str) -> None:

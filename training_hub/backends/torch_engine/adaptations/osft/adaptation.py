@@ -214,6 +214,9 @@ class Osft:
         for line in told(self._weights, [Row(**row) for row in rows.values()]):
             console.say(f"osft: {line}")
 
+    def shared(self) -> None:
+        """Nothing is made of weights that are not here yet."""
+
     def filled(self) -> None:
         """Nothing to learn from weights that are about to change: it changes them itself."""
 
