@@ -172,7 +172,7 @@ def sections(configuration: Configuration, folder: Path) -> dict[str, Any]:
     }
     merged: dict[str, Any] = {**base, "output": str(folder / "out")}
     for name, values in configuration.sections.items():
-        merged[name] = {**base[name], **values} if isinstance(values, dict) else values
+        merged[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
     return merged
 
 

@@ -27,7 +27,8 @@ MEMORY = (
     ("teacher", "teacher: its weights, states and a chunk of its logits, or what is kept of its word"),
     ("staged", "copies of what a checkpoint holds, in the host's memory"),
     ("gaps", "lost by the allocator between blocks"),
-    ("total", "at the fullest moment of a step"),
+    ("start", "before the first step, while matrices are decomposed, beside libraries"),
+    ("total", "at the fullest moment of a step, or before"),
 )
 
 

@@ -28,6 +28,20 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """What there is only before the first step, where something is made of matrices by decomposing one after another.
+
+    whole: numbers of the one that takes most; scratch: bytes that come and go while it is decomposed, beside it, in the
+    precision of that. waiting: numbers of the weights that others take the place of, each kept whole by one process, on
+    the CPU, until a model is divided that has not read its weights yet.
+    """
+
+    whole: int = 0
+    scratch: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True)
 class Holdings:
     """What there is because of an adaptation.
 
@@ -37,7 +51,8 @@ class Holdings:
     of the claimed parameters. complete: the same once those of a step are complete. saved: numbers in a checkpoint
     beside those that the optimizer moves. exported: numbers of the final model's files, where these are not the whole
     model. quantised: numbers of frozen weights that take so many `bits` each, scales included. parts: by parameter, of
-    trained and fixed what one of the processes has alone that keep a slice of that parameter.
+    trained and fixed what one of the processes has alone that keep a slice of that parameter. beginning: what there is
+    before the first step alone.
     """
 
     claimed: frozenset[str] = frozenset()
@@ -52,6 +67,7 @@ class Holdings:
     quantised: int = 0
     bits: float = 0.0
     parts: tuple[Part, ...] = ()
+    beginning: Beginning = Beginning()
 
     @property
     def largest(self) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Holdings
+from training_hub.backends.torch_engine.adaptations.holdings import NOTHING, Beginning, Holdings
 from training_hub.backends.torch_engine.checkpointing import NONE
 from training_hub.backends.torch_engine.fused import panels
 from training_hub.backends.torch_engine.fused.functions import TYPES, problem_on
@@ -126,6 +126,7 @@ def estimate(
     is_staged: bool = False,
     is_compiled: bool = False,
     is_read_whole: bool = False,
+    among: int = 0,
     num_pack_sizes: int = 1,
 ) -> Estimate:
     """GiB by what takes them, for a step whose largest pack is `largest`; `total` is the most there is at once.
@@ -136,8 +137,10 @@ def estimate(
     teacher: what a second model takes beside. share: what this process has of a model that is divided; stage: of one in
     stages, of which `model` has this process's layers. is_staged: checkpoints are copied into the host's memory first;
     `staged` is what that takes there, which beside a GPU is not in `total`. is_compiled: blocks are compiled, and keep
-    less than is counted. is_read_whole: the model is whole in each process before it is divided. num_pack_sizes: how
-    many numbers of tokens its packs have.
+    less than is counted. is_read_whole: the model is whole in each process before it is divided. among: how many
+    processes make what trains of weights that are read one by one; 0: each makes it of weights that are there.
+    num_pack_sizes: how many numbers of tokens its packs have.
+    start, where matrices are decomposed before the first step, is what there is then.
     activations is None, and total without it, where the model cannot be run without contents; `note` then says why.
     """
     blank = blank_like(model)
@@ -159,12 +162,13 @@ def estimate(
     is_swapped = not is_compiled and dtype in TYPES and problem_on(device) is None
     ways = Ways(device.type != "cuda", is_swapped and device.type == "cpu", is_swapped, stage.is_first, stage.is_last)
     counted = int((part.weights != 0).sum()) if stage.is_last else 0
+    copies = holdings.copied * holdings.copied_bytes * _low_share(claimed, numbers, share, apart) if is_low else 0
     parts: Estimate = {
         "libraries": LIBRARIES.get(device.type, 0),
         "weights": sum(p.numel() for p in blank.parameters()) * dtype.itemsize
         - spared
         + (holdings.trained + holdings.fixed) * exact
-        + (holdings.copied * holdings.copied_bytes * _low_share(claimed, numbers, share, apart) if is_low else 0),
+        + copies,
         "masters": sum(p.numel() for p in trained) * (4 if optimizer.state == "full" else 2) if is_low else 0,
         "gradients": (sum(p.numel() for p in trained) + (holdings.gradients if accumulates else holdings.complete))
         * exact,
@@ -215,9 +219,23 @@ def estimate(
     parts["gaps"] += max(0, lost - parts.get("staged", 0))  # copies fill some
     most = max(moments.values()) + parts["gaps"] + sum(parts.get(name, 0) for name in ALWAYS)
     most += parts.get("staged", 0) if device.type == "cpu" else 0
-    before = max(read, teacher.before if teacher is not None else 0)
+    start = max(read, parts["weights"] - copies)
+    if holdings.beginning.scratch:
+        start = parts["start"] = _start(holdings.beginning, start, dtype, device, among)
+    before = max(start, teacher.before if teacher is not None else 0)
     gib = {name: value / GIB if value is not None else None for name, value in parts.items()}
     return {**gib, "total": max(most, parts["libraries"] + before) / GIB, "note": note}
+
+
+def _start(beginning: Beginning, weights: float, dtype: torch.dtype, device: torch.device, among: int) -> float:
+    """What there is before the first step while the matrix is decomposed that takes most, which is read for that alone
+    by one of several processes, and widened where weights are in 16 bits; or once weights are there, beside those that
+    wait. weights: bytes of these."""
+    making = beginning.scratch + 4 * beginning.whole * (among > 0 or dtype in LOW_PRECISION)
+    if not (among and beginning.waiting):
+        return weights + making
+    waiting = beginning.waiting * dtype.itemsize / among * (device.type == "cpu")
+    return waiting + max(weights, making)
 
 
 def _products_kept(blank: PreTrainedModel, num_pack_sizes: int, *, is_ours: bool, has_experts: bool) -> int:

@@ -194,7 +194,7 @@ def memory_of(
     auto is the first way whose estimate fits into `free` GiB of the device, else the one that takes least.
     """
     packs, sizes = forecast(feed)["packs_per_step"], num_pack_sizes(feed, MOST_SIZES // SIZES_OF_PACKS)
-    asked, wanted = recipe.parallelism, recipe.training.activation_checkpointing
+    asked, wanted, is_read_whole = recipe.parallelism, recipe.training.activation_checkpointing, _is_read_whole(recipe)
     parts = list(stages_of(model, asked, max(1.0, packs / share.of_data)))
     possible = [how for how in HOW if how != SELECTIVE or not ORDERS[asked.pipeline_parallel_schedule].splits]
     keeps = packs > share.of_data or recipe.training.cuda_graphs
@@ -209,7 +209,8 @@ def memory_of(
                 stage=stage,
                 is_compiled=recipe.training.compile,
                 is_staged=recipe.checkpoint.async_mode != "disabled",
-                is_read_whole=_is_read_whole(recipe),
+                is_read_whole=is_read_whole,
+                among=0 if is_read_whole else _sharing(asked, share),
                 num_pack_sizes=sizes,
             )
             for here, stage in parts
@@ -223,6 +224,12 @@ def memory_of(
 def _is_read_whole(recipe: Recipe) -> bool:
     """Whether each process holds all of the model before it is divided."""
     return bool(ADAPTATIONS[find_algorithm(recipe.algorithm).adaptation](recipe).begins_beside())
+
+
+def _sharing(asked: Parallelism, share: Share) -> int:
+    """Over how many processes a model is divided, replicas among them; 0 where each has all of it."""
+    parts = share.heads * share.tokens * asked.pipeline_parallel_degree
+    return parts * share.of_data if parts * share.slices * share.experts > 1 else 0
 
 
 def _held_here(holdings: Holdings, here: PreTrainedModel, model: PreTrainedModel) -> Holdings:

@@ -33,6 +33,7 @@ from training_hub.backends.torch_engine.adaptations.lora.files import (
 )
 from training_hub.backends.torch_engine.adaptations.lora.passing import passing
 from training_hub.backends.torch_engine.adaptations.lora.stages import names_in_file, refuse_shared
+from training_hub.backends.torch_engine.adaptations.lora.taken import beginning_of
 from training_hub.backends.torch_engine.adaptations.lora.targets import refuse_idle, refuse_low
 from training_hub.backends.torch_engine.adaptations.of_parameters import OfParameters
 from training_hub.backends.torch_engine.fused.low_rank import run_adapters_fused
@@ -162,6 +163,7 @@ class Lora(OfParameters):
             exported=(2 if is_kept else 1) * trained,
             quantised=num_quantised(self._model) if method is not None else 0,
             bits=method.bits if method is not None else 0.0,
+            beginning=beginning_of(self._model, self._config),
         )
 
     def expect_steps(self, total: int) -> None:

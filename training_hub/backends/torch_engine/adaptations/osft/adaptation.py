@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from training_hub.backends.shared.model_folder import stored_dtype
 from training_hub.backends.torch_engine.adaptations.full import Full
-from training_hub.backends.torch_engine.adaptations.holdings import Holdings, Part
+from training_hub.backends.torch_engine.adaptations.holdings import Beginning, Holdings, Part
 from training_hub.backends.torch_engine.adaptations.osft.carry import FILE, NOTHING, read_state, state_of
-from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, split
+from training_hub.backends.torch_engine.adaptations.osft.decompose import Split, rank_kept, scratch_bytes, split
 from training_hub.backends.torch_engine.adaptations.osft.division import collected, dealt_over, over_all
 from training_hub.backends.torch_engine.adaptations.osft.importance import shares_kept
 from training_hub.backends.torch_engine.adaptations.osft.shelf import Shelf
@@ -143,15 +143,28 @@ class Osft:
         is_finer = self._came_from.is_dir() and stored_dtype(self._came_from) != "bfloat16"
         width = 4 if is_finer else 2
         return Holdings(
-            self.claimed, trained, fixed, dense, width, waiting, trained, dense + fixed, parts=tuple(parts.values())
-        )
+            self.claimed, trained, fixed, dense, width, waiting, trained, dense + fixed, parts=tuple(parts.values()),
+            beginning=self._beginning(),
+        )  # fmt: skip
+
+    def _beginning(self) -> Beginning:
+        """What there is while the matrix is decomposed that takes most; of a stack one at a time."""
+        shapes = [_shape(one)[1:] for one in self._targets]
+        takes = [
+            Beginning(rows * columns, scratch_bytes(rows, columns, self._low(columns))) for rows, columns in shapes
+        ]
+        return max(takes, key=lambda one: one.scratch, default=Beginning())
+
+    def _low(self, columns: int) -> int:
+        """How many directions train of so many."""
+        ratio = self._settings.unfreeze_rank_ratio
+        return columns - (columns // 2 if ratio is None else rank_kept(columns, ratio))
 
     def _part(self, target: Target) -> Part:
         """What there will be of a target, which may be a part of its parameter."""
-        ratio, is_core = self._settings.unfreeze_rank_ratio, self._settings.form == "core"
+        is_core = self._settings.form == "core"
         stack, rows, columns = _shape(target)
-        low = columns - (columns // 2 if ratio is None else rank_kept(columns, ratio))
-        is_square = rows == columns
+        low, is_square = self._low(columns), rows == columns
         per_factors, per_core = low * (rows + columns + 1), low * (low if is_square else rows)
         beside = low**2 if is_square else rows * (columns - low)
         return Part(

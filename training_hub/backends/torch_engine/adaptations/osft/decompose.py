@@ -75,6 +75,19 @@ def rank_kept(side: int, unfreeze_rank_ratio: float) -> int:
     return min(math.floor(side * (1 - unfreeze_rank_ratio) + 1e-9), side - 1)
 
 
+def scratch_bytes(rows: int, columns: int, low: int) -> int:
+    """Bytes that come and go while a matrix of so many rows, and columns that are no more, is cut, beside it and what
+    is kept of it: for each number 48 of a square one, 25 of one with 3.5 times as many rows.
+
+    In float64. There is most where LAPACK looks for eigenvectors: the matrix, its Gram matrix, and four of the size of
+    that besides; or then: both sides of the matrix, and the low one twice. One that has singular values of nearly
+    nothing, whose columns are made orthonormal, takes half as much again, a long one twice as much.
+    """
+    solving = 8 * rows * columns + 40 * columns**2
+    sides = 8 * rows * (columns if rows > columns else low) + 8 * rows * low
+    return max(solving, 8 * rows * columns + 16 * columns**2 + sides)
+
+
 def rank_of_energy(values: Tensor, energy: float) -> int:
     """The smallest k whose largest `values` hold the share `energy` of the sum of all squares; one less than all at
     most. values [..., M], falling: for a stack, the largest such k of its matrices."""
