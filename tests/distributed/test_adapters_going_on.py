@@ -76,6 +76,7 @@ LEARNING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "norms": ("llama", SLICES, {"tuner": "ln_tuning"}),
     "lengths of rows": ("llama", SLICES, {**LORA, "tuner": "dora"}),
     "rows of a table": ("llama", SLICES, ROWS),
+    "rows of a table that is also the head, in stages": ("llama-tied", STAGES, ROWS),
     "an adapter of psoft": ("llama", SLICES, {"tuner": "psoft", "r": 4}),
 }
 

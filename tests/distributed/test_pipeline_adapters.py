@@ -37,7 +37,7 @@ TOKENS = {"context_parallel_degree": 2}
 EXPERTS = {"data_parallel_shard_degree": 2, "expert_parallel_degree": 2}
 FOUR_LAYERS = {"num_hidden_layers": 4}
 
-ROWS = {"lora": {**LORA, "trainable_tokens": [5, 7]}}
+ROWS = {"lora": {**LORA, "trainable_tokens": [43, 86]}}
 COPY = {"lora": {**LORA, "modules_to_save": ["embed_tokens"]}}
 IN_FIRST = {"lora": {**LORA, **OF_LAYER, "options": {"layers_to_transform": [0]}}}
 PROVEN = {"lora": LORA, "training": {**SMALL_PACKS, "preflight": True}}

@@ -320,7 +320,7 @@ def cut(
     width = model.config.get_text_config().hidden_size
     route = Route(stages, group, width, dtype, device, tokens)
     first, last = stages.owners[0], stages.owners[-1]
-    is_tied = getattr(head, "weight", head) is getattr(table, "weight", table)
+    is_tied = own_weight(head) is own_weight(table)
     if is_tied and first != last:  # with an adapter's part, which may be of both
         route.twice = frozenset(f"{ends.table}.{name}" for name, _ in table.named_parameters())
     own = Layers(layers, lambda number: stages.owners[stages.of_layer(number)] == route.place, route)
@@ -337,6 +337,12 @@ def cut(
             model.set_submodule(name, elsewhere)
     setattr(model, ROUTE, route)
     return route
+
+
+def own_weight(module: Any) -> Any:
+    """The weight of a table or head; where rows of it train beside it, without these, which PEFT would put into it."""
+    rows = getattr(module, "token_adapter", None)
+    return getattr(module if rows is None else rows.base_layer, "weight", module)
 
 
 def _answered_elsewhere(own: Any) -> Forward:

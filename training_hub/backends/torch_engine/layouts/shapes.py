@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training_hub.backends.torch_engine.fused.exchange import made
-from training_hub.backends.torch_engine.layouts.cut import Ends, planned_stages
+from training_hub.backends.torch_engine.layouts.cut import Ends, own_weight, planned_stages
 from training_hub.backends.torch_engine.layouts.exchanges import TOKENS
 from training_hub.backends.torch_engine.layouts.sequence import slice_tokens
 from training_hub.backends.torch_engine.layouts.split_linear import run_split
@@ -89,7 +89,7 @@ def layers_at(model: Any, asked: Parallelism, place: int) -> Any:
     copied.config.get_text_config().num_hidden_layers = len(kept)
     is_first, is_last = stages.owners[0] == place, stages.owners[-1] == place
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = getattr(head, "weight", head) is getattr(table, "weight", table)
+    is_tied = own_weight(head) is own_weight(table)
     if not (is_first or (is_tied and is_last)):
         _empty(copied, ends.table)
     if not is_last:
