@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from tests.distributed.measuring import CPU, rise
+from tests.distributed.measuring import CPU, memory_profiled, rise
 from training_hub.backends import Given
 from training_hub.backends.torch_engine.adaptations.osft import Osft
 from training_hub.backends.torch_engine.adaptations.osft.importance import layer_importance
@@ -52,8 +50,7 @@ def begun(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     asked, console = Recipe.model_validate(recipe), open_console("off")
     materials, folder = load_materials(asked, Given(), console), Path(asked.model.path)
     layout, dtype = layout_of(asked.parallelism, group, CPU), choose_dtype(asked.model.dtype, CPU)
-    gc.collect()  # what earlier tests have left would seem to be let go
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with memory_profiled() as profiled:
         loaded = load_for(layout, asked, CPU, dtype, None, [], console)
         base = Counted(**{one.name: getattr(loaded.base, one.name) for one in fields(loaded.base)})
         run = assemble(asked, replace(loaded, base=base), materials, CPU, dtype, console, layout=layout)

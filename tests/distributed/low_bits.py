@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from tests.distributed.measuring import rise
+from tests.distributed.measuring import memory_profiled, rise
 from training_hub.backends.torch_engine.adaptations.lora import Lora
 from training_hub.backends.torch_engine.layouts import layout_of
 from training_hub.backends.torch_engine.layouts.pieces import cut_of, local_of
@@ -37,7 +36,7 @@ def read_in_turns(group: Group, recipe: dict[str, Any]) -> dict[str, Any]:
     loaded = attach(loaded, Lora(asked), CPU, group)
     model = loaded.model
     numbers = sum(map(math.prod, loaded.base.shapes.values()))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with memory_profiled() as profiled:
         layout.divide(model, dtype)
         loaded, broken = filled(loaded, numbers, CPU, console, is_offloaded=False)
     whole = load_model(asked, CPU, dtype).model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ from training_hub.recipe.sections import Optimizer
 CPU = torch.device("cpu")
 LENGTHS = (40, 24, 40, 24)
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 257}
+
+
+def memory_profiled() -> profile:
+    """Within it torch tells of what it allocates and lets go, of which what others have left is no part."""
+    gc.collect()
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
 def held(group: Group, family: str, dtype: str, parallelism: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -130,7 +137,7 @@ def carried(group: Group, recipe: dict[str, Any], folder: str) -> dict[str, int]
     all tensors rise while it is written."""
     run, _ = _begun(group, recipe)
     files = run.adaptation.beside()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with memory_profiled() as profiled:
         write_beside_together(group, files, Path(folder))
     sizes = [_bytes(tensor) for tensors in files.values() for tensor in tensors.values()]
     mapped = {file.stat().st_size for file in Path(folder).iterdir()}
@@ -143,7 +150,7 @@ def adapter_written(group: Group, recipe: dict[str, Any]) -> dict[str, int]:
     run, loaded = _begun(group, recipe)
     folder = RunFolder(Path(run.recipe.output))
     materials = load_materials(run.recipe, Given(), run.console)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with memory_profiled() as profiled:
         finish(run, loaded, materials, folder, run.console)
     return {"rise": rise(profiled, {file.stat().st_size for file in folder.final.glob("*.safetensors")})}
 
@@ -160,7 +167,7 @@ def _begun(group: Group, recipe: dict[str, Any]) -> tuple[Run, LoadedModel]:
 def merged(group: Group, base: str, adapter: str, folder: str, how: dict[str, Any]) -> dict[str, int]:
     """How far the bytes of all tensors of this process rise while all merge an adapter into its base; not counted are
     files that are mapped, as the library does with each that it opens."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with memory_profiled() as profiled:
         merge_together(group, Path(adapter), Path(folder), open_console("off"), trust_remote_code=False, **how)
     mapped = {file.stat().st_size for one in (base, adapter, folder) for file in Path(one).glob("*.safetensors")}
     return {"rise": rise(profiled, mapped)}
@@ -217,7 +224,7 @@ def peak(
         updater.step(1e-3)
 
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with memory_profiled() as profiled:
         step()
     always = {id_of(local_of(one)): _bytes(local_of(one)) for one in _held_always(model, masters, updater)}
     fullest = max(planned, key=lambda one: one["total"])
