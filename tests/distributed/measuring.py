@@ -186,8 +186,10 @@ def peak(
 ) -> dict[str, Any]:
     """The most bytes that tensors take in a step, as planned and as torch's profiler found them in this process.
 
-    how: checkpointing, optimizer and state, as far as they are not the usual ones; lora: of what beside the weights.
+    how: checkpointing, optimizer and state, sizes of the model and lengths of the documents, as far as they are not the
+    usual ones; lora: of what beside the weights.
     """
+    sizes = {**LARGE, **how.get("sizes", {})}
     kind, asked = getattr(torch, dtype), Parallelism(**parallelism)
 
     def beside(model: Any) -> Any:
@@ -197,17 +199,17 @@ def peak(
         return Lora(recipe(Path("model"), Path("rows.jsonl"), Path("out"), **sections)).attach(model)
 
     settings = Optimizer(lr=1e-3, name=how.get("optimizer", "AdamW"), state=how.get("state", "full"))
-    checkpointing, given = how.get("checkpointing", "none"), [random_pack(LONG)] * packs
+    checkpointing, given = how.get("checkpointing", "none"), [random_pack(tuple(how.get("lengths", LONG)))] * packs
     share = Share.of(asked, group.world_size)
     planned = [
         estimate(
             here, settings, kind, CPU, given[0],
             accumulates=packs > 1, share=share, stage=stage, checkpointing=checkpointing,
         )
-        for here, stage in stages_of(beside(tiny_model(family, **LARGE)), asked, packs)
+        for here, stage in stages_of(beside(tiny_model(family, **sizes)), asked, packs)
     ]  # fmt: skip
     register_attention()
-    model = beside(tiny_model(family, **LARGE).to(kind))
+    model = beside(tiny_model(family, **sizes).to(kind))
     model.set_attn_implementation(DOCUMENTS)
     if kernels() is not None:
         swap(model)

@@ -70,6 +70,8 @@ GPIPE, INTERLEAVED, ZERO_BUBBLE, TURNING = (
     {**STAGES, "pipeline_parallel_schedule": name}
     for name in ("GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 )
+WORDS = {"sizes": {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32768}, "lengths": (700, 700, 700, 700)}
+"""A loss of three chunks, each of which is made where the one before was."""
 PEAKS = [
     ("llama", "float32", SLICES, 1, {}),
     ("llama", "bfloat16", NEVER, 2, {}),
@@ -79,6 +81,8 @@ PEAKS = [
     ("llama", "float32", TOKENS, 1, {}),
     ("qwen3-moe", "bfloat16", EXPERTS, 1, {}),
     ("llama", "bfloat16", STAGES, 4, {}),
+    ("llama-tied", "float32", HEADS, 1, WORDS),
+    ("llama-tied", "bfloat16", HEADS, 1, WORDS),
 ]
 MORE = [
     ("llama", "bfloat16", SLICES, 2, {}),

@@ -223,17 +223,18 @@ class _HeadLoss(torch.autograd.Function):
                 _add_low_(logits_grad_RV, low_NK, up_VK, part)
                 losses_R = criterion.on_kernel_(logits_grad_RV, part, multiplier)
             elif tokens is not None:
-                logits_RV = product(hidden_ND[part], weight_VD.T)
-                _add_low_(logits_RV, low_NK, up_VK, part)
-                losses_R, logits_grad_RV = tokens.on_gpu(logits_RV, part, multiplier, hidden_ND.dtype)
+                logits_grad_RV = product(hidden_ND[part], weight_VD.T)
+                _add_low_(logits_grad_RV, low_NK, up_VK, part)
+                losses_R, logits_grad_RV = tokens.on_gpu(logits_grad_RV, part, multiplier, hidden_ND.dtype)
             else:
                 low_RK = None if low_NK is None else low_NK[part]
-                logits_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier, low_RK, up_VK)
-                losses_R, logits_grad_RV = _chunk_(logits_RV, criterion, part, multiplier, cap)
+                logits_grad_RV = _raw_logits(hidden_ND[part], weight_VD, bias_V, multiplier, low_RK, up_VK)
+                losses_R, logits_grad_RV = _chunk_(logits_grad_RV, criterion, part, multiplier, cap)
             total += losses_R.sum()
             losses_N[part] = losses_R
             if any(wanted):
                 gradients.add(part, logits_grad_RV, hidden_ND, weight_VD, low_NK, up_VK)
+            del logits_grad_RV  # before the next is made, which takes as much
         ctx.holders = (None, holder_of(weight_VD) if gradients.weight_VD is not None else None, None, None, None)
         inputs = (hidden_ND, weight_VD, bias_V, low_NK, up_VK)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
