@@ -46,6 +46,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "whole modules": ("llama", SLICES, {"lora": {**LORA, "modules_to_save": ["lm_head"]}, **SIXTEEN}),
     "whole modules, in stages": ("llama", STAGES, {"lora": {**LORA, "modules_to_save": ["lm_head"]}}),
     "rows of a table": ("llama", SLICES, {"lora": {**LORA, "trainable_tokens": [43, 86]}}),
+    "whole modules beside ranks that are shared out": (
+        "llama",
+        SLICES,
+        {"lora": {"tuner": "adalora", "r": 4, "modules_to_save": ["lm_head"]}, **SIXTEEN},
+    ),
     "norms": ("llama", SLICES, {"lora": {"tuner": "ln_tuning"}, **SIXTEEN}),
     **{
         f"an adapter of {tuner}": ("llama", SLICES, {"lora": {"tuner": tuner, "r": 4}})

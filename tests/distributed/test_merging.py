@@ -105,6 +105,19 @@ def test_so_they_do_of_other_adapters(case, two, folders, uneven_file, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["lora", "dora"])
+def test_weights_that_files_hold_turned_are_made_dense_and_turned_back(tuner, two, folders, uneven_file, tmp_path):
+    """Those of GPT-2. That it is the model that was trained, its logits say where one process has merged."""
+    pytest.importorskip("bitsandbytes")
+    lora = {"tuner": tuner, "r": 4, "target_modules": ["c_attn", "mlp.c_proj"]}
+    settings = settings_of(SLICES, {"model": {"quantization": "int4"}, "lora": lora})
+    found = same_merged(two, folders("gpt2"), uneven_file, tmp_path, settings)
+    assert found["layers"] == 4 and found["relative"] < 1e-5, "a sum in float32, not rounded"
+    said = json.loads((tmp_path / "alone" / "merge.json").read_text())
+    assert said["deviation"]["relative"] < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_quantised_weights_are_made_dense_one_by_one(kind, two, wide_model_folder, uneven_file, tmp_path):
     pytest.importorskip({"int4": "bitsandbytes", "int8": "torchao"}[kind])

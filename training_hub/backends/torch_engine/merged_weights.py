@@ -24,7 +24,7 @@ from training_hub.backends.torch_engine.loading.blank import (
     without_contents,
 )
 from training_hub.backends.torch_engine.loading.model_config import read_config, take_generation_config
-from training_hub.backends.torch_engine.loading.quantization import linear_weights, rounded
+from training_hub.backends.torch_engine.loading.quantization import TURNED, linear_weights, rounded, straighten
 from training_hub.backends.torch_engine.saving.base_weights import BaseWeights, OpenBase, base_of
 from training_hub.backends.torch_engine.saving.exact_pieces import named_tensors
 from training_hub.errors import RecipeError
@@ -54,8 +54,11 @@ class MergedWeights:
         self.deviations: dict[str, float] = {}
         self._formats = {name: one.dtype for name, one in self.model.state_dict().items()}
         self._dtype, self._device, self._quantization = dtype, device, quantization
-        self._quantised = linear_weights(self.model, quantization)
-        blank = copy.deepcopy(self.model)
+        self._straight = copy.deepcopy(self.model)  # what the adapter was trained beside
+        straighten(self._straight, quantization)
+        self._quantised = linear_weights(self._straight, quantization)
+        self._turned = {f"{name}.weight" for name, one in self._straight.named_modules() if hasattr(one, TURNED)}
+        blank = copy.deepcopy(self._straight)
         self._blank = see_one_number(blank)
         with library.quiet():
             self._peft: Any = library.load().PeftModel.from_pretrained(blank, str(adapter), torch_device="cpu").eval()
@@ -79,15 +82,16 @@ class MergedWeights:
     def made(self, name: str, came: OpenBase) -> Tensor:
         """The weight, whole."""
         path = next((one for one in self._adapted if name.startswith(f"{one}.")), None)
-        if path is None:
-            return self._read(name, came)
-        if self._last[0] != path:
+        if path is not None and self._last[0] != path:
             self._last = ("", {})
             self._last = (path, self._merged(path, came))
-        return self._last[1][name]
+        whole = self._read(name, came) if path is None else self._last[1][name]
+        return whole.T.contiguous() if name in self._turned else whole
 
     def _read(self, name: str, came: OpenBase) -> Tensor:
+        """The weight of the base as it multiplies."""
         whole = came.whole(name).to(self._device, self._formats[name], copy=True)
+        whole = whole.T.contiguous() if name in self._turned else whole
         return rounded(whole, self._quantization) if name in self._quantised else whole
 
     def _of_base(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -102,7 +106,7 @@ class MergedWeights:
         own = {id(one): nn.Parameter(self._read(name, came), False) for name, one in self._of_base(path)}
         holder = nn.Module()
         holder.layer = copy.deepcopy(self._adapted[path], dict[int, Any](own)).to(self._device)
-        asked = _question(self.model.get_submodule(path), self._device)
+        asked = _question(self._straight.get_submodule(path), self._device)
         before = holder.layer(asked) if asked is not None else None
         tuner = copy.copy(self._peft.base_model)
         tuner._modules = {**tuner._modules, "model": holder}
@@ -138,9 +142,11 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _question(layer: nn.Module, device: torch.device) -> Tensor | None:
     """What a layer is asked: rows of numbers, or ids of a table; None for those of another kind."""
+    from transformers.pytorch_utils import Conv1D
+
     if isinstance(layer, nn.Embedding):
         return torch.arange(NUM_QUESTIONS, device=device) % layer.num_embeddings
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, (nn.Linear, Conv1D)):
         return None
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(NUM_QUESTIONS, layer.in_features, generator=draw).to(device)
+    draw, width = torch.Generator().manual_seed(0), layer.nx if isinstance(layer, Conv1D) else layer.in_features
+    return torch.randn(NUM_QUESTIONS, width, generator=draw).to(device)

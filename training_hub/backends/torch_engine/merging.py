@@ -23,7 +23,7 @@ from training_hub.backends.torch_engine.adaptations.lora import library
 from training_hub.backends.torch_engine.attention import attention_of_transformers
 from training_hub.backends.torch_engine.loading.low_bits import seen_dense
 from training_hub.backends.torch_engine.loading.model import choose_device, folder_problems
-from training_hub.backends.torch_engine.loading.quantization import NONE, dequantise, loading_options, part
+from training_hub.backends.torch_engine.loading.quantization import NONE, dequantise, loading_options, part, turn_back
 from training_hub.backends.torch_engine.loading.quiet import library_bars
 from training_hub.backends.torch_engine.materials import load_materials
 from training_hub.backends.torch_engine.merged_weights import merged_by_peft
@@ -145,6 +145,7 @@ def merge(
     wanted = _logits(loader.with_adapter(adapter, "float32"), ids)
     model = loader.with_adapter(adapter, "float32", is_dense=True)
     merged = merged_by_peft(model)
+    turn_back(merged)
     size = sum(p.numel() for p in merged.parameters()) * dtype.itemsize
     facts = {"adapter": str(adapter), "base": str(path), "quantization": origin["quantization"]}
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}

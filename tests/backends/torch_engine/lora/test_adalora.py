@@ -93,6 +93,16 @@ def test_ranks_fall_to_the_budget_and_the_folder_is_what_was_trained(shared, tin
     assert (logits_in_peft(result, tiny_model_folder) - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("module", ["lm_head", "model.norm"])
+def test_whole_modules_learn_beside_ranks_in_the_format_of_the_model(module, tiny_model_folder, chat_file, tmp_path):
+    lora = {**SHARED, "modules_to_save": [module]}
+    result = train(tiny_model_folder, chat_file, tmp_path / "run", lora=lora, model={"dtype": "bfloat16"})
+    came = AutoModelForCausalLM.from_pretrained(tiny_model_folder).get_submodule(module).weight
+    moved = adapter_of(result)[f"base_model.model.{module}.weight"] - came
+    assert 1e-4 < moved.detach().abs().max() < 0.1, "a copy that begins as the module and learns"
+    assert logits_in_peft(result, tiny_model_folder, torch.bfloat16).isfinite().all()
+
+
 def test_a_run_that_fails_goes_on_to_the_same_bits(shared, tiny_model_folder, chat_file, tmp_path):
     whole, settings = shared
     # Once while ranks are being taken, once when they have been.

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.backends.torch_engine.lora.test_quantization import wide_model_folder as wide_model_folder
 from tests.backends.torch_engine.lora.test_runs import logits_in_peft, train
+from tests.backends.torch_engine.tiny_models import tiny_model
 from training_hub import merge_adapter
 from training_hub.errors import RecipeError
 from training_hub.folders import damage
@@ -101,3 +102,16 @@ def test_an_adapter_folder_is_scored_as_the_model_that_it_makes(tuned, chat_file
     beside, merged = (made.scores[name]["loss"] for name in made.scores)
     assert beside == pytest.approx(merged, rel=1e-5)
     assert beside < tuned.history[0]["loss"] - 0.02
+
+
+def test_quantised_weights_that_files_hold_turned_are_merged_as_these_hold_them(tiny_model_folder, chat_file, tmp_path):
+    """GPT-2's, of which bitsandbytes makes linear layers: a run that merges at its end, and each weight's place."""
+    pytest.importorskip("bitsandbytes")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tiny_model("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    train(tmp_path / "model", chat_file, tmp_path / "run", model={"quantization": "int4"}, lora={"merge": True})
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", tmp_path / "run/merged"))
+    assert {name: one.shape for name, one in merged.items()} == {name: one.shape for name, one in base.items()}
+    said = json.loads((tmp_path / "run" / "merged" / "merge.json").read_text())["deviation"]
+    assert said["relative"] < 1e-5, "float32 weights, rounded once"

@@ -172,12 +172,16 @@ def part(model: nn.Module) -> None:
     """Part the weights that a library has quantised into bytes, which become ordinary parameters of ordinary layers,
     and what makes numbers of them (scales, 1/32 of their size in int4), in place; the model multiplies by their dense
     weights then, and nothing in it says any more that a library quantised it."""
+    from transformers.pytorch_utils import Conv1D
+
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantised(module.weight):
             layer = plain_like(module)
             bytes_of, packing = packed(module.weight)
             layer.weight, layer.bias = nn.Parameter(bytes_of, requires_grad=False), module.bias
             setattr(layer, PACKED, packing)
+            if getattr(module, "source_cls", None) is Conv1D:  # what transformers has put it in the place of
+                setattr(layer, TURNED, True)
             model.set_submodule(name, layer)
     multiply_dense(model)
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer"):
@@ -280,4 +284,19 @@ def dequantise(model: nn.Module) -> None:
         if isinstance(module, nn.Linear) and hasattr(module, PACKED):
             made = plain_like(module)
             made.weight, made.bias = nn.Parameter(dense(module, torch.float32), requires_grad=False), module.bias
+            if hasattr(module, TURNED):
+                setattr(made, TURNED, True)
+            model.set_submodule(name, made)
+
+
+@torch.no_grad()
+def turn_back(model: nn.Module) -> None:
+    """Let layers whose weight files hold turned multiply by a turned weight again, in place."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and hasattr(module, TURNED):
+            with torch.device("meta"):
+                made = Conv1D(module.out_features, module.in_features)
+            made.weight, made.bias = nn.Parameter(module.weight.T.contiguous(), requires_grad=False), module.bias
             model.set_submodule(name, made)

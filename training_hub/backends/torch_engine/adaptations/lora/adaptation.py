@@ -107,9 +107,10 @@ class Lora(OfParameters):
         # Ranks are taken in the numbers that the optimizer moves: these are float32, without masters beside them.
         wider = torch.promote_types(parameter.dtype, torch.float32)
         self._dtype = parameter.dtype if self._allocation is None else wider
-        for trained in model.parameters():
+        for name, trained in model.named_parameters():
             if trained.requires_grad and trained.is_floating_point():
-                recast(trained, self._dtype)
+                # A copy of a module multiplies what the layers before it say, in their format.
+                recast(trained, self._dtype if name.endswith(f".{ADAPTER}") else parameter.dtype)
         # Which of AdaLoRA's ranks are left is not known without numbers.
         if self._folder is not None and not (parameter.is_meta and config.peft_type == ALLOCATED):
             self._refuse_another(self._folder)
