@@ -154,14 +154,16 @@ class Lora(OfParameters):
 
     def holdings(self) -> Holdings:
         """What there is beside the model's parameters, the adapter's among them: the start of PiSSA, small files."""
-        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        is_kept = is_changing_its_base(self._config)
+        nums = {name: p.numel() for name, p in self._model.named_parameters() if p.requires_grad}
+        trained = sum(nums.values())
+        factors = sum(count for name, count in nums.items() if ".lora_A." in name or ".lora_B." in name)
+        kept = factors if is_changing_its_base(self._config) else 0
         averages = 2 * trained if self._allocation is not None else 0
         method = METHODS.get(self._recipe.model.quantization)
         return Holdings(
-            fixed=averages + (trained if is_kept else 0),
+            fixed=averages + kept,
             saved=averages,
-            exported=(2 if is_kept else 1) * trained,
+            exported=trained + kept,
             quantised=num_quantised(self._model) if method is not None else 0,
             bits=method.bits if method is not None else 0.0,
             beginning=beginning_of(self._model, self._config),

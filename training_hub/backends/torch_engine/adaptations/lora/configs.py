@@ -272,10 +272,11 @@ def _low_problems(recipe: Recipe) -> Iterator[str]:
     if kept == NONE:
         return
     where, tuner, begun = "lora.tuner", recipe.lora.tuner, recipe.lora.options.get("init_lora_weights")
+    remedy = "Write lora.tuner: lora, or model.quantization: none."
     if recipe.lora.adapter is not None:  # how it began has been looked at
         folder = Path(recipe.lora.adapter).expanduser()
         where, tuner, begun = f"lora.adapter: {folder}", str(said_in(folder).get("peft_type")).lower(), None
-    remedy = "Write lora.tuner: lora, or model.quantization: none."
+        remedy = "Write model.quantization: none."
     if isinstance(begun, str) and _takes_a_part(begun):
         yield f"{where}: {begun} takes its start out of the weights, which {kept} numbers do not allow. {remedy}"
     if tuner not in KINDS_OF_LORA and (tuner not in TUNERS or tuner in MULTIPLYING[kept]):
