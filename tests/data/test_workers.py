@@ -54,6 +54,22 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do_and_not_a_hang
         list(workers.map(range(20)))
 
 
+def test_a_worker_that_is_killed_within_a_result_is_the_same_error() -> None:
+    """The result is larger than what a pipe holds, so that a part of it is never sent."""
+
+    def tasks(workers: Workers[int, bytes]) -> Iterator[int]:
+        yield 0
+        assert workers._results[0].poll(PATIENCE_SECONDS)
+        workers._processes[0].kill()
+        yield 1
+
+    with (
+        pytest.raises(DataError, match=r"exit code -9.* with 0 before.*data\.workers: 0"),
+        Workers(large, 1) as workers,
+    ):
+        list(workers.map(tasks(workers)))
+
+
 def test_an_error_of_the_work_is_raised_in_the_caller_with_all_its_problems() -> None:
     with pytest.raises(DataError) as caught, Workers(refuse_three, 2) as workers:
         list(workers.map(range(20)))

@@ -90,7 +90,7 @@ class Workers(Generic[Task, Result]):
     def _receive(self, worker: int, task: Task) -> Result:
         try:
             result, error = self._results[worker].recv()
-        except EOFError as ended:
+        except (EOFError, OSError) as ended:  # where a result should begin, or within one
             self._processes[worker].join(timeout=5)
             code = self._processes[worker].exitcode
             raise DataError(
