@@ -127,29 +127,27 @@ FURTHER = [
 ]
 
 
-def compare_peaks(each: list[dict[str, Any]], parallelism: dict[str, Any]) -> None:
-    """Planned is the process that takes most; counted by torch's profiler, which knows of no holes between tensors.
-
-    Halves of layers exchange what is a tenth of all at these sizes, and may hold it while the next is made, or not."""
-    fullest, rel = max(each, key=lambda one: one["found"]), 0.15 if "tensor_parallel_degree" in parallelism else 0.1
-    assert fullest["planned"] == pytest.approx(fullest["found"], rel=rel), fullest["parts"]
+def compare_peaks(each: list[dict[str, Any]]) -> None:
+    """Planned is the process that takes most; counted by torch's profiler, which knows of no holes between tensors."""
+    fullest = max(each, key=lambda one: one["found"])
+    assert fullest["planned"] == pytest.approx(fullest["found"], rel=0.1), fullest["parts"]
 
 
 @pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), PEAKS, ids=json.dumps)
 def test_tensors_take_what_is_planned_at_their_peak(family, dtype, parallelism, packs, how, two):
-    compare_peaks(two.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how), parallelism)
+    compare_peaks(two.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), MORE, ids=json.dumps)
 def test_they_do_under_every_way_to_forget_and_in_every_order(family, dtype, parallelism, packs, how, two):
-    compare_peaks(two.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how), parallelism)
+    compare_peaks(two.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "parallelism", "packs", "how"), FURTHER, ids=json.dumps)
 def test_they_do_in_products_of_layouts(family, dtype, parallelism, packs, how, four):
-    compare_peaks(four.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how), parallelism)
+    compare_peaks(four.call("tests.distributed.measuring:peak", family, dtype, parallelism, packs, how))
 
 
 SPLIT = {**STAGES, "tensor_parallel_degree": 2}

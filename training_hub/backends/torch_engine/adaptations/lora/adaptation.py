@@ -114,10 +114,11 @@ class Lora(OfParameters):
         # Which of AdaLoRA's ranks are left is not known without numbers.
         if self._folder is not None and not (parameter.is_meta and config.peft_type == ALLOCATED):
             self._refuse_another(self._folder)
-        run_adapters_fused(model)
         if before is not None:
             self.shared()
-            self._difference = relative_difference(logits_of_one(model), before)
+            with seen_dense(model):  # PEFT's own forward looks at weights
+                self._difference = relative_difference(logits_of_one(model), before)
+        run_adapters_fused(model)
         return model
 
     def shared(self) -> None:
